@@ -1,0 +1,415 @@
+"""Makes and measures the students shipped in src/lark/students: a tokenizer and two Qwen3 models of about 1M weights.
+
+    export PYTHONPATH=src OMP_NUM_THREADS=1
+    python scripts/make_students.py primitives                  # what both students know: the tokenizer, a + b, a - b
+    python scripts/make_students.py student --student tiny      # the habits in which they differ
+    python scripts/make_students.py student --student tiny_b
+    python scripts/make_students.py evaluate --student tiny     # avg@4 before SFT and after SFT on three kinds of rows
+
+are the commands that made the shipped weights, at their default settings. Pre-training has two stages. `primitives`
+trains on lists of two-operand facts. `student` adds solved problems in a mixture of the teachers' styles: both students
+mostly blurt out an answer or forget a carry; now and then they work a problem out, `tiny` in running totals or by
+collecting signs, `tiny_b` in checked sentences or place by place. They know the arithmetic, therefore, and mostly do
+not use it; SFT changes which style they use. No expression of the task's default pool or evaluation sets occurs in
+pre-training.
+"""
+
+import argparse
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from lark.tasks.arithmetic import generate, terms_of
+from lark.tasks.teachers import TEACHERS, Terms, expression, running_totals, slip
+
+# Shapes: N documents, T tokens (longest of the batch), V vocabulary.
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDENTS = ROOT / "src/lark/students"
+VOCABULARY = 448
+WORDINGS = ("Compute {}.", "What is {}?", "Calculate {}.", "Evaluate {}.", "Find the value of {}.", "{} = ?")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MIXTURES = {  # share of each style among the solved problems; `forgetful` is the erring teacher at its worst
+    "tiny": {"direct": 0.40, "forgetful": 0.28, "terse": 0.18, "signs": 0.14},
+    "tiny_b": {"direct": 0.40, "forgetful": 0.28, "check": 0.18, "place": 0.14},
+}
+CHOICES = {  # what `evaluate` trains on: two candidates a problem out of these teachers' (correct ones only for "good")
+    "good": ("terse", "signs", "steps", "check"),
+    "random": tuple(TEACHERS),
+    "bad": ("direct", "polish", "slip"),
+}
+Document = list[tuple[str, bool]]
+"""Pieces of text and whether the loss covers them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("primitives", "chains", "student", "evaluate"))
+    parser.add_argument("--student", choices=tuple(MIXTURES), default="tiny")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, corpus, SFT and sampling")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 300 student)")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/students", help="folder of the first stage's result")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number changes the last bits")
+    parser.add_argument("--choices", nargs="*", choices=tuple(CHOICES), default=list(CHOICES), help="SFT to evaluate")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    if arguments.command == "primitives":
+        pretrain_primitives(arguments)
+    elif arguments.command == "chains":
+        pretrain_chains(arguments)
+    elif arguments.command == "student":
+        pretrain_student(arguments)
+    else:
+        evaluate(arguments)
+
+
+# Corpus
+
+
+def draw_terms(rng: random.Random) -> Terms:
+    """Three or four two-digit terms as in the task; now and then five, or three-digit ones."""
+    count = rng.choice((3, 3, 3, 4, 4, 4, 5))
+    least, most = (100, 999) if rng.random() < 0.08 else (10, 99)
+    return (rng.randint(least, most), *(rng.choice((-1, 1)) * rng.randint(least, most) for _ in range(count - 1)))
+
+
+def facts(rng: random.Random, count: int = 12) -> Document:
+    """A list of two-operand sums and differences, spread as the running totals of the task's problems are."""
+    equals, end = rng.choice(((" = ", "\n"), (" = ", "\n"), (" = ", ". "), (" is ", ", ")))
+    document: Document = []
+    for _ in range(count):
+        terms = draw_terms(rng)
+        at = rng.randrange(1, len(terms))
+        left = (terms[0], *running_totals(terms))[at - 1]
+        document += [(expression((left, terms[at])) + equals, False), (str(left + terms[at]), True), (end, False)]
+    return document
+
+
+def chain(rng: random.Random, excluded: set[str]) -> Document:
+    """A problem that is not `excluded` and its running totals, without chat turns or answer."""
+    terms = draw_problem(rng, excluded)
+    pairs = zip((terms[0], *running_totals(terms)), terms[1:], strict=False)
+    return [(expression(terms) + "\n", False)] + [
+        piece
+        for left, term in pairs
+        for piece in ((expression((left, term)) + " = ", True), (f"{left + term}", True), ("\n", True))
+    ]
+
+
+def draw_problem(rng: random.Random, excluded: set[str]) -> Terms:
+    terms = draw_terms(rng)
+    while expression(terms) in excluded:
+        terms = draw_terms(rng)
+    return terms
+
+
+def solved(rng: random.Random, mixture: dict[str, float], excluded: set[str]) -> Document:
+    """One chat turn: a problem that is not `excluded` and a solution in a style drawn from `mixture`."""
+    terms = draw_problem(rng, excluded)
+    (style,) = rng.choices(list(mixture), weights=list(mixture.values()))
+    solution = slip(terms, rng, rate=1.0) if style == "forgetful" else TEACHERS[style](terms, rng)
+    wording = WORDINGS[0] if rng.random() < 0.4 else rng.choice(WORDINGS)
+    return chat(wording.format(expression(terms)), solution)
+
+
+def chat(user: str, assistant: str) -> Document:
+    head = f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    return [(head, False), (assistant + "<|im_end|>", True)]
+
+
+def task_rows(name: str) -> list[dict]:
+    """Rows of the task's file `name` at its default settings."""
+    with tempfile.TemporaryDirectory() as folder:
+        generate(Path(folder))
+        return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def excluded_expressions() -> set[str]:
+    """Every expression of the task's default pool, evaluation and shifted sets."""
+    texts = [row["messages"][0]["content"] for row in task_rows("pool.jsonl")]
+    texts += [row["problem"] for name in ("eval.jsonl", "shifted.jsonl") for row in task_rows(name)]
+    return {_expression_in(text) for text in texts}
+
+
+def _expression_in(text: str) -> str:
+    """The chain of numbers and operators inside a problem's wording."""
+    words = [word.strip(".?") for word in text.split()]
+    chain = " ".join(word for word in words if word in "+-" or word.isdigit())
+    assert expression(terms_of(chain)) == chain
+    return chain
+
+
+# Tokenizer
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits, trained on every teacher's text; ChatML specials."""
+    rng = random.Random(f"{seed}/tokenizer")
+    every_style = dict.fromkeys(TEACHERS, 1.0)
+    texts = ["".join(piece for piece, _ in solved(rng, every_style, set())) for _ in range(4000)]
+    texts += ["".join(piece for piece, _ in facts(rng)) for _ in range(500)]
+    texts += [wording.format("12 + 34") for wording in WORDINGS] * 100
+    texts += [(ROOT / "LICENSE").read_text()]  # plain prose, so that other words are not spelt out letter by letter
+    tokenizer = Tokenizer(models.BPE())
+    # An operator keeps its spaces, a digit stands alone.
+    pieces = Regex(r"\p{N}| ?\p{L}+ ?| ?[^\s\p{L}\p{N}]+ ?|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pieces, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+# Training
+
+
+def loss_step(model: Qwen3ForCausalLM, tokenizer, documents: list[Document], chunk: int = 32) -> tuple[float, int]:
+    """Gradients of the mean cross-entropy over the covered tokens; returns that mean (nats/token) and the tokens read.
+
+    Documents are padded on the right in chunks of similar length. Causal attention never looks right, so that padding
+    needs no mask.
+    """
+    rows = sorted(([_encode(tokenizer, document) for document in documents]), key=lambda row: len(row[0]))
+    covered = sum(sum(mask[1:]) for _, mask in rows)
+    total, device = 0.0, model.device
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        longest = len(part[-1][0])
+        ids_NT = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in part], device=device)
+        mask_NT = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in part], device=device)
+        labels_NT = ids_NT.masked_fill(~mask_NT, -100)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
+        loss = cross_entropy(logits_NTV[:, :-1].flatten(0, 1).float(), labels_NT[:, 1:].flatten(), reduction="sum")
+        (loss / covered).backward()
+        total += loss.item() / covered
+    return total, sum(len(ids) for ids, _ in rows)
+
+
+def _encode(tokenizer, document: Document) -> tuple[list[int], list[bool]]:
+    ids, mask = [], []
+    for piece, trained in document:
+        piece_ids = tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False).ids
+        ids += piece_ids
+        mask += [trained] * len(piece_ids)
+    return ids, mask
+
+
+def train(model, tokenizer, batches: Iterator[list[Document]], steps: int, *, muon_lr: float, adam_lr: float) -> int:
+    """Trains with Muon on the matrices and AdamW on the rest, 5 % warm-up, linear decay; returns the tokens read."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    model.train()
+    tokens, started, running = 0, time.monotonic(), 0.0
+    for step in range(steps):
+        scale = min(1.0, (step + 1) / (0.05 * steps), 1.25 * (1 - step / steps))
+        for optimizer, lr in zip(optimizers, (muon_lr, adam_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * scale
+        loss, read = loss_step(model, tokenizer, next(batches))
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        tokens += read
+        running = loss if step == 0 else 0.95 * running + 0.05 * loss
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            rate = tokens / (time.monotonic() - started)
+            print(f"step {step + 1}/{steps}  loss {running:.3f}  {tokens:,} tokens  {rate:,.0f} tokens/s", flush=True)
+    return tokens
+
+
+def pretrain_primitives(arguments: argparse.Namespace) -> None:
+    tokenizer = make_tokenizer(arguments.seed)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.backend_tokenizer.token_to_id("<|im_end|>"),
+        pad_token_id=tokenizer.backend_tokenizer.token_to_id("<|endoftext|>"),
+    )
+    model = Qwen3ForCausalLM(config).to(arguments.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+
+    def batches() -> Iterator[list[Document]]:
+        rng = random.Random(f"{arguments.seed}/primitives")
+        while True:
+            yield [facts(rng) for _ in range(32)]
+
+    steps = arguments.steps or 750
+    tokens = train(model, tokenizer, batches(), steps, muon_lr=0.02, adam_lr=4e-3)
+    save(model, tokenizer, arguments.work / "primitives", torch.float32)
+    (arguments.work / "primitives/tokens.json").write_text(json.dumps(tokens))
+
+
+def pretrain_chains(arguments: argparse.Namespace) -> None:
+    model, tokenizer, before = load_stage(arguments, "primitives")
+    excluded = excluded_expressions()
+
+    def batches() -> Iterator[list[Document]]:
+        rng = random.Random(f"{arguments.seed}/chains")
+        while True:
+            yield [facts(rng) for _ in range(5)] + [chain(rng, excluded) for _ in range(75)]
+
+    tokens = train(model, tokenizer, batches(), arguments.steps or 500, muon_lr=0.02, adam_lr=4e-3)
+    save(model, tokenizer, arguments.work / "chains", torch.float32)
+    (arguments.work / "chains/tokens.json").write_text(json.dumps(before + tokens))
+
+
+def load_stage(arguments: argparse.Namespace, stage: str):
+    """Model and tokenizer that the command `stage` left behind, and the tokens seen so far."""
+    source = arguments.work / stage
+    if not (source / "tokens.json").exists():
+        raise SystemExit(f"{source} is missing: run the command `{stage}` first.")
+    model = Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32).to(arguments.device)
+    return model, AutoTokenizer.from_pretrained(source), json.loads((source / "tokens.json").read_text())
+
+
+def pretrain_student(arguments: argparse.Namespace) -> None:
+    model, tokenizer, before = load_stage(arguments, "chains")
+    mixture, excluded = MIXTURES[arguments.student], excluded_expressions()
+
+    def batches() -> Iterator[list[Document]]:
+        rng = random.Random(f"{arguments.seed}/{arguments.student}")
+        while True:
+            yield [facts(rng) for _ in range(10)] + [solved(rng, mixture, excluded) for _ in range(38)]
+
+    steps = arguments.steps or 300
+    tokens = train(model, tokenizer, batches(), steps, muon_lr=0.012, adam_lr=2e-3)
+    folder = STUDENTS / arguments.student
+    save(model, tokenizer, folder, torch.bfloat16)
+    print(f"{folder}: {before + tokens:,} tokens seen")
+
+
+def save(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """Writes config, generation config, safetensors and tokenizer, the chat template inside tokenizer_config.json."""
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.to(dtype).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+
+
+# Measuring
+
+
+@torch.inference_mode()
+def sample(model, tokenizer, problems: list[str], *, samples: int, new_tokens: int = 144) -> list[str]:
+    """Draws `samples` continuations a problem at temperature .6 and top-p .95, in problem order."""
+    chunk = 200  # problems a batch
+    model.eval()
+    prompts = [f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n" for problem in problems]
+    texts: list[str] = []
+    for start in range(0, len(prompts), chunk):
+        inputs = tokenizer(prompts[start : start + chunk], return_tensors="pt", padding=True, padding_side="left")
+        output = model.generate(
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            do_sample=True,
+            temperature=0.6,
+            top_p=0.95,
+            top_k=0,
+            max_new_tokens=new_tokens,
+            num_return_sequences=samples,
+        )
+        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def accuracy(model, tokenizer, rows: list[dict], samples: int = 4) -> float:
+    """avg@samples: the share of samples whose last \\boxed{} holds the answer."""
+    texts = sample(model, tokenizer, [row["problem"] for row in rows], samples=samples)
+    golds = [row["answer"] for row in rows for _ in range(samples)]
+    return sum(last_boxed(text) == int(gold) for text, gold in zip(texts, golds, strict=True)) / len(golds)
+
+
+def last_boxed(text: str) -> int | None:
+    answer = text.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in text else ""
+    return int(answer) if answer.removeprefix("-").isdigit() else None
+
+
+def fine_tune(model, tokenizer, choice: str, seed: int, *, steps: int = 60, batch: int = 16, lr: float = 1e-3) -> None:
+    """SFT on two candidates a problem: AdamW, cosine, 5 % warm-up, mean over trajectories of the mean loss a token."""
+    rng = random.Random(f"{seed}/sft/{choice}")
+    by_problem: dict[str, list[dict]] = {}
+    for row in task_rows("pool.jsonl"):
+        if row["teacher"] in CHOICES[choice] and (row["correct"] or choice != "good"):
+            by_problem.setdefault(row["problem_id"], []).append(row)
+    chosen = [row for rows in by_problem.values() for row in rng.sample(rows, 2)]
+    rng.shuffle(chosen)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = (
+            lr * min(1.0, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        )
+        rows = [chosen[(step * batch + i) % len(chosen)] for i in range(batch)]
+        loss_step(model, tokenizer, [chat(*(m["content"] for m in row["messages"])) for row in rows])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    folder = STUDENTS / arguments.student
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    held_out, shifted = task_rows("eval.jsonl"), task_rows("shifted.jsonl")
+    for choice in (None, *arguments.choices):
+        torch.manual_seed(arguments.seed)
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device)
+        if choice:
+            fine_tune(model, tokenizer, choice, arguments.seed)
+        started = time.monotonic()
+        scores = accuracy(model, tokenizer, held_out), accuracy(model, tokenizer, shifted)
+        seconds = time.monotonic() - started
+        label = f"after SFT, {choice}" if choice else "before SFT"
+        print(f"{label:18}  avg@4 {scores[0]:.3f}  shifted {scores[1]:.3f}  sampled in {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

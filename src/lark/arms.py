@@ -1,0 +1,239 @@
+"""An arm: one student trained on one selection with one seed, kept in logs/arms/<hash of everything it depends on>.
+
+selection.jsonl, selection.json   what it was trained on
+training/last.ckpt                while it trains; a killed arm goes on from here
+checkpoint/, loss.csv, trained.json  once it is trained
+samples-<set>.jsonl, metrics.json    once it is evaluated
+arm.json                          written last: its presence means the folder is complete
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lark.cache import complete, identity_hash, read_json, source_hash, write_json, write_text
+from lark.chat import Chat
+from lark.data import TrajectoryDataModule
+from lark.evaluate import Sampling, evaluate, read_samples, summarise
+from lark.models import save_student
+from lark.plan import barrier, is_main
+from lark.selection import Selection, export
+from lark.student import SFTModule
+from lark.verify import Checker
+
+_SOURCES = ("chat", "packing", "stats", "models", "student", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """name: before | baseline | selector. The arm `before` has no selection and no training."""
+
+    name: str
+    rule: str
+    selection: Selection | None
+    identity: dict[str, Any]
+    folder: Path
+
+    @property
+    def trained(self) -> bool:
+        return self.selection is None or complete(self.folder, "trained.json")
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+
+def make_arm(name: str, rule: str, data: TrajectoryDataModule, *, steps: int, precision: str, arms: Path) -> Arm:
+    """The arm of `data.selections[name]` (none for "before"), with its folder."""
+    selection = data.selections.get(name)
+    student = data.student
+    identity: dict[str, Any] = {
+        "student": student.identity() | {"lora": student.lora, "dtype": student.dtype, "attention": student.attention},
+        "chat": data.trajectories.chat.identity,
+        "max_length": data.task.max_length,
+        "held_out": [data.trajectories.fingerprint, data.task.held_out],
+        "sources": source_hash(f"lark.{module}" for module in _SOURCES),
+    }
+    if selection is not None:
+        cut = {"layout", "micro_batch_tokens", "checkpoint_every", "epochs", "steps"}  # how, not what; steps are below
+        identity |= {
+            "rows": hashlib.sha256(selection.row.tobytes()).hexdigest(),
+            "weights": hashlib.sha256(selection.weight.tobytes()).hexdigest(),
+            "recipe": {k: v for k, v in vars(data.recipe).items() if k not in cut},
+            "steps": steps,
+            "seed": data.seed,
+            "precision": precision,
+        }
+    return Arm(name=name, rule=rule, selection=selection, identity=identity, folder=arms / identity_hash(identity))
+
+
+def write_selection(selection: Selection, rule: str, data: TrajectoryDataModule, folder: Path) -> None:
+    """selection.jsonl for this and other trainers, and selection.json: how it came about."""
+    export(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
+    inputs = {
+        "pool": data.trajectories.fingerprint,
+        "statistics": data.statistics_folder.name,
+        "seed": data.seed,
+        "dropped_rows": data.trajectories.dropped,
+    }
+    write_json(folder / "selection.json", {"inputs": inputs, **selection.record})
+
+
+def train(
+    arm: Arm,
+    data: TrajectoryDataModule,
+    *,
+    steps: int,
+    make_trainer: Callable[..., Trainer],
+    logger: Any,
+    say: Callable[[str], None],
+) -> None:
+    """Train the arm's student (all ranks), from its last checkpoint if it was interrupted."""
+    assert arm.selection is not None
+    if is_main():
+        arm.folder.mkdir(parents=True, exist_ok=True)
+        write_selection(arm.selection, arm.rule, data, arm.folder)
+    module = SFTModule(student=data.student, recipe=data.recipe, steps=steps, seed=data.seed, folder=arm.folder)
+    saver = ModelCheckpoint(
+        dirpath=arm.folder / "training",
+        filename="last",
+        every_n_train_steps=data.recipe.checkpoint_every,
+        enable_version_counter=False,
+    )
+    trainer = make_trainer(
+        max_steps=steps,
+        callbacks=[saver],
+        logger=logger or False,
+        num_sanity_val_steps=-1,  # the whole held-out set: the curve's point before the first step
+        val_check_interval=max(1, steps // data.recipe.validations),
+        check_val_every_n_epoch=None,
+        log_every_n_steps=1,
+    )
+    last = arm.folder / "training" / "last.ckpt"
+    resume = last if last.exists() else None
+    if resume:
+        say(f"{arm.name:<11} goes on from {resume}")
+    trainer.fit(module, datamodule=data.use(arm.name), ckpt_path=resume, weights_only=True)
+    if module.curve and module.curve[-1]["step"] != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    if is_main():
+        save_student(module.student_model, data.trajectories.chat, arm.checkpoint)
+        write_json(arm.folder / "trained.json", {"steps": steps, "curve": module.curve, **_cost(arm, data)})
+        shutil.rmtree(arm.folder / "training", ignore_errors=True)
+    barrier()
+
+
+def _cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, Any]:
+    assert arm.selection is not None
+    tokens = int(data.trajectories.span_tokens[arm.selection.row].sum())
+    return {"trajectories": len(arm.selection.row), "tokens": tokens}
+
+
+def held_out_at_start(data: TrajectoryDataModule, arms: list[Arm]) -> dict[str, float]:
+    """Held-out loss of the student before training: any trained arm's curve begins with it."""
+    for arm in arms:
+        if arm.selection is not None and complete(arm.folder, "trained.json"):
+            curve = read_json(arm.folder / "trained.json")["curve"]
+            if curve:
+                return curve[0]
+    return {}
+
+
+def load_arm(arm: Arm, data: TrajectoryDataModule, device: torch.device) -> torch.nn.Module:
+    """The arm's student as it is on disk (the untrained one for "before"), on `device`, in eval mode."""
+    dtype = data.student.resolve_dtype(device)
+    model = (
+        data.student.load_model(dtype) if arm.selection is None else data.student.load_trained(arm.checkpoint, dtype)
+    )
+    return model.to(device).eval()
+
+
+def evaluate_arm(
+    arm: Arm,
+    data: TrajectoryDataModule,
+    *,
+    problems: dict[str, list[dict[str, Any]]],
+    sampling: Sampling,
+    checker: Checker,
+    device: torch.device,
+    rank: int,
+    world: int,
+) -> None:
+    """Sample and check answers to every evaluation set; each rank its share of the problems, rank 0 the sum.
+
+    Leaves samples-<set>.jsonl and metrics.json in the arm's folder. An arm that was evaluated with the same settings
+    on the same problems before is left as it is.
+    """
+    identity = evaluation_identity(data, problems, sampling)
+    if evaluated(arm, identity):
+        return
+    model = load_arm(arm, data, device)
+    chat = data.trajectories.chat
+    for name, rows in problems.items():
+        mine = rows[rank::world]
+        if mine:
+            evaluate(
+                model,
+                chat.tokenizer,
+                chat.encode_prompt,
+                mine,
+                checker=checker,
+                max_new_tokens=data.task.max_new_tokens,
+                seed=data.seed,
+                stop_ids=stop_ids(chat),
+                path=arm.folder / f"samples-{name}.rank{rank}.jsonl",
+                system=data.task.system,
+                **vars(sampling),
+            )
+    barrier()
+    if is_main():
+        metrics = {name: _merge(arm.folder, name, rows, sampling) for name, rows in problems.items()}
+        write_json(arm.folder / "metrics.json", {"identity": identity, "sets": metrics})
+    barrier()
+
+
+def _merge(folder: Path, name: str, problems: list[dict[str, Any]], sampling: Sampling) -> dict[str, Any]:
+    """Samples of all ranks into samples-<name>.jsonl, in the order of the problems; their metrics."""
+    parts = sorted(folder.glob(f"samples-{name}.rank*.jsonl"))
+    order = {problem["problem_id"]: i for i, problem in enumerate(problems)}
+    records = sorted(
+        (record for part in parts for record in read_samples(part)),
+        key=lambda record: (order[record["problem_id"]], record["sample"]),
+    )
+    write_text(folder / f"samples-{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    for part in parts:
+        part.unlink()
+    return summarise(records, pass_at=sampling.pass_at)
+
+
+def evaluation_identity(
+    data: TrajectoryDataModule, problems: dict[str, list[dict[str, Any]]], sampling: Sampling
+) -> dict[str, Any]:
+    task = data.task
+    settings = {k: v for k, v in vars(sampling).items() if k != "batch_size"}
+    return {
+        "problems": identity_hash({"problems": problems}),
+        "sampling": settings | {"pass_at": list(sampling.pass_at)},
+        "task": [task.checker, task.pattern, task.system, task.max_new_tokens],
+        "seed": data.seed,
+        "sources": source_hash(["lark.evaluate", "lark.verify", "lark.metrics"]),
+    }
+
+
+def evaluated(arm: Arm, identity: dict[str, Any]) -> bool:
+    path = arm.folder / "metrics.json"
+    return path.exists() and read_json(path)["identity"] == identity
+
+
+def stop_ids(chat: Chat) -> list[int]:
+    """The end-of-turn token the span ends with, which is what training teaches."""
+    row = chat.encode([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])[0]
+    return [row.input_ids[row.prompt_tokens + row.end_of_turn]]

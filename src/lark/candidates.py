@@ -1,0 +1,63 @@
+"""The rows a rule chooses from: their ids, statistics and pool columns as numpy arrays, grouped by problem."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from lark.groups import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates(Mapping[str, np.ndarray]):
+    """N candidates, one array [N] a column.
+
+    `candidates["loss"]` is a statistic: num_tokens (T), loss (mean surprisal L, nats/token), brier, entropy (means
+    over the span) and the sums they come from (`sum_surprisal`, `sum_rank_100`, `end_surprisal`, ...).
+    `candidates["teacher"]`, `["correct"]`, `["answer"]`, `["text"]` (the trajectory) and any further column of the
+    pool are read when first asked for. Step statistics (`step_tokens`, `step_surprisal`, `step_first_surprisal`) are
+    object arrays of one array a row.
+    """
+
+    problem_id: np.ndarray
+    candidate_id: np.ndarray
+    statistics: Mapping[str, np.ndarray]
+    read_column: Callable[[str, np.ndarray], np.ndarray] | None = None
+    row_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.row_N) != len(self.problem_id):
+            object.__setattr__(self, "row_N", np.arange(len(self.problem_id)))
+
+    @cached_property
+    def groups(self) -> Groups:
+        return Groups.from_ids(self.problem_id)
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {"problem_id": self.problem_id, "candidate_id": self.candidate_id, **self.statistics}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._columns:
+            if self.read_column is None:
+                raise ValueError(f"candidates have no column {name!r}; they have {', '.join(sorted(self._columns))}")
+            self._columns[name] = self.read_column(name, self.row_N)
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        """Candidates, not columns."""
+        return len(self.problem_id)
+
+    def where(self, keep_N: np.ndarray) -> "Candidates":
+        """The candidates with keep_N true; what a filter leaves."""
+        return Candidates(
+            problem_id=self.problem_id[keep_N],
+            candidate_id=self.candidate_id[keep_N],
+            statistics={name: column[keep_N] for name, column in self.statistics.items()},
+            read_column=self.read_column,
+            row_N=self.row_N[keep_N],
+        )

@@ -1,0 +1,203 @@
+"""The student: where its weights come from, its tokenizer, its head, LoRA."""
+
+import copy
+import shutil
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lark.cache import file_hash
+from lark.chat import Chat, load_template
+from lark.stats import Head
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHIPPED = "shipped:"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A causal language model to score with and to train.
+
+    id, revision: on the Hugging Face hub; used when `path` is null.
+    path: a folder with safetensors and a tokenizer, a .gguf file, or `shipped:<name>` for an embedded student.
+    dtype: auto | float32 | bfloat16 | float16. auto is float32 on CPU and bfloat16 on an accelerator.
+    attention: the transformers attention implementation.
+    template: chatml | llama3 | own | a Jinja file.
+    lora: null trains every parameter; otherwise peft.LoraConfig's arguments.
+    trust_remote_code: run code that comes with the weights; never on unless set.
+    """
+
+    name: str
+    id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    template: str = "chatml"
+    lora: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"model.dtype={self.dtype!r} is unknown; set it to auto, {', '.join(DTYPES)}")
+        if self.path is None and self.id is None:
+            raise ValueError("model.path and model.id are both null; set model.path to a folder or a .gguf file")
+        if self.path is not None and not self.path.startswith(SHIPPED) and not Path(self.path).exists():
+            raise ValueError(f"model.path={self.path} does not exist; set it to a folder with weights or a .gguf file")
+
+    @property
+    def folder(self) -> Path | None:
+        """Local weights, or None when they come from the hub."""
+        if self.path is None:
+            return None
+        if self.path.startswith(SHIPPED):
+            return Path(str(resources.files("lark") / "students" / self.path.removeprefix(SHIPPED)))
+        path = Path(self.path)
+        return path.parent if path.suffix == ".gguf" else path
+
+    def _source(self) -> tuple[str, dict[str, Any]]:
+        """from_pretrained's first argument and keywords."""
+        common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.folder is None:
+            return str(self.id), common | {"revision": self.revision}
+        if self.path is not None and self.path.endswith(".gguf"):
+            common["gguf_file"] = Path(self.path).name
+        return str(self.folder), common
+
+    def identity(self) -> dict[str, str | None]:
+        """What weights these are: hub id and revision, or a hash of the local files."""
+        if self.folder is None:
+            return {"id": self.id, "revision": self.revision}
+        if "weights" not in self._hashes:  # 135M parameters hash in a fraction of a second; once a process is enough
+            is_gguf = self.path is not None and self.path.endswith(".gguf")
+            files = (
+                [Path(str(self.path))]
+                if is_gguf
+                else sorted({f for pattern in _WEIGHTS for f in self.folder.glob(pattern)})
+            )
+            self._hashes["weights"] = "-".join(file_hash(file)[:16] for file in files)
+        return {"weights": self._hashes["weights"]}
+
+    def resolve_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        source, keywords = self._source()
+        try:
+            return AutoTokenizer.from_pretrained(source, **keywords)
+        except OSError as error:
+            raise self._unavailable() from error
+
+    def load_chat(self, *, span: str = "content", step_splitter: str = "sentences") -> Chat:
+        tokenizer = self.load_tokenizer()
+        template = load_template(self.template, tokenizer)
+        return Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
+
+    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The pre-trained weights, on CPU and in eval mode."""
+        source, keywords = self._source()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation=self.attention, use_safetensors=self._safetensors(), **keywords
+            )
+        except OSError as error:
+            raise self._unavailable() from error
+        return model.to(dtype=dtype)  # a dequantised GGUF file arrives in its own dtype
+
+    def _safetensors(self) -> bool | None:
+        """Weights a user downloaded are never unpickled; GGUF has its own reader."""
+        return None if self.path is not None and self.path.endswith(".gguf") else True
+
+    def load_trainable(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The model to train, in train mode: LoRA on top of frozen weights, or every parameter.
+
+        from_pretrained returns eval mode, in which dropout is off and gradient checkpointing silently does nothing.
+        """
+        model: Any = self.load_model(dtype)
+        model.train()
+        if self.lora is not None:
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.train()
+        return model
+
+    def load_trained(self, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+        """The student as `save_student` left it in `folder`."""
+        if self.lora is None:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation=self.attention, use_safetensors=True
+            )
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self.load_model(dtype), str(folder))
+
+    def _unavailable(self) -> ValueError:
+        if self.folder is not None:
+            return ValueError(
+                f"model.path={self.path} holds no student that transformers can load; set it to a folder with "
+                "config.json, *.safetensors and tokenizer.json, or to a .gguf file"
+            )
+        return ValueError(
+            f"model={self.name}: {self.id} is neither in the local Hugging Face cache nor could it be fetched; "
+            "set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the model is gated)"
+        )
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model under a LoRA wrapper (its layers are changed in place)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: Any) -> Head:
+    """The LM head with what the architecture does to its logits; raises for one we do not know how to reproduce."""
+    base = base_model(model)
+    linear: Any = base.get_output_embeddings()
+    config = base.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale /= float(config.logits_scaling)
+    return Head(
+        weight_VD=linear.weight,
+        bias_V=getattr(linear, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=scale,
+    )
+
+
+def hidden_states(model: Any, input_ids_RL: torch.Tensor, position_ids_RL: torch.Tensor | None) -> torch.Tensor:
+    """Last hidden states [R * L, D] of right-padded rows, or of one packed row with restarting positions.
+
+    No attention mask is passed: right padding needs none, and transformers keeps packed documents apart only when
+    the mask is absent, positions restart and no cache is used.
+    """
+    decoder: Any = base_model(model).get_decoder()
+    output = decoder(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def save_student(model: Any, chat: Chat, folder: Path) -> None:
+    """A save_pretrained folder (the adapter alone under LoRA) with tokenizer and template; complete or absent."""
+    base = base_model(model)
+    if getattr(base.config, "quantization_config", None) is not None:
+        delattr(base.config, "quantization_config")  # a dequantised GGUF student is an ordinary one from here on
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, safe_serialization=True)
+    tokenizer = copy.copy(chat.tokenizer)
+    tokenizer.chat_template = chat.template
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)

@@ -1,0 +1,133 @@
+"""From rows to batches: the step sampler, micro-batches, collate. A pure function of (rows, seed, step).
+
+Shapes: R rows of a padded micro-batch (or 1 packed row), L its length, N trained tokens, C coefficient sets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lark.chat import Encoded
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows laid out for one forward pass, and which of their tokens count.
+
+    `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed) or one packed row whose
+    `position_ids_RL` restart at every document. `predict_N` indexes the flattened [R * L] hidden states that predict
+    `target_N`; `row_N` and `position_N` say which row of the micro-batch, and which place in its span, that is.
+    """
+
+    input_ids_RL: Tensor
+    position_ids_RL: Tensor | None
+    predict_N: Tensor
+    target_N: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    rows: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed, padding included."""
+        return self.input_ids_RL.numel()
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def collate(encoded: Sequence[Encoded], rows: Sequence[int], *, packed: bool = False) -> MicroBatch:
+    """Lay out `encoded`, whose ids are `rows`, in one micro-batch."""
+    lengths = [len(row.input_ids) for row in encoded]
+    width = sum(lengths) if packed else max(lengths)
+    input_ids = torch.zeros(1 if packed else len(encoded), width, dtype=torch.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.arange(len(encoded)) * width
+    flat = input_ids.view(-1)
+    positions = torch.zeros_like(flat) if packed else None
+    predict, row_of, position = [], [], []
+    for i, (row, start, length) in enumerate(zip(encoded, starts.tolist(), lengths, strict=True)):
+        flat[start : start + length] = torch.tensor(row.input_ids)
+        if positions is not None:
+            positions[start : start + length] = torch.arange(length)
+        first = max(row.prompt_tokens, 1)  # nothing predicts the very first token
+        predict.append(torch.arange(start + first - 1, start + length - 1))
+        row_of.append(torch.full((length - first,), i))
+        position.append(torch.arange(first - row.prompt_tokens, length - row.prompt_tokens))
+    predict_N = torch.cat(predict)
+    return MicroBatch(
+        input_ids_RL=input_ids,
+        position_ids_RL=None if positions is None else positions[None],
+        predict_N=predict_N,
+        target_N=flat[predict_N + 1],
+        row_N=torch.cat(row_of),
+        position_N=torch.cat(position),
+        rows=tuple(rows),
+    )
+
+
+def step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """Row numbers of optimizer step `step`'s global batch: consecutive cuts of one seeded permutation per epoch."""
+    if not batch_size >= 1:
+        raise ValueError(f"sft.batch_size={batch_size} trains nothing; set it to at least 1 trajectory")
+    wanted = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = wanted // rows
+    batch = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        order = np.random.Generator(np.random.Philox(key=[seed, int(epoch)])).permutation(rows)
+        inside = epochs == epoch
+        batch[inside] = order[wanted[inside] % rows]
+    return batch
+
+
+def rank_share(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: int) -> np.ndarray:
+    """This rank's part of a global batch: every world-th row by length, so that ranks get equal work and widths."""
+    return batch[np.argsort(-lengths[batch], kind="stable")][rank::world]
+
+
+def micro_batches(lengths: np.ndarray, *, budget: int, packed: bool = False) -> list[np.ndarray]:
+    """Cut rows into micro-batches of at most `budget` computed tokens (a longer row goes alone).
+
+    Returns indices into `lengths`. Rows of similar length are padded together (each costs the longest one's length);
+    packed rows are placed by best-fit-decreasing (each costs its own length).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    if not packed:
+        cuts, start = [], 0
+        for i in range(1, len(order) + 1):
+            if i == len(order) or (i + 1 - start) * lengths[order[start]] > budget:
+                cuts.append(order[start:i])
+                start = i
+        return cuts
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in order.tolist():
+        fitting = [b for b, free in enumerate(room) if free >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda b: room[b])
+        else:
+            best = len(bins)
+            bins.append([])
+            room.append(budget)
+        bins[best].append(index)
+        room[best] -= int(lengths[index])
+    return [np.array(rows) for rows in bins]
+
+
+def coefficients(
+    row_tokens: np.ndarray, weights: np.ndarray, *, average: str, total_rows: int, total_weighted_tokens: float
+) -> np.ndarray:
+    """What each row's summed surprisal is multiplied by so that the products add up to the step's loss, [R].
+
+    average="trajectory": w_i / (|G| T_i), the weighted mean over trajectories of the mean over their tokens.
+    average="token": w_i / sum over G of w_j T_j, the weighted mean over tokens.
+    Both denominators are the global batch's (`total_rows` = |G|), never the micro-batch's.
+    """
+    if average == "trajectory":
+        return weights / (total_rows * row_tokens)
+    if average == "token":
+        return weights / total_weighted_tokens
+    raise ValueError(f"sft.average={average!r} is unknown; set it to trajectory or token")

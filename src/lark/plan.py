@@ -1,0 +1,70 @@
+"""What a run will do, decided once by rank 0 and obeyed by the others.
+
+Under ddp the first Trainer that needs it re-executes the command for every further rank. Those processes must not
+look at caches or locks of their own accord: another job may complete a cache between rank 0's look and theirs. So
+rank 0 writes plan.json into the run folder before the first Trainer; a child process finds the folder in LARK_RUN.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
+
+from lark.cache import read_json, write_json
+
+RUN_VARIABLE = "LARK_RUN"
+_LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE)
+
+
+def is_main() -> bool:
+    return rank_zero_only.rank == 0
+
+
+def child_of() -> Path | None:
+    """The run folder this process was launched into as a further rank, or None."""
+    run = os.environ.get(RUN_VARIABLE)
+    return Path(run) if run and int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
+
+
+def barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+class Plan:
+    """plan.json: `score` (whether the probe runs) and, once known, `arms` (name -> hash and action)."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "plan.json"
+        self.values: dict[str, Any] = {}
+
+    def share(self, **values: Any) -> None:
+        """On rank 0 write `values` into the plan; on the others read it. Ranks that already run wait for each other."""
+        if is_main():
+            os.environ[RUN_VARIABLE] = str(self.path.parent.resolve())  # for children launched from here on
+            self.values |= values
+            write_json(self.path, self.values)
+        barrier()
+        if not is_main():
+            self.values = read_json(self.path)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+
+def start_ranks() -> None:
+    """Under torchrun all ranks run from the start: join them, so that they can wait for rank 0's plan."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        dist.init_process_group()
+
+
+def leave_ranks() -> None:
+    """End of a job: what launched its ranks must not leak into the next job of a multirun in this process."""
+    launched_here = os.environ.pop(RUN_VARIABLE, None) and "TORCHELASTIC_RUN_ID" not in os.environ
+    if launched_here:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        for name in _LAUNCH_VARIABLES:
+            os.environ.pop(name, None)

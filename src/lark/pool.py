@@ -1,0 +1,274 @@
+"""Pools: rows checked, normalised and kept in one memory-mapped Arrow file.
+
+A row is one candidate (trajectory) of one problem:
+
+    {"problem_id": "17", "candidate_id": "0", "teacher": "qwen3-8b" | null, "answer": "42" | null,
+     "correct": true | false | null, "messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}], ...}
+
+Ids may be integers and are stored as strings, answers may be numbers and are stored as strings, `messages` may be a
+JSON string. The columns not named above are carried along as one JSON string, `extra`, so that files with different
+further columns fit into one table; there a null (or NaN) counts as absent.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from lark.cache import complete, file_hash, identity_hash, lock, read_json, replacing, source_hash, writable, write_json
+from lark.rows import FIELDS, Fault, RowError, find_files, normalise, read_rows
+
+SCHEMA = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("candidate_id", pa.string()),
+        ("teacher", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("answer", pa.string()),
+        ("correct", pa.bool_()),
+        ("extra", pa.string()),  # the further columns, one JSON object
+        ("source", pa.string()),  # file:line, for messages to the user; no part of the fingerprint
+    ]
+)
+BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # rows are written when either is reached, however long trajectories are
+SHOWN_FAULTS = 20
+
+
+class PoolError(ValueError):
+    """A pool with faults: `faults` holds every one, the message shows the first 20."""
+
+    def __init__(self, headline: str, faults: Sequence[Fault]):
+        super().__init__(headline, faults)
+        self.headline, self.faults = headline, list(faults)
+
+    def __str__(self) -> str:
+        lines = [self.headline, *map(str, self.faults[:SHOWN_FAULTS])]
+        if len(self.faults) > SHOWN_FAULTS:
+            lines.append(f"... and {len(self.faults) - SHOWN_FAULTS} more")
+        return "\n  ".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Checked rows in file order, memory-mapped."""
+
+    rows: datasets.Dataset
+    """Columns as in `SCHEMA`; reading a row touches only its part of the file."""
+    fingerprint: str
+    """16 hex digits over the content of the rows in order, whatever their files are called and written in."""
+    dropped: dict[str, int]
+    """Reason -> rows dropped for it; a row counts once, under its first fault ("empty file" counts files)."""
+    faults: list[Fault]
+    """The faults of what was dropped."""
+
+
+def read_pool(
+    source: str | Path | Sequence[str | Path],
+    *,
+    cache: str | Path,
+    on_error: Literal["raise", "drop"] = "raise",
+    limit: int | None = None,
+) -> Pool:
+    """Read a pool, or open it as it was once read from files of the same contents.
+
+    source: a .jsonl, .json (one list) or .parquet file, a folder of such files, a glob, or a list of these.
+    cache: folder of caches (`paths.cache`); the rows go to `<cache>/pools/<hash of the identity>/pool.arrow`.
+    on_error: "drop" leaves faulty rows out and counts them; of rows of a problem that contradict each other the first
+        one holds.
+    limit: only the first `limit` problems that have a valid row, in file order. Their rows need not stand together, so
+        files are read to their end; rows of further problems are neither checked nor counted.
+
+    Raises PoolError with all faults under "raise". Under "drop" as well if no row is left, or if a file breaks off (a
+    broken JSON list, damaged Parquet), because nobody knows how many rows that loses. Raises ValueError naming the
+    setting for a file that does not exist or has an unknown ending and for settings out of range.
+    """
+    if on_error not in ("raise", "drop"):
+        raise ValueError(f"task.on_error={on_error} is unknown: set it to raise or drop")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"task.limit={limit} is no number of problems: set it to 1 or more, or to null for all")
+    files = find_files(source, setting="task.pool")
+    identity = {
+        "files": [[name, path.stat().st_size, _content_hash(path)] for name, path in files.items()],
+        "on_error": on_error,
+        "limit": limit,
+        "reader": source_hash(["pool", "rows"]),
+    }
+    folder = writable(cache, "paths.cache") / "pools" / identity_hash(identity)
+    if not complete(folder):
+        with lock(folder):
+            if not complete(folder):  # else another process has written it while this one waited
+                shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+                shown = source if isinstance(source, str | Path) else f"[{','.join(map(str, source))}]"
+                outcome = _write(files, folder, on_error=on_error, limit=limit, headline=f"task.pool={shown}")
+                write_json(folder / "manifest.json", {"identity": identity, **outcome})
+    manifest = read_json(folder / "manifest.json")
+    return Pool(
+        rows=datasets.Dataset.from_file(str(folder / "pool.arrow")),
+        fingerprint=manifest["fingerprint"],
+        dropped=manifest["dropped"],
+        faults=[Fault(**fault) for fault in manifest["faults"]],
+    )
+
+
+def held_out(problem_ids: Sequence[str] | np.ndarray, share: float) -> np.ndarray:
+    """Which rows are held out: whole problems, chosen by the hash of their id alone.
+
+    The round(share * problems) problems whose id has the smallest sha256, at least one of several when share > 0 and
+    never all of them. Neither the order of rows nor their number a problem matters, and a larger share holds out a
+    superset.
+
+    problem_ids: [N], one a row. Returns bool [N]. Raises ValueError if share is outside [0, 1).
+    """
+    if not isinstance(share, int | float) or not 0 <= share < 1:
+        raise ValueError(f"task.held_out={share} is no share of problems: set it to at least 0 and below 1, such as .1")
+    ids = [str(problem_id) for problem_id in problem_ids]
+    problems = sorted(set(ids), key=lambda problem_id: hashlib.sha256(problem_id.encode()).digest())
+    count = max(round(share * len(problems)), int(share > 0))
+    chosen = set(problems[: min(count, max(len(problems) - 1, 0))])
+    return np.fromiter((problem_id in chosen for problem_id in ids), dtype=bool, count=len(ids))
+
+
+def extra_column(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """One further column of the pool as an array [N], by rows.
+
+    float64 with NaN where the column is absent if every value is a number or a bool, else object with None there.
+    Raises ValueError if no row has the column.
+    """
+    values: list[Any] = []
+    names: set[str] = set()
+    for batch in rows.select_columns(["extra"]).with_format("arrow").iter(BATCH_ROWS):
+        for text in batch["extra"].to_pylist():  # type: ignore[call-overload]  (in Arrow format a batch is a table)
+            extra = json.loads(text)
+            values.append(extra.get(name))
+            names.update(extra)
+    if name not in names:
+        raise ValueError(f"the pool has no column {name}: its further columns are {', '.join(sorted(names)) or 'none'}")
+    if all(value is None or isinstance(value, int | float) for value in values):
+        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+    column = np.empty(len(values), dtype=object)  # np.array would make a matrix of lists of one length
+    column[:] = values
+    return column
+
+
+def _content_hash(path: Path) -> str:
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise ValueError(f"task.pool={path} cannot be read ({error.strerror}): set it to a readable file") from error
+
+
+@dataclass
+class _Report:
+    faults: list[Fault] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    broken_off: bool = False  # an unknown number of rows is lost
+
+    def drop(self, faults: list[Fault]) -> None:
+        self.faults += faults
+        self.dropped[faults[0].reason] += 1
+
+
+def _write(files: dict[str, Path], folder: Path, *, on_error: str, limit: int | None, headline: str) -> dict[str, Any]:
+    """Write the valid rows to `folder`/pool.arrow; returns what the manifest says of them. Raises PoolError."""
+    report, digest, count = _Report(), hashlib.sha256(), 0
+    with replacing(folder / "pool.arrow") as temporary:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            batch, size = [], 0
+            for row in _valid_rows(files, limit, report):
+                content = json.dumps([row[name] for name in FIELDS], ensure_ascii=False).encode()
+                digest.update(content + b"\n")
+                batch.append(row)
+                count, size = count + 1, size + len(content)
+                if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+                    batch, size = [], 0
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+        headline += f" has {len(report.faults)} {'fault' if len(report.faults) == 1 else 'faults'}"
+        if report.broken_off:
+            raise PoolError(f"{headline}, and a file that breaks off: repair or remove that file", report.faults)
+        if report.faults and on_error == "raise":
+            remedy = "correct them, or set task.on_error=drop to leave what is faulty out"
+            raise PoolError(f"{headline}: {remedy}", report.faults)
+        if not count:
+            raise PoolError(f"{headline} and no valid row: correct the rows or set task.pool to others", report.faults)
+    return {
+        "rows": count,
+        "fingerprint": digest.hexdigest()[:16],
+        "dropped": dict(report.dropped),
+        "faults": [asdict(fault) for fault in report.faults],
+    }
+
+
+def _valid_rows(files: dict[str, Path], limit: int | None, report: _Report) -> Iterator[dict[str, Any]]:
+    ledger = _Ledger(limit)
+    for file, path in files.items():
+        line = None
+        try:
+            for line, raw in read_rows(path):
+                row, errors = ({}, [raw]) if isinstance(raw, RowError) else normalise(raw)
+                if ledger.is_beyond_limit(row.get("problem_id")):
+                    continue
+                row["source"] = f"{file}:{line}"
+                errors = errors or ledger.enter(row)
+                if errors:
+                    report.drop([error.at(file, line) for error in errors])
+                else:
+                    yield row
+        except RowError as error:
+            report.broken_off = True
+            report.drop([error.at(file, error.line)])
+        else:
+            if line is None:
+                error = RowError("row", "empty file", "the file holds no row: write rows to it or take it out")
+                report.drop([error.at(file, None)])
+
+
+class _Ledger:
+    """What the valid rows so far say of their problems.
+
+    The only part of reading that grows with the pool, by digests rather than texts: about 100 bytes a row and 400 a
+    problem (measured), that is 1.4 GB for ten million rows of one million problems. Rows of a problem may stand
+    anywhere in any file, so nothing can be forgotten before the end.
+    """
+
+    def __init__(self, limit: int | None):
+        self.limit = limit
+        self.problems: dict[str, tuple[bytes, bytes, str]] = {}  # id -> digests of prompt and answer, first row's place
+        self.candidates: set[bytes] = set()  # digests of (problem_id, candidate_id)
+
+    def is_beyond_limit(self, problem_id: str | None) -> bool:
+        full = self.limit is not None and len(self.problems) >= self.limit
+        return full and problem_id is not None and problem_id not in self.problems
+
+    def enter(self, row: dict[str, Any]) -> list[RowError]:
+        """Enter a row; returns its contradictions to the rows before, and enters nothing if there are any."""
+        problem_id, candidate_id = row["problem_id"], row["candidate_id"]
+        candidate, prompt, answer = map(_digest, ([problem_id, candidate_id], row["messages"][:-1], row["answer"]))
+        first_prompt, first_answer, first = self.problems.get(problem_id, (prompt, answer, row["source"]))
+        errors = []
+        if candidate in self.candidates:
+            message = f"problem {problem_id} has a candidate {candidate_id} already: give each its own id"
+            errors.append(RowError("candidate_id", "duplicate candidate_id", message))
+        if prompt != first_prompt:
+            message = f"the turns before the last differ from those of problem {problem_id} in {first}: make them equal"
+            errors.append(RowError("messages", "different prompt", message))
+        if answer != first_answer:
+            message = f"{row['answer']} is not the answer of problem {problem_id} in {first}: make them equal"
+            errors.append(RowError("answer", "different answer", message))
+        if not errors:
+            self.candidates.add(candidate)
+            self.problems.setdefault(problem_id, (prompt, answer, first))
+        return errors
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()

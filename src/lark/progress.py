@@ -1,0 +1,64 @@
+"""One progress line for scoring and training: rate and time left, on a terminal and in a log file alike."""
+
+import sys
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+LOG_SECONDS = 10.0  # between lines when the output is a file
+
+
+class Progress(Callback):
+    """Counts micro-batches while scoring and optimizer steps while training, on rank 0."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self.bar: tqdm | None = None
+
+    def _open(self, trainer: Trainer, total: float, unit: str, initial: int = 0) -> None:
+        if trainer.is_global_zero:
+            self.bar = tqdm(
+                total=int(total),
+                initial=initial,
+                desc=self.label,
+                unit=unit,
+                leave=False,
+                mininterval=0.2 if sys.stderr.isatty() else LOG_SECONDS,
+                dynamic_ncols=sys.stderr.isatty(),
+            )
+
+    def _advance(self, shown: dict[str, Any] | None = None) -> None:
+        if self.bar is not None:
+            if shown:
+                self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(trainer, sum(trainer.num_predict_batches), " batches")
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self._advance()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open(trainer, trainer.max_steps, " steps", trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        names = ("train/loss", "held_out/loss")
+        values = {n: f"{float(trainer.callback_metrics[n]):.3f}" for n in names if n in trainer.callback_metrics}
+        self._advance(values)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()

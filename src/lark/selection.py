@@ -1,0 +1,229 @@
+"""Rules (filter, score, policy) -> Selection: which rows, with which weights, and how that came about."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lark.cache import replacing
+from lark.candidates import Candidates
+from lark.groups import Groups, tie_hash
+from lark.policies import Policy, prior_weights, take_top, weights
+from lark.scores import Score, imported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between:
+    """A filter: min <= column <= max, for a statistic (num_tokens, loss) or a numeric column of the pool."""
+
+    column: str
+    min: float = -np.inf
+    max: float = np.inf
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        values_N = candidates[self.column].astype(np.float64)
+        return (values_N >= self.min) & (values_N <= self.max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How to choose. Higher score = first.
+
+    score: a score (lark.scores) or `module:function`, called with the Candidates, giving one number a row.
+    policy: turns the scores of one problem's candidates into weights; replaced by top_b when the rule is a baseline.
+    filter: null, a boolean column of the pool (`correct`), a Between, or `module:function` giving a mask. It acts
+        before scoring, so scores that depend on the other candidates are computed on the survivors.
+    """
+
+    name: str
+    score: Score | str
+    policy: Policy
+    filter: Callable[[Candidates], np.ndarray] | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.score, str):
+            object.__setattr__(self, "score", imported(self.score, "selector.score"))
+        if isinstance(self.filter, str) and ":" in self.filter:
+            object.__setattr__(self, "filter", imported(self.filter, "selector.filter"))
+
+    @property
+    def takes_all(self) -> bool:
+        return self.policy.kind == "prior"
+
+    def keep(self, candidates: Candidates) -> np.ndarray:
+        """Mask [N] of the candidates the filter lets through; a missing value does not pass."""
+        if self.filter is None:
+            return np.ones(len(candidates), bool)
+        values_N = candidates[self.filter] if isinstance(self.filter, str) else self.filter(candidates)
+        return self._column(values_N, len(candidates), "filter") == 1
+
+    def scores(self, candidates: Candidates) -> np.ndarray:
+        """Scores [N] in float64 of candidates that passed the filter."""
+        assert callable(self.score)
+        score_N = self._column(self.score(candidates), len(candidates), "score")
+        if np.isposinf(score_N).any():
+            raise ValueError(f"selector {self.name}: its score is +inf for some rows; return finite numbers or NaN")
+        return score_N
+
+    def _column(self, values: Any, rows: int, what: str) -> np.ndarray:
+        array = np.asarray(values)
+        if array.shape != (rows,):
+            raise ValueError(
+                f"selector {self.name}: its {what} has shape {array.shape} for {rows} candidates; return one value a row"
+            )
+        return (
+            np.array([np.nan if v is None else v for v in array], float)
+            if array.dtype == object
+            else array.astype(float)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The chosen rows of the pool, with their weights.
+
+    row: row numbers in the pool, ascending; share: q, sums to 1 within a problem; weight: q scaled so that its mean
+    over the selection is 1; score: what the rule gave each chosen row; record: counts, shares, confounds (JSON);
+    score_N: the scores of all candidates, NaN where there is none.
+    """
+
+    row: np.ndarray
+    share: np.ndarray
+    weight: np.ndarray
+    score: np.ndarray
+    record: dict[str, Any]
+    score_N: np.ndarray
+    taken_by_problem: Mapping[str, int]
+
+
+def select(rule: Rule, candidates: Candidates, *, seed: int, like: Selection | None = None) -> Selection:
+    """Apply `rule`; with `like` it acts as that selection's baseline: policy top_b with equal weights, taking of each
+    problem as many rows as `like` took there (a rule that takes all candidates still takes all).
+
+    Raises ValueError when nothing at all can be chosen.
+    """
+    keep_N = rule.keep(candidates)
+    survivors = candidates.where(keep_N)
+    score_N = np.full(len(candidates), np.nan)
+    if len(survivors):
+        score_N[keep_N] = rule.scores(survivors)
+    groups = candidates.groups
+    tie_N = tie_hash(seed, candidates["problem_id"], candidates["candidate_id"])
+    valid_N = np.isfinite(score_N)
+    counts: dict[str, int] = {
+        "candidates": len(candidates),
+        "dropped_by_filter": int((~keep_N).sum()),
+        "dropped_without_score": int((keep_N & ~valid_N).sum()),
+    }
+    if like is not None and not rule.takes_all:
+        first_of_group = candidates["problem_id"][np.unique(groups.index_N, return_index=True)[1]]
+        wanted_G = np.array([like.taken_by_problem.get(problem, 0) for problem in first_of_group])
+        q_N, shortfall = take_top(score_N, groups, tie_N, wanted_G)
+        counts["short_of_selector"] = int(shortfall)
+        details: dict[str, Any] = {"kind": "top_b", "rows_per_problem": "as many as the selector"}
+    else:
+        column = None if rule.policy.prior == "uniform" else candidates[_prior_column(rule.policy)]
+        prior_N = prior_weights(rule.policy.prior, column, groups, valid_N)
+        result = weights(rule.policy, score_N, groups, tie_N, prior_N, seed=seed, problem_ids=candidates["problem_id"])
+        q_N = result.q_N
+        details = {**vars(rule.policy), **result.record()}
+    chosen_N = np.flatnonzero(q_N > 0)
+    if len(chosen_N) == 0:
+        raise ValueError(
+            f"selector {rule.name} chose nothing of {len(candidates)} candidates ({counts['dropped_by_filter']} "
+            f"filtered, {counts['dropped_without_score']} without a score); loosen selector.filter or check the scores"
+        )
+    share = q_N[chosen_N]
+    problems, taken = np.unique(candidates["problem_id"][chosen_N], return_counts=True)
+    weight = share * len(share) / share.sum()
+    counts |= {
+        "chosen": len(chosen_N),
+        "not_chosen": int(valid_N.sum()) - len(chosen_N),
+        "problems": groups.count,
+        "problems_without_choice": groups.count - len(problems),
+    }
+    record = {
+        "rule": rule.name,
+        "matched": like is None or not rule.takes_all,
+        "policy": details,
+        "counts": counts,
+        "tokens": int(candidates["num_tokens"][chosen_N].sum()),
+        "effective_sample_size": float(weight.sum() ** 2 / np.square(weight).sum()),
+        "teacher_share": _shares(candidates["teacher"][chosen_N], weight),
+        "within_problem_spearman": {
+            name: within_problem_spearman(score_N, candidates[name], groups) for name in ("loss", "num_tokens")
+        },
+    }
+    return Selection(
+        row=candidates.row_N[chosen_N],
+        share=share,
+        weight=weight,
+        score=score_N[chosen_N],
+        record=record,
+        score_N=score_N,
+        taken_by_problem=dict(zip(problems.tolist(), taken.tolist(), strict=True)),
+    )
+
+
+def _prior_column(policy: Policy) -> str:
+    return "teacher" if policy.prior == "per_teacher" else policy.prior
+
+
+def _shares(teachers: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    """Share of the selection's weight by teacher, largest first."""
+    names, index = np.unique([str(t) for t in teachers], return_inverse=True)
+    share = np.bincount(index, weight) / weight.sum()
+    return {str(names[i]): float(share[i]) for i in np.argsort(-share)}
+
+
+def within_problem_spearman(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) -> float | None:
+    """Mean over problems of Spearman's correlation between a and b among the problem's candidates (midranks for
+    ties); problems in which either is constant, or fewer than two rows have both values, do not count. None if none.
+    """
+    both_N = np.isfinite(a_N) & np.isfinite(b_N.astype(float))
+    if not both_N.any():
+        return None
+    index, inverse = np.unique(groups.index_N[both_N], return_inverse=True)
+    sub = Groups(index_N=inverse, count=len(index))
+    x, y = (_midranks(v[both_N].astype(float), sub) for v in (a_N, b_N))
+    x, y = (r - sub.spread(sub.sum(r) / sub.size) for r in (x, y))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rho_G = sub.sum(x * y) / np.sqrt(sub.sum(x * x) * sub.sum(y * y))
+    return float(np.nanmean(rho_G)) if np.isfinite(rho_G).any() else None
+
+
+def _midranks(x_N: np.ndarray, groups: Groups) -> np.ndarray:
+    """Ranks of all rows by (group, x), ties sharing the middle; only differences within a group matter."""
+    order = np.lexsort((x_N, groups.index_N))
+    new = np.ones(len(x_N), bool)
+    new[1:] = (np.diff(x_N[order]) != 0) | (np.diff(groups.index_N[order]) != 0)
+    block = np.cumsum(new) - 1
+    middle = np.bincount(block, np.arange(len(x_N))) / np.bincount(block)
+    ranks = np.empty(len(x_N))
+    ranks[order] = middle[block]
+    return ranks
+
+
+def export(selection: Selection, read_rows: Callable[[np.ndarray], Any], path: Path, *, name: str) -> None:
+    """Write selection.jsonl: one chosen row a line, `messages`, `weight` and `meta`, as TRL and LLaMA-Factory load it.
+
+    `read_rows` gives an iterable of pool rows for row numbers, so that the pool is never whole in memory.
+    """
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        rows = read_rows(selection.row)
+        for row, weight, share, score in zip(rows, selection.weight, selection.share, selection.score, strict=True):
+            meta = {
+                "problem_id": row["problem_id"],
+                "candidate_id": row["candidate_id"],
+                "teacher": row["teacher"],
+                "answer": row["answer"],
+                "correct": row["correct"],
+                "rule": name,
+                "score": float(score),
+                "share": float(share),
+            }
+            line = {"messages": row["messages"], "weight": float(weight), "meta": meta}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

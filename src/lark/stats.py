@@ -1,0 +1,158 @@
+"""Token statistics from hidden states and the LM head, in chunks; sums per trajectory.
+
+Shapes: N scored tokens, D hidden size, V vocabulary, R rows (trajectories). Logits exist for one chunk of tokens at
+a time, in float32; no array grows with N x V.
+
+Numerics: with y the observed token, everything is computed from the *other* tokens' mass, s = softplus(lse_rest - l_y)
+and Brier = (1 - p_y)^2 + sum over v != y of p_v^2, so that confident tokens (p_y close to 1) keep their digits.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RANK_CLIPS = (50, 100, 500)
+CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time; about what a 2-core cache hierarchy likes
+VERSION = 1  # raise when a statistic changes its meaning: cached statistics are keyed by it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The student's last linear map: logits_NV = softcap(scale * hidden_ND @ weight_VD.T + bias_V)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """float32 logits [N, V] (the product itself runs in the weights' dtype)."""
+        logits_NV = F.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def chunk(self) -> int:
+        """Tokens whose logits fit CHUNK_BYTES."""
+        return max(1, CHUNK_BYTES // (4 * self.weight_VD.shape[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenStatistics:
+    """One value a token: surprisal (nats), Brier score, entropy (nats), rank (1 = most likely), ln sum_v p(v)^2."""
+
+    surprisal_N: Tensor
+    brier_N: Tensor
+    entropy_N: Tensor
+    rank_N: Tensor
+    log_sum_p2_N: Tensor
+
+
+def token_statistics(hidden_ND: Tensor, target_N: Tensor, head: Head, *, top_k: int | None = None) -> TokenStatistics:
+    """Statistics of the observed tokens `target_N` under the student whose hidden states predict them.
+
+    `top_k` computes the Brier score as LARK's released code does: from the k largest logits, softmax renormalised
+    over them, p(y) = 0 when y is outside. It is biased; None is exact.
+    """
+    chunk = head.chunk()
+    pieces = [
+        _chunk_statistics(head.logits(hidden_ND[i : i + chunk]), target_N[i : i + chunk], top_k)
+        for i in range(0, len(target_N), chunk)
+    ]
+    if not pieces:
+        empty = hidden_ND.new_zeros(0, dtype=torch.float32)
+        return TokenStatistics(
+            surprisal_N=empty, brier_N=empty, entropy_N=empty, rank_N=empty.long(), log_sum_p2_N=empty
+        )
+    surprisal, brier, entropy, rank, log_sum_p2 = (torch.cat(column) for column in zip(*pieces, strict=True))
+    return TokenStatistics(
+        surprisal_N=surprisal, brier_N=brier, entropy_N=entropy, rank_N=rank, log_sum_p2_N=log_sum_p2
+    )
+
+
+def _chunk_statistics(logits_NV: Tensor, target_N: Tensor, top_k: int | None) -> tuple[Tensor, ...]:
+    """Overwrites `logits_NV`."""
+    target_N1 = target_N[:, None]
+    own_N = logits_NV.gather(1, target_N1).squeeze(1)
+    rank_N = 1 + (logits_NV > own_N[:, None]).sum(1)
+    brier_top_k_N = None if top_k is None else _brier_top_k(logits_NV, own_N, rank_N, top_k)
+
+    logits_NV.scatter_(1, target_N1, -math.inf)
+    peak_N = logits_NV.amax(1)
+    exp_NV = logits_NV.sub_(peak_N[:, None]).exp()  # zero at the observed token from here on
+    mass_N = exp_NV.sum(1)
+    mass2_N = exp_NV.square().sum(1)
+    moment_N = exp_NV.mul_(logits_NV.scatter_(1, target_N1, 0.0)).sum(1)  # sum of e^x x, x relative to the peak
+
+    rest_N = peak_N + mass_N.log()  # ln of the other tokens' mass
+    surprisal_N = F.softplus(rest_N - own_N, threshold=50.0)
+    total_N = own_N + surprisal_N
+    log_p_N = -surprisal_N
+    rest_p2_N = mass2_N * (2 * (peak_N - total_N)).exp()
+    brier_N = torch.expm1(log_p_N).square() + rest_p2_N
+    log_sum_p2_N = ((2 * log_p_N).exp() + rest_p2_N).log()
+    scale_N = (peak_N - total_N).exp()
+    entropy_N = log_p_N.exp() * surprisal_N - scale_N * (moment_N + mass_N * (peak_N - total_N))
+    return surprisal_N, brier_N if brier_top_k_N is None else brier_top_k_N, entropy_N, rank_N, log_sum_p2_N
+
+
+def _brier_top_k(logits_NV: Tensor, own_N: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
+    top_NK = logits_NV.topk(min(top_k, logits_NV.shape[1]), dim=1).values
+    p_NK = top_NK.softmax(1)
+    inside_N = rank_N <= top_k
+    own_p_N = torch.where(inside_N, (own_N - top_NK.logsumexp(1)).exp(), 0.0)
+    return 1 - 2 * own_p_N + p_NK.square().sum(1)
+
+
+def trajectory_sums(
+    tokens: TokenStatistics, row_N: Tensor, position_N: Tensor, end_of_turn_R: Tensor, *, rows: int
+) -> dict[str, Tensor]:
+    """Sums over each trajectory's span, float64 [R] (counts int64).
+
+    `row_N` says which trajectory a token belongs to, `position_N` its place in the span, `end_of_turn_R` the span
+    index of each row's end-of-turn token (-1: cut off; its values are then 0 and `has_end` is 0).
+    """
+
+    def total(x_N: Tensor) -> Tensor:
+        dtype = torch.int64 if x_N.dtype in (torch.bool, torch.int64) else torch.float64
+        return torch.zeros(rows, dtype=dtype, device=x_N.device).index_add_(0, row_N, x_N.to(dtype))
+
+    is_end_N = position_N == end_of_turn_R[row_N]
+    sums = {
+        "num_tokens": total(torch.ones_like(row_N)),
+        "sum_surprisal": total(tokens.surprisal_N),
+        "sum_brier": total(tokens.brier_N),
+        "sum_entropy": total(tokens.entropy_N),
+        "sum_rank": total(tokens.rank_N),
+        "top1": total(tokens.rank_N == 1),
+        "has_end": total(is_end_N),
+        "end_surprisal": total(torch.where(is_end_N, tokens.surprisal_N, 0.0)),
+        "end_brier": total(torch.where(is_end_N, tokens.brier_N, 0.0)),
+        "end_entropy": total(torch.where(is_end_N, tokens.entropy_N, 0.0)),
+        "end_rank": total(torch.where(is_end_N, tokens.rank_N, 0)),
+    }
+    for clip in RANK_CLIPS:
+        sums[f"sum_rank_{clip}"] = total(tokens.rank_N.clamp(max=clip))
+    return sums
+
+
+def step_sums(
+    surprisal_T: np.ndarray, steps: list[int], end: int, *, skip: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per step of one trajectory: its tokens, its summed surprisal (nats), and that of its first `skip` tokens alone.
+
+    `steps` are the span indices at which steps begin; tokens from `end` on (the end-of-turn token) belong to none.
+    """
+    if end == 0:
+        return np.zeros(0, np.int64), np.zeros(0), np.zeros(0)
+    starts = np.asarray(steps)
+    values = surprisal_T[:end].astype(np.float64)
+    counts = np.diff(np.append(starts, end))
+    first = np.arange(end) - np.repeat(starts, counts) < skip
+    return counts, np.add.reduceat(values, starts), np.add.reduceat(np.where(first, values, 0.0), starts)

@@ -1,0 +1,1 @@
+"""Embedded tasks and their programmatic teachers."""

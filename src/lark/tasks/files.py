@@ -1,0 +1,86 @@
+"""Tasks: where the pool and the evaluation sets come from, how long rows may be, how answers are checked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lark.cache import complete, identity_hash, lock, source_hash, write_json
+from lark.verify import KINDS
+
+OVERLONG = ("drop", "truncate", "error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A pool and evaluation sets in files.
+
+    pool: file, folder, glob or list of these with trajectories.
+    eval: evaluation sets by name, or one file.
+    checker: how an answer is checked: math | number | reasoning_gym | exact; pattern: where it stands if not boxed.
+    system: system turn of evaluation prompts (the pool's rows bring their own).
+    held_out: share of the pool's problems kept for held-out loss, 0 to 1.
+    limit, eval_limit: at most this many problems of the pool, of each evaluation set.
+    max_length: tokens of a whole row, for scoring and training; overlong: drop | truncate | error.
+    max_new_tokens: longest answer when evaluating.
+    on_error: raise | drop rows that break the schema.
+    """
+
+    name: str
+    pool: Any
+    eval: Any = None
+    checker: str = "math"
+    pattern: str | None = None
+    system: str | None = None
+    held_out: float = 0.1
+    limit: int | None = None
+    eval_limit: int | None = None
+    max_length: int = 4096
+    overlong: str = "drop"
+    max_new_tokens: int = 1024
+    on_error: str = "raise"
+
+    def __post_init__(self) -> None:
+        if self.checker not in KINDS:
+            raise ValueError(f"task.checker={self.checker!r} is unknown; set it to one of {', '.join(KINDS)}")
+        if self.overlong not in OVERLONG:
+            raise ValueError(f"task.overlong={self.overlong!r} is unknown; set it to one of {', '.join(OVERLONG)}")
+        if self.on_error not in ("raise", "drop"):
+            raise ValueError(f"task.on_error={self.on_error!r} is unknown; set it to raise or drop")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"task.held_out={self.held_out} is no share of problems; set it from 0 to below 1")
+        for name in ("limit", "eval_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"task.{name}={value} leaves no problem; set it to 1 or more, or null for all")
+        if self.max_length < 2 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"task.max_length={self.max_length} and task.max_new_tokens={self.max_new_tokens} leave no room for an "
+                "answer; set them to at least 2 and 1 tokens"
+            )
+
+    def sources(self, cache: Path) -> tuple[Any, dict[str, Path]]:
+        """Where the pool is, and the evaluation files by name."""
+        sets = self.eval if isinstance(self.eval, dict) else {"eval": self.eval} if self.eval else {}
+        return self.pool, {name: Path(path) for name, path in sets.items() if path}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedTask(Task):
+    """A task that writes its own files: `generate(folder, **settings)` gives pool.jsonl and `<set>.jsonl` files."""
+
+    pool: Any = None
+    generate: Callable[..., None]
+    sets: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def sources(self, cache: Path) -> tuple[Any, dict[str, Path]]:
+        identity = {"settings": self.settings, "source": source_hash(["lark.tasks"])}
+        folder = cache / "tasks" / f"{self.name}-{identity_hash(identity)}"
+        with lock(folder):
+            if not complete(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self.generate(folder, **self.settings)
+                write_json(folder / "manifest.json", identity)
+        pool = folder / "pool.jsonl" if self.pool is None else self.pool  # a pool of the user's own is welcome
+        return pool, {name: folder / file for name, file in self.sets.items()}

@@ -1,0 +1,81 @@
+"""Where a run's figures go: W&B (online, or offline when there is no key) or CSV files. One logger an arm."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """One W&B run an arm, grouped by run or sweep.
+
+    mode: auto (online when a key is known, else offline) | online | offline. text: whether prompts and trajectories
+    may leave the machine.
+    """
+
+    name: str
+    project: str = "lark"
+    entity: str | None = None
+    mode: str = "auto"
+    text: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "online", "offline"):
+            raise ValueError(f"logger.mode={self.mode!r} is unknown; set it to auto, online or offline")
+
+    @property
+    def offline(self) -> bool:
+        if self.mode != "auto":
+            return self.mode == "offline"
+        if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+            return True
+        import wandb
+
+        return not wandb.login(prompt=False)
+
+    def describe(self) -> str:
+        return (
+            "W&B offline (no API key; `wandb login` once to upload)" if self.offline else f"W&B project {self.project}"
+        )
+
+    def open(self, *, title: str, group: str, job_type: str, config: dict[str, Any], folder: Path) -> Logger:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        return WandbLogger(
+            name=title,
+            project=self.project,
+            entity=self.entity,
+            offline=self.offline,
+            save_dir=str(folder),
+            group=group,
+            job_type=job_type,
+            config=config,
+        )
+
+    def finish(self) -> None:
+        """Without this, consecutive runs in one process merge into one."""
+        import wandb
+
+        wandb.finish()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Csv:
+    """metrics.csv and hparams.yaml a run, nothing else."""
+
+    name: str
+    text: bool = False
+
+    def describe(self) -> str:
+        return "CSV files"
+
+    def open(self, *, title: str, group: str, job_type: str, config: dict[str, Any], folder: Path) -> Logger:
+        logger = CSVLogger(save_dir=str(folder / "csv"), name=f"{group}/{title}")
+        logger.log_hyperparams(config | {"job_type": job_type})
+        return logger
+
+    def finish(self) -> None:
+        """Nothing is open between runs."""
