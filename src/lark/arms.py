@@ -224,7 +224,7 @@ def evaluation_identity(
         "sampling": settings | {"pass_at": list(sampling.pass_at)},
         "task": [task.checker, task.pattern, task.system, task.max_new_tokens],
         "seed": data.seed,
-        "sources": source_hash(["lark.evaluate", "lark.verify", "lark.metrics"]),
+        "sources": source_hash(["lark.evaluate", "lark.generate", "lark.verify", "lark.metrics"]),
     }
 
 

@@ -407,6 +407,7 @@ def _quiet_libraries() -> None:
     """Library chatter would bury the dozen lines a run prints."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "datasets", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.stderr.isatty():

@@ -43,12 +43,11 @@ class Wandb:
 
     def open(self, *, title: str, group: str, job_type: str, config: dict[str, Any], folder: Path) -> Logger:
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("WANDB_SILENT", "true")
         return WandbLogger(
             name=title,
             project=self.project,
             entity=self.entity,
-            offline=self.offline,
+            mode="offline" if self.offline else "online",  # passed on to wandb.init
             save_dir=str(folder),
             group=group,
             job_type=job_type,
