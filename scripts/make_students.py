@@ -1,17 +1,18 @@
 """Makes and measures the students shipped in src/lark/students: a tokenizer and two Qwen3 models of about 1M weights.
 
     export PYTHONPATH=src OMP_NUM_THREADS=1
-    python scripts/make_students.py primitives                  # what both students know: the tokenizer, a + b, a - b
+    python scripts/make_students.py primitives                  # what both students know: the tokenizer, a + b, a - b,
+    python scripts/make_students.py chains                      # and how to carry a running total through a problem
     python scripts/make_students.py student --student tiny      # the habits in which they differ
     python scripts/make_students.py student --student tiny_b
     python scripts/make_students.py evaluate --student tiny     # avg@4 before SFT and after SFT on three kinds of rows
 
-are the commands that made the shipped weights, at their default settings. Pre-training has two stages. `primitives`
-trains on lists of two-operand facts. `student` adds solved problems in a mixture of the teachers' styles: both students
-mostly blurt out an answer or forget a carry; now and then they work a problem out, `tiny` in running totals or by
-collecting signs, `tiny_b` in checked sentences or place by place. They know the arithmetic, therefore, and mostly do
-not use it; SFT changes which style they use. No expression of the task's default pool or evaluation sets occurs in
-pre-training.
+are the commands that made the shipped weights, at their default settings. Pre-training has three stages. `primitives`
+trains on lists of two-operand facts, `chains` on bare running totals without a chat turn, `student` on solved problems
+in a mixture of the teachers' styles: both students mostly blurt out an answer or forget a carry; now and then they work
+a problem out, `tiny` in running totals or by collecting signs, `tiny_b` in checked sentences or place by place. They
+know the arithmetic, therefore, and mostly do not use it; SFT changes which style they use. No expression of the task's
+default pool or evaluation sets occurs in pre-training.
 """
 
 import argparse
@@ -37,6 +38,11 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDENTS = ROOT / "src/lark/students"
 VOCABULARY = 448
 WORDINGS = ("Compute {}.", "What is {}?", "Calculate {}.", "Evaluate {}.", "Find the value of {}.", "{} = ?")
+FRAMES = (
+    *("{}", "{}", "{}", "{}", "Question: {}", "Quick one: {}"),
+    *("Hi! {}", "Please help me. {}", "{} Thanks.", "{} Go on!"),
+)
+"""Words around a wording, so that the students bear with a wording they have not seen."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -61,7 +67,7 @@ def main() -> None:
     parser.add_argument("command", choices=("primitives", "chains", "student", "evaluate"))
     parser.add_argument("--student", choices=tuple(MIXTURES), default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, corpus, SFT and sampling")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 300 student)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 420 student)")
     parser.add_argument("--work", type=Path, default=ROOT / "build/students", help="folder of the first stage's result")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number changes the last bits")
@@ -119,13 +125,14 @@ def draw_problem(rng: random.Random, excluded: set[str]) -> Terms:
     return terms
 
 
-def solved(rng: random.Random, mixture: dict[str, float], excluded: set[str]) -> Document:
+def solved(rng: random.Random, mixture: dict[str, float], excluded: set[str], frames: tuple[str, ...] = ()) -> Document:
     """One chat turn: a problem that is not `excluded` and a solution in a style drawn from `mixture`."""
     terms = draw_problem(rng, excluded)
     (style,) = rng.choices(list(mixture), weights=list(mixture.values()))
     solution = slip(terms, rng, rate=1.0) if style == "forgetful" else TEACHERS[style](terms, rng)
     wording = WORDINGS[0] if rng.random() < 0.4 else rng.choice(WORDINGS)
-    return chat(wording.format(expression(terms)), solution)
+    frame = rng.choice(frames) if frames else "{}"
+    return chat(frame.format(wording.format(expression(terms))), solution)
 
 
 def chat(user: str, assistant: str) -> Document:
@@ -313,15 +320,16 @@ def load_stage(arguments: argparse.Namespace, stage: str):
 
 def pretrain_student(arguments: argparse.Namespace) -> None:
     model, tokenizer, before = load_stage(arguments, "chains")
-    mixture, excluded = MIXTURES[arguments.student], excluded_expressions()
+    habits, excluded, steps = MIXTURES[arguments.student], excluded_expressions(), arguments.steps or 420
 
     def batches() -> Iterator[list[Document]]:
         rng = random.Random(f"{arguments.seed}/{arguments.student}")
-        while True:
-            yield [facts(rng) for _ in range(10)] + [solved(rng, mixture, excluded) for _ in range(38)]
+        worked = {style: share for style, share in habits.items() if style != "direct"}
+        for step in range(steps):
+            mixture = worked if step < 0.7 * steps else habits  # bare answers teach nothing but the habit
+            yield [facts(rng) for _ in range(4)] + [solved(rng, mixture, excluded, FRAMES) for _ in range(44)]
 
-    steps = arguments.steps or 300
-    tokens = train(model, tokenizer, batches(), steps, muon_lr=0.012, adam_lr=2e-3)
+    tokens = train(model, tokenizer, batches(), steps, muon_lr=0.018, adam_lr=3e-3)
     folder = STUDENTS / arguments.student
     save(model, tokenizer, folder, torch.bfloat16)
     print(f"{folder}: {before + tokens:,} tokens seen")

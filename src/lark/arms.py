@@ -189,28 +189,32 @@ def evaluate_arm(
                 max_new_tokens=data.task.max_new_tokens,
                 seed=data.seed,
                 stop_ids=stop_ids(chat),
-                path=arm.folder / f"samples-{name}.rank{rank}.jsonl",
+                path=_part(arm.folder, name, rank, world),
                 system=data.task.system,
                 **vars(sampling),
             )
     barrier()
     if is_main():
-        metrics = {name: _merge(arm.folder, name, rows, sampling) for name, rows in problems.items()}
+        metrics = {name: _merge(arm.folder, name, rows, sampling, world) for name, rows in problems.items()}
         write_json(arm.folder / "metrics.json", {"identity": identity, "sets": metrics})
     barrier()
 
 
-def _merge(folder: Path, name: str, problems: list[dict[str, Any]], sampling: Sampling) -> dict[str, Any]:
+def _part(folder: Path, name: str, rank: int, world: int) -> Path:
+    return folder / f"samples-{name}.rank{rank}of{world}.jsonl"
+
+
+def _merge(folder: Path, name: str, problems: list[dict[str, Any]], sampling: Sampling, world: int) -> dict[str, Any]:
     """Samples of all ranks into samples-<name>.jsonl, in the order of the problems; their metrics."""
-    parts = sorted(folder.glob(f"samples-{name}.rank*.jsonl"))
+    parts = [_part(folder, name, rank, world) for rank in range(min(world, len(problems)))]
     order = {problem["problem_id"]: i for i, problem in enumerate(problems)}
     records = sorted(
         (record for part in parts for record in read_samples(part)),
         key=lambda record: (order[record["problem_id"]], record["sample"]),
     )
     write_text(folder / f"samples-{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    for part in parts:
-        part.unlink()
+    for leftover in folder.glob(f"samples-{name}.rank*"):  # also of a killed run with another number of ranks
+        leftover.unlink()
     return summarise(records, pass_at=sampling.pass_at)
 
 

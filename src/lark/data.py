@@ -171,14 +171,14 @@ class TrajectoryDataModule(LightningDataModule):
 
     def held_out_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
         """Held-out rows [R] that fit, and coefficients [C, R] whose sums of coefficient * surprisal are the held-out
-        losses (nats/token): the mean over problems of the mean L of their candidates, and the same over the correct
-        candidates (left out when none is known to be correct).
+        losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over their
+        correct candidates (zeros when none is known to be correct).
         """
         pool = self.trajectories
         row = np.flatnonzero(pool.fits & pool.is_held_out)
         sets = [np.ones(len(row), bool), pool.correct[row] == 1]
-        means = [_mean_of_problem_means(pool.problem_id[row], mask) for mask in sets if mask.any()]
-        return row, np.array(means).reshape(-1, len(row)) / pool.span_tokens[row]
+        means = [_mean_of_problem_means(pool.problem_id[row], mask) for mask in sets]
+        return row, np.array(means) / pool.span_tokens[row]
 
     def val_dataloader(self) -> Any:
         trainer = self.trainer
@@ -191,6 +191,9 @@ class TrajectoryDataModule(LightningDataModule):
             self._laid_out(row[cut], coefficients_CR[:, cut], budget=self.probe.batch_tokens)
             for cut in cuts[trainer.global_rank :: trainer.world_size]
         ]
+        # data-parallel wrappers synchronise at every batch: all ranks need the same number
+        missing = -(-len(cuts) // trainer.world_size) - len(steps)
+        steps += [Step(micro=[], coefficients_CR=[], trained_tokens=0, computed_tokens=0)] * missing
         return DataLoader(steps, batch_size=None)  # type: ignore[arg-type]
 
 

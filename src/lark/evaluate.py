@@ -256,9 +256,10 @@ def summarise(records: Sequence[dict[str, Any]], *, pass_at: Iterable[int] = (1,
     num_problems = len({record["problem_id"] for record in records})
     num_samples, rest = divmod(len(records), num_problems)
     assert rest == 0, f"{len(records)} samples of {num_problems} problems"
-    metrics: dict[str, tuple[Metric, str]] = {f"avg@{num_samples}": (AverageAtK(), "correct")}
-    metrics |= {f"pass@{k}": (PassAtK(k), "correct") for k in pass_at}
-    metrics |= {name: (ProblemMean(), name) for name in ("boxed", "stop", "truncated")}
+    local = {"sync_on_compute": False}  # the records are complete: other ranks need not take part
+    metrics: dict[str, tuple[Metric, str]] = {f"avg@{num_samples}": (AverageAtK(**local), "correct")}
+    metrics |= {f"pass@{k}": (PassAtK(k, **local), "correct") for k in pass_at}
+    metrics |= {name: (ProblemMean(**local), name) for name in ("boxed", "stop", "truncated")}
     summary: dict[str, float | int] = {}
     for name, (metric, column) in metrics.items():
         metric.update(torch.tensor([record[column] for record in records]).view(num_problems, num_samples))

@@ -133,7 +133,6 @@ class SFTModule(LightningModule):
         self.student, self.recipe, self.steps, self.seed, self.folder = student, recipe, steps, seed, folder
         self.student_model: Any = None
         self.curve: list[dict[str, float]] = []
-        self._held_out: Tensor | None = None
 
     def configure_model(self) -> None:
         if self.student_model is not None:
@@ -197,20 +196,20 @@ class SFTModule(LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def on_validation_epoch_start(self) -> None:
-        self._held_out = None
+        self._held_out_C = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Step, batch_idx: int) -> None:
         for micro, coefficient_CR in zip(batch.micro, batch.coefficients_CR, strict=True):
-            part = self._loss(micro, coefficient_CR).double()
-            self._held_out = part if self._held_out is None else self._held_out + part
+            self._held_out_C += self._loss(micro, coefficient_CR)
 
     def on_validation_epoch_end(self) -> None:
         """Appends a point to the held-out curve; the pass before the first step gives the point at step 0."""
-        if self._held_out is None or any(point["step"] == self.global_step for point in self.curve):
+        if any(point["step"] == self.global_step for point in self.curve):
             return
-        total = self.trainer.strategy.reduce(self._held_out, reduce_op="sum")
-        names = ("held_out/loss", "held_out/loss_correct")[: len(total)]
-        values: dict[str, float] = dict(zip(names, total.tolist(), strict=True))
+        loss, loss_correct = self.trainer.strategy.reduce(self._held_out_C, reduce_op="sum").tolist()
+        values = {"held_out/loss": loss}
+        if loss_correct > 0:  # some held-out trajectory is known to be correct
+            values["held_out/loss_correct"] = loss_correct
         if not self.trainer.sanity_checking:
             self.log_dict(values, rank_zero_only=True)  # type: ignore[arg-type]
         self.curve.append({"step": self.global_step, **values})
