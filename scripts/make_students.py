@@ -64,7 +64,7 @@ Document = list[tuple[str, bool]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("primitives", "chains", "student", "evaluate"))
+    parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument("--student", choices=tuple(MIXTURES), default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, corpus, SFT and sampling")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 420 student)")
@@ -75,14 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    if arguments.command == "primitives":
-        pretrain_primitives(arguments)
-    elif arguments.command == "chains":
-        pretrain_chains(arguments)
-    elif arguments.command == "student":
-        pretrain_student(arguments)
-    else:
-        evaluate(arguments)
+    COMMANDS[arguments.command](arguments)
 
 
 # Corpus
@@ -176,23 +169,15 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     # An operator keeps its spaces, a digit stands alone.
     pieces = Regex(r"\p{N}| ?\p{L}+ ?| ?[^\s\p{L}\p{N}]+ ?|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pieces, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, behavior="isolated"), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=specials,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    alphabet = byte_level.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -268,7 +253,6 @@ def train(model, tokenizer, batches: Iterator[list[Document]], steps: int, *, mu
 def pretrain_primitives(arguments: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(arguments.seed)
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=448,
         num_hidden_layers=4,
@@ -276,6 +260,7 @@ def pretrain_primitives(arguments: argparse.Namespace) -> None:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=1024,
+        vocab_size=len(tokenizer),
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.backend_tokenizer.token_to_id("<|im_end|>"),
@@ -291,8 +276,7 @@ def pretrain_primitives(arguments: argparse.Namespace) -> None:
 
     steps = arguments.steps or 750
     tokens = train(model, tokenizer, batches(), steps, muon_lr=0.02, adam_lr=4e-3)
-    save(model, tokenizer, arguments.work / "primitives", torch.float32)
-    (arguments.work / "primitives/tokens.json").write_text(json.dumps(tokens))
+    save_stage(model, tokenizer, arguments, "primitives", tokens)
 
 
 def pretrain_chains(arguments: argparse.Namespace) -> None:
@@ -305,8 +289,12 @@ def pretrain_chains(arguments: argparse.Namespace) -> None:
             yield [facts(rng) for _ in range(5)] + [chain(rng, excluded) for _ in range(75)]
 
     tokens = train(model, tokenizer, batches(), arguments.steps or 500, muon_lr=0.02, adam_lr=4e-3)
-    save(model, tokenizer, arguments.work / "chains", torch.float32)
-    (arguments.work / "chains/tokens.json").write_text(json.dumps(before + tokens))
+    save_stage(model, tokenizer, arguments, "chains", before + tokens)
+
+
+def save_stage(model, tokenizer, arguments: argparse.Namespace, stage: str, tokens: int) -> None:
+    save(model, tokenizer, arguments.work / stage, torch.float32)
+    (arguments.work / stage / "tokens.json").write_text(json.dumps(tokens))
 
 
 def load_stage(arguments: argparse.Namespace, stage: str):
@@ -382,7 +370,7 @@ def last_boxed(text: str) -> int | None:
 
 
 def fine_tune(model, tokenizer, choice: str, seed: int, *, steps: int = 60, batch: int = 16, lr: float = 1e-3) -> None:
-    """SFT on two candidates a problem: AdamW, cosine, 5 % warm-up, mean over trajectories of the mean loss a token."""
+    """SFT on two candidates a problem: AdamW, cosine, 5 % warm-up, mean loss a token over the batch."""
     rng = random.Random(f"{seed}/sft/{choice}")
     by_problem: dict[str, list[dict]] = {}
     for row in task_rows("pool.jsonl"):
@@ -418,6 +406,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         label = f"after SFT, {choice}" if choice else "before SFT"
         print(f"{label:18}  avg@4 {scores[0]:.3f}  shifted {scores[1]:.3f}  sampled in {seconds:.0f} s", flush=True)
 
+
+COMMANDS = {
+    "primitives": pretrain_primitives,
+    "chains": pretrain_chains,
+    "student": pretrain_student,
+    "evaluate": evaluate,
+}
 
 if __name__ == "__main__":
     main()

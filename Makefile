@@ -1,0 +1,46 @@
+# Everything runs from a fresh clone: the first target that needs it makes .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch comes from. Empty: the default index, whose Linux build brings CUDA (about 3 GB). For a CPU build (about
+# 200 MB): make run TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check clean
+
+help:  ## Show this help
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+run: $(VENV)/.run  ## Compare LARK's choice with a random one on the embedded task (ARGS="baseline=rsr seed=1" for others)
+	$(BIN)/python -m lark.run $(ARGS)
+
+test: $(VENV)/.dev  ## Run the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: $(VENV)/.dev  ## Lint, format and type checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:  ## Remove the virtual environment, caches and build output (logs/ stays)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, $(PYTHON) is older; set PYTHON=python3.11, say"; exit 1; }
+	@echo "Setting up $(VENV): torch first (200 MB for the CPU build, 3 GB with CUDA; see TORCH_INDEX), then about 500 MB"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e '.[dev]'
+	@touch $@
