@@ -38,10 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDENTS = ROOT / "src/lark/students"
 VOCABULARY = 448
 WORDINGS = ("Compute {}.", "What is {}?", "Calculate {}.", "Evaluate {}.", "Find the value of {}.", "{} = ?")
-FRAMES = (
-    *("{}", "{}", "{}", "{}", "Question: {}", "Quick one: {}"),
-    *("Hi! {}", "Please help me. {}", "{} Thanks.", "{} Go on!"),
-)
+FRAMES = ("{}",) * 4 + ("Question: {}", "Quick one: {}", "Hi! {}", "Please help me. {}", "{} Thanks.", "{} Go on!")
 """Words around a wording, so that the students bear with a wording they have not seen."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -53,11 +50,8 @@ MIXTURES = {  # share of each style among the solved problems; `forgetful` is th
     "tiny": {"direct": 0.40, "forgetful": 0.28, "terse": 0.18, "signs": 0.14},
     "tiny_b": {"direct": 0.40, "forgetful": 0.28, "check": 0.18, "place": 0.14},
 }
-CHOICES = {  # what `evaluate` trains on: two candidates a problem out of these teachers' (correct ones only for "good")
-    "good": ("terse", "signs", "steps", "check"),
-    "random": tuple(TEACHERS),
-    "bad": ("direct", "polish", "slip"),
-}
+SUITED = {"tiny": ("terse", "signs"), "tiny_b": ("check", "place")}
+"""Teachers whose way of working each student has seen at its best."""
 Document = list[tuple[str, bool]]
 """Pieces of text and whether the loss covers them."""
 
@@ -68,10 +62,9 @@ def main() -> None:
     parser.add_argument("--student", choices=tuple(MIXTURES), default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, corpus, SFT and sampling")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 420 student)")
-    parser.add_argument("--work", type=Path, default=ROOT / "build/students", help="folder of the first stage's result")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/students", help="results of the first stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number changes the last bits")
-    parser.add_argument("--choices", nargs="*", choices=tuple(CHOICES), default=list(CHOICES), help="SFT to evaluate")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -155,9 +148,6 @@ def _expression_in(text: str) -> str:
     return chain
 
 
-# Tokenizer
-
-
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with single digits, trained on every teacher's text; ChatML specials."""
     rng = random.Random(f"{seed}/tokenizer")
@@ -174,9 +164,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = byte_level.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -224,7 +212,7 @@ def _encode(tokenizer, document: Document) -> tuple[list[int], list[bool]]:
     return ids, mask
 
 
-def train(model, tokenizer, batches: Iterator[list[Document]], steps: int, *, muon_lr: float, adam_lr: float) -> int:
+def train(model, tokenizer, batches: Iterator[list[Document]], steps: int, *, muon_lr, adam_lr, chunk=32) -> int:
     """Trains with Muon on the matrices and AdamW on the rest, 5 % warm-up, linear decay; returns the tokens read."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -238,7 +226,7 @@ def train(model, tokenizer, batches: Iterator[list[Document]], steps: int, *, mu
         scale = min(1.0, (step + 1) / (0.05 * steps), 1.25 * (1 - step / steps))
         for optimizer, lr in zip(optimizers, (muon_lr, adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = lr * scale
-        loss, read = loss_step(model, tokenizer, next(batches))
+        loss, read = loss_step(model, tokenizer, next(batches), chunk)
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -274,9 +262,8 @@ def pretrain_primitives(arguments: argparse.Namespace) -> None:
         while True:
             yield [facts(rng) for _ in range(32)]
 
-    steps = arguments.steps or 750
-    tokens = train(model, tokenizer, batches(), steps, muon_lr=0.02, adam_lr=4e-3)
-    save_stage(model, tokenizer, arguments, "primitives", tokens)
+    tokens = train(model, tokenizer, batches(), arguments.steps or 750, muon_lr=0.02, adam_lr=4e-3, chunk=16)
+    save(model, tokenizer, arguments.work / "primitives", torch.float32, tokens)
 
 
 def pretrain_chains(arguments: argparse.Namespace) -> None:
@@ -289,12 +276,7 @@ def pretrain_chains(arguments: argparse.Namespace) -> None:
             yield [facts(rng) for _ in range(5)] + [chain(rng, excluded) for _ in range(75)]
 
     tokens = train(model, tokenizer, batches(), arguments.steps or 500, muon_lr=0.02, adam_lr=4e-3)
-    save_stage(model, tokenizer, arguments, "chains", before + tokens)
-
-
-def save_stage(model, tokenizer, arguments: argparse.Namespace, stage: str, tokens: int) -> None:
-    save(model, tokenizer, arguments.work / stage, torch.float32)
-    (arguments.work / stage / "tokens.json").write_text(json.dumps(tokens))
+    save(model, tokenizer, arguments.work / "chains", torch.float32, before + tokens)
 
 
 def load_stage(arguments: argparse.Namespace, stage: str):
@@ -323,12 +305,14 @@ def pretrain_student(arguments: argparse.Namespace) -> None:
     print(f"{folder}: {before + tokens:,} tokens seen")
 
 
-def save(model, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+def save(model, tokenizer, folder: Path, dtype: torch.dtype, tokens: int | None = None) -> None:
     """Writes config, generation config, safetensors and tokenizer, the chat template inside tokenizer_config.json."""
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.to(dtype).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     tokenizer.save_pretrained(folder, save_jinja_files=False)
+    if tokens is not None:  # a stage that another one goes on from
+        (folder / "tokens.json").write_text(json.dumps(tokens))
 
 
 # Measuring
@@ -369,13 +353,12 @@ def last_boxed(text: str) -> int | None:
     return int(answer) if answer.removeprefix("-").isdigit() else None
 
 
-def fine_tune(model, tokenizer, choice: str, seed: int, *, steps: int = 60, batch: int = 16, lr: float = 1e-3) -> None:
+def fine_tune(model, tokenizer, teachers: tuple[str, ...], seed: int, *, steps=60, batch=16, lr=5e-4) -> None:
     """SFT on two candidates a problem: AdamW, cosine, 5 % warm-up, mean loss a token over the batch."""
-    rng = random.Random(f"{seed}/sft/{choice}")
+    rng = random.Random(f"{seed}/sft/{teachers}")
     by_problem: dict[str, list[dict]] = {}
-    for row in task_rows("pool.jsonl"):
-        if row["teacher"] in CHOICES[choice] and (row["correct"] or choice != "good"):
-            by_problem.setdefault(row["problem_id"], []).append(row)
+    for row in (row for row in task_rows("pool.jsonl") if row["teacher"] in teachers):
+        by_problem.setdefault(row["problem_id"], []).append(row)
     chosen = [row for rows in by_problem.values() for row in rng.sample(rows, 2)]
     rng.shuffle(chosen)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -395,24 +378,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
     folder = STUDENTS / arguments.student
     tokenizer = AutoTokenizer.from_pretrained(folder)
     held_out, shifted = task_rows("eval.jsonl"), task_rows("shifted.jsonl")
-    for choice in (None, *arguments.choices):
+    teachers = {"suited": SUITED[arguments.student], "random": tuple(TEACHERS)}
+    teachers["unsuited"] = ("direct", "polish", "slip")
+    for choice in (None, *teachers):
         torch.manual_seed(arguments.seed)
         model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device)
         if choice:
-            fine_tune(model, tokenizer, choice, arguments.seed)
+            fine_tune(model, tokenizer, teachers[choice], arguments.seed)
         started = time.monotonic()
         scores = accuracy(model, tokenizer, held_out), accuracy(model, tokenizer, shifted)
         seconds = time.monotonic() - started
         label = f"after SFT, {choice}" if choice else "before SFT"
-        print(f"{label:18}  avg@4 {scores[0]:.3f}  shifted {scores[1]:.3f}  sampled in {seconds:.0f} s", flush=True)
+        print(f"{label:20}  avg@4 {scores[0]:.3f}  shifted {scores[1]:.3f}  sampled in {seconds:.0f} s", flush=True)
 
 
-COMMANDS = {
-    "primitives": pretrain_primitives,
-    "chains": pretrain_chains,
-    "student": pretrain_student,
-    "evaluate": evaluate,
-}
+COMMANDS = {"primitives": pretrain_primitives, "chains": pretrain_chains, "student": pretrain_student}
+COMMANDS["evaluate"] = evaluate
 
 if __name__ == "__main__":
     main()
