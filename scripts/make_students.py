@@ -1,27 +1,26 @@
-"""Makes and measures the students shipped in src/lark/students: a tokenizer and two Qwen3 models of about 1M weights.
+"""Makes the students shipped in src/lark/students: a tokenizer and two Qwen3 models of about 1M weights.
 
     export PYTHONPATH=src OMP_NUM_THREADS=1
     python scripts/make_students.py primitives                  # what both students know: the tokenizer, a + b, a - b,
     python scripts/make_students.py chains                      # and how to carry a running total through a problem
     python scripts/make_students.py student --student tiny      # the habits in which they differ
     python scripts/make_students.py student --student tiny_b
-    python scripts/make_students.py evaluate --student tiny     # avg@4 before SFT and after SFT on three kinds of rows
 
 are the commands that made the shipped weights, at their default settings. Pre-training has three stages. `primitives`
 trains on lists of two-operand facts, `chains` on bare running totals without a chat turn, `student` on solved problems
-in a mixture of the teachers' styles: both students mostly blurt out an answer or forget a carry; now and then they work
-a problem out, `tiny` in running totals or by collecting signs, `tiny_b` in checked sentences or place by place. They
-know the arithmetic, therefore, and mostly do not use it; SFT changes which style they use. No expression of the task's
-default pool or evaluation sets occurs in pre-training.
+in a mixture of styles. Both students mostly blurt out an answer or forget a carry; now and then they work a problem
+out, `tiny` most often in running totals or by collecting signs, `tiny_b` in checked sentences or place by place, and
+each has seen a little of every teacher. They know the arithmetic, therefore, and mostly do not use it; SFT changes
+which style they use. No expression of the task's default pool or evaluation sets occurs in pre-training.
 """
 
 import argparse
 import json
-import math
 import random
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lark.tasks.arithmetic import generate, terms_of
-from lark.tasks.teachers import TEACHERS, Terms, expression, running_totals, slip
+from lark.tasks.teachers import TEACHERS, Terms, direct, expression, running_totals, slip
 
 # Shapes: N documents, T tokens (longest of the batch), V vocabulary.
 
@@ -46,12 +45,30 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-MIXTURES = {  # share of each style among the solved problems; `forgetful` is the erring teacher at its worst
-    "tiny": {"direct": 0.40, "forgetful": 0.28, "terse": 0.18, "signs": 0.14},
-    "tiny_b": {"direct": 0.40, "forgetful": 0.28, "check": 0.18, "place": 0.14},
+STYLES = {"direct": direct, "forgetful": partial(slip, rate=1.0), **TEACHERS}
+"""`direct` gives the bare answer, `forgetful` is the erring teacher at its worst: the habits that keep accuracy low."""
+MIXTURES = {  # share of each style among the solved problems
+    "tiny": {
+        "direct": 0.30,
+        "forgetful": 0.24,
+        "terse": 0.12,
+        "signs": 0.10,
+        "steps": 0.08,
+        "check": 0.06,
+        "place": 0.06,
+        "polish": 0.04,
+    },
+    "tiny_b": {
+        "direct": 0.30,
+        "forgetful": 0.24,
+        "check": 0.12,
+        "place": 0.10,
+        "polish": 0.08,
+        "steps": 0.06,
+        "signs": 0.06,
+        "terse": 0.04,
+    },
 }
-SUITED = {"tiny": ("terse", "signs"), "tiny_b": ("check", "place")}
-"""Teachers whose way of working each student has seen at its best."""
 Document = list[tuple[str, bool]]
 """Pieces of text and whether the loss covers them."""
 
@@ -61,7 +78,7 @@ def main() -> None:
     parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument("--student", choices=tuple(MIXTURES), default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, corpus, SFT and sampling")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 420 student)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 600 student)")
     parser.add_argument("--work", type=Path, default=ROOT / "build/students", help="results of the first stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number changes the last bits")
@@ -115,7 +132,7 @@ def solved(rng: random.Random, mixture: dict[str, float], excluded: set[str], fr
     """One chat turn: a problem that is not `excluded` and a solution in a style drawn from `mixture`."""
     terms = draw_problem(rng, excluded)
     (style,) = rng.choices(list(mixture), weights=list(mixture.values()))
-    solution = slip(terms, rng, rate=1.0) if style == "forgetful" else TEACHERS[style](terms, rng)
+    solution = STYLES[style](terms, rng)
     wording = WORDINGS[0] if rng.random() < 0.4 else rng.choice(WORDINGS)
     frame = rng.choice(frames) if frames else "{}"
     return chat(frame.format(wording.format(expression(terms))), solution)
@@ -151,7 +168,7 @@ def _expression_in(text: str) -> str:
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with single digits, trained on every teacher's text; ChatML specials."""
     rng = random.Random(f"{seed}/tokenizer")
-    every_style = dict.fromkeys(TEACHERS, 1.0)
+    every_style = dict.fromkeys(STYLES, 1.0)
     texts = ["".join(piece for piece, _ in solved(rng, every_style, set())) for _ in range(4000)]
     texts += ["".join(piece for piece, _ in facts(rng)) for _ in range(500)]
     texts += [wording.format("12 + 34") for wording in WORDINGS] * 100
@@ -290,7 +307,7 @@ def load_stage(arguments: argparse.Namespace, stage: str):
 
 def pretrain_student(arguments: argparse.Namespace) -> None:
     model, tokenizer, before = load_stage(arguments, "chains")
-    habits, excluded, steps = MIXTURES[arguments.student], excluded_expressions(), arguments.steps or 420
+    habits, excluded, steps = MIXTURES[arguments.student], excluded_expressions(), arguments.steps or 600
 
     def batches() -> Iterator[list[Document]]:
         rng = random.Random(f"{arguments.seed}/{arguments.student}")
@@ -315,85 +332,7 @@ def save(model, tokenizer, folder: Path, dtype: torch.dtype, tokens: int | None 
         (folder / "tokens.json").write_text(json.dumps(tokens))
 
 
-# Measuring
-
-
-@torch.inference_mode()
-def sample(model, tokenizer, problems: list[str], *, samples: int, new_tokens: int = 144) -> list[str]:
-    """Draws `samples` continuations a problem at temperature .6 and top-p .95, in problem order."""
-    chunk = 200  # problems a batch
-    model.eval()
-    prompts = [f"<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n" for problem in problems]
-    texts: list[str] = []
-    for start in range(0, len(prompts), chunk):
-        inputs = tokenizer(prompts[start : start + chunk], return_tensors="pt", padding=True, padding_side="left")
-        output = model.generate(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-            do_sample=True,
-            temperature=0.6,
-            top_p=0.95,
-            top_k=0,
-            max_new_tokens=new_tokens,
-            num_return_sequences=samples,
-        )
-        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts
-
-
-def accuracy(model, tokenizer, rows: list[dict], samples: int = 4) -> float:
-    """avg@samples: the share of samples whose last \\boxed{} holds the answer."""
-    texts = sample(model, tokenizer, [row["problem"] for row in rows], samples=samples)
-    golds = [row["answer"] for row in rows for _ in range(samples)]
-    return sum(last_boxed(text) == int(gold) for text, gold in zip(texts, golds, strict=True)) / len(golds)
-
-
-def last_boxed(text: str) -> int | None:
-    answer = text.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in text else ""
-    return int(answer) if answer.removeprefix("-").isdigit() else None
-
-
-def fine_tune(model, tokenizer, teachers: tuple[str, ...], seed: int, *, steps=60, batch=16, lr=5e-4) -> None:
-    """SFT on two candidates a problem: AdamW, cosine, 5 % warm-up, mean loss a token over the batch."""
-    rng = random.Random(f"{seed}/sft/{teachers}")
-    by_problem: dict[str, list[dict]] = {}
-    for row in (row for row in task_rows("pool.jsonl") if row["teacher"] in teachers):
-        by_problem.setdefault(row["problem_id"], []).append(row)
-    chosen = [row for rows in by_problem.values() for row in rng.sample(rows, 2)]
-    rng.shuffle(chosen)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    model.train()
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = (
-            lr * min(1.0, (step + 1) / (0.05 * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        )
-        rows = [chosen[(step * batch + i) % len(chosen)] for i in range(batch)]
-        loss_step(model, tokenizer, [chat(*(m["content"] for m in row["messages"])) for row in rows])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        model.zero_grad(set_to_none=True)
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    folder = STUDENTS / arguments.student
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    held_out, shifted = task_rows("eval.jsonl"), task_rows("shifted.jsonl")
-    teachers = {"suited": SUITED[arguments.student], "random": tuple(TEACHERS)}
-    teachers["unsuited"] = ("direct", "polish", "slip")
-    for choice in (None, *teachers):
-        torch.manual_seed(arguments.seed)
-        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).to(arguments.device)
-        if choice:
-            fine_tune(model, tokenizer, teachers[choice], arguments.seed)
-        started = time.monotonic()
-        scores = accuracy(model, tokenizer, held_out), accuracy(model, tokenizer, shifted)
-        seconds = time.monotonic() - started
-        label = f"after SFT, {choice}" if choice else "before SFT"
-        print(f"{label:20}  avg@4 {scores[0]:.3f}  shifted {scores[1]:.3f}  sampled in {seconds:.0f} s", flush=True)
-
-
 COMMANDS = {"primitives": pretrain_primitives, "chains": pretrain_chains, "student": pretrain_student}
-COMMANDS["evaluate"] = evaluate
 
 if __name__ == "__main__":
     main()

@@ -135,7 +135,7 @@ def test_teachers_write_distinct_texts_of_distinct_lengths(rows):
     texts = collections.Counter((row["problem_id"], row["messages"][1]["content"]) for row in rows["pool.jsonl"])
     assert max(texts.values()) == 1
     mean = {name: sum(lengths) / len(lengths) for name, lengths in words.items()}
-    assert mean["check"] > 2 * mean["signs"] > 2 * mean["terse"] > 2 * mean["direct"]
+    assert mean["check"] > 2 * mean["signs"] > 2 * mean["terse"]
 
 
 @given(chains)
@@ -151,11 +151,10 @@ def test_trustworthy_teachers_are_right_and_every_equation_they_write_holds(term
             continue
         text = teacher(terms, random.Random(seed))
         assert int(_boxed(text)) == sum(terms)
-        if name != "polish":  # its numbers are written backwards
-            for line in text.replace(". ", "\n").replace(", ", "\n").splitlines():
-                left, equals, right = line.rpartition(": ")[2].partition(" = ")
-                if equals:
-                    assert eval(left.removeprefix("First\n")) == int(right.rstrip(".")), (name, line)
+        for line in text.replace(". ", "\n").replace(", ", "\n").splitlines():
+            left, equals, right = line.rpartition(": ")[2].partition(" = ")
+            if equals:
+                assert eval(left.removeprefix("First\n")) == int(right.rstrip(".")), (name, line)
 
 
 @given(chains, st.integers())

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lark.cache import complete, identity_hash, read_json, source_hash, write_json, write_text
 from lark.chat import Chat
@@ -29,7 +30,7 @@ from lark.selection import Selection, export
 from lark.student import SFTModule
 from lark.verify import Checker
 
-_SOURCES = ("chat", "packing", "stats", "models", "student", "data")
+_SOURCES = ("chat", "packing", "stats", "models", "student", "data", "trajectories", "arms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def make_arm(name: str, rule: str, data: TrajectoryDataModule, *, steps: int, pr
     identity: dict[str, Any] = {
         "student": student.identity() | {"lora": student.lora, "dtype": student.dtype, "attention": student.attention},
         "chat": data.trajectories.chat.identity,
-        "max_length": data.task.max_length,
+        "max_length": [data.task.max_length, data.task.overlong],
         "held_out": [data.trajectories.fingerprint, data.task.held_out],
         "sources": source_hash(f"lark.{module}" for module in _SOURCES),
     }
@@ -102,22 +103,20 @@ def train(
         arm.folder.mkdir(parents=True, exist_ok=True)
         write_selection(arm.selection, arm.rule, data, arm.folder)
     module = SFTModule(student=data.student, recipe=data.recipe, steps=steps, seed=data.seed, folder=arm.folder)
-    saver = ModelCheckpoint(
-        dirpath=arm.folder / "training",
-        filename="last",
-        every_n_train_steps=data.recipe.checkpoint_every,
-        enable_version_counter=False,
-    )
+    last = arm.folder / "training" / "last.ckpt"
+    validate_every = max(1, steps // data.recipe.validations)
+    held_out = len(data.held_out_coefficients()[0])
+    saver = Saver(last, every=data.recipe.checkpoint_every, validate_every=validate_every if held_out else None)
     trainer = make_trainer(
         max_steps=steps,
         callbacks=[saver],
+        enable_checkpointing=False,  # Lightning's own
         logger=logger or False,
         num_sanity_val_steps=-1,  # the whole held-out set: the curve's point before the first step
-        val_check_interval=max(1, steps // data.recipe.validations),
+        val_check_interval=validate_every,
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
     )
-    last = arm.folder / "training" / "last.ckpt"
     resume = last if last.exists() else None
     if resume:
         say(f"{arm.name:<11} goes on from {resume}")
@@ -129,6 +128,30 @@ def train(
         write_json(arm.folder / "trained.json", {"steps": steps, "curve": module.curve, **_cost(arm, data)})
         shutil.rmtree(arm.folder / "training", ignore_errors=True)
     barrier()
+
+
+class Saver(Callback):
+    """Replaces `path` every `every` optimizer steps; where the step is followed by validation (every
+    `validate_every` steps; None: never), after that.
+
+    So a checkpoint holds the held-out point of its step. Lightning's ModelCheckpoint saves ahead of validation, which
+    a resumed training then skips.
+    """
+
+    def __init__(self, path: Path, *, every: int, validate_every: int | None):
+        self.path, self.every, self.validate_every = path, every, validate_every
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.validate_every is None or trainer.global_step % self.validate_every:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step % self.every == 0:
+            trainer.save_checkpoint(self.path)
 
 
 def _cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, Any]:
@@ -150,8 +173,9 @@ def held_out_at_start(data: TrajectoryDataModule, arms: list[Arm]) -> dict[str, 
 def load_arm(arm: Arm, data: TrajectoryDataModule, device: torch.device) -> torch.nn.Module:
     """The arm's student as it is on disk (the untrained one for "before"), on `device`, in eval mode."""
     dtype = data.student.resolve_dtype(device)
-    model = (
-        data.student.load_model(dtype) if arm.selection is None else data.student.load_trained(arm.checkpoint, dtype)
+    student = data.student
+    model: torch.nn.Module = (
+        student.load_model(dtype) if arm.selection is None else student.load_trained(arm.checkpoint, dtype)
     )
     return model.to(device).eval()
 
@@ -191,6 +215,7 @@ def evaluate_arm(
                 stop_ids=stop_ids(chat),
                 path=_part(arm.folder, name, rank, world),
                 system=data.task.system,
+                label=f"{arm.name} {name}",
                 **vars(sampling),
             )
     barrier()

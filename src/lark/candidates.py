@@ -1,7 +1,7 @@
 """The rows a rule chooses from: their ids, statistics and pool columns as numpy arrays, grouped by problem."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -9,26 +9,27 @@ import numpy as np
 from lark.groups import Groups
 
 
-@dataclass(frozen=True, kw_only=True)
-class Candidates(Mapping[str, np.ndarray]):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
     """N candidates, one array [N] a column.
 
     `candidates["loss"]` is a statistic: num_tokens (T), loss (mean surprisal L, nats/token), brier, entropy (means
     over the span) and the sums they come from (`sum_surprisal`, `sum_rank_100`, `end_surprisal`, ...).
     `candidates["teacher"]`, `["correct"]`, `["answer"]`, `["text"]` (the trajectory) and any further column of the
     pool are read when first asked for. Step statistics (`step_tokens`, `step_surprisal`, `step_first_surprisal`) are
-    object arrays of one array a row.
+    object arrays of one array a row. `row_N` holds the rows' numbers in the pool, `read_column` reads a pool column at
+    such rows (null: there is no pool to read from). Raises ValueError for a column that is in neither.
     """
 
     problem_id: np.ndarray
     candidate_id: np.ndarray
+    row_N: np.ndarray
     statistics: Mapping[str, np.ndarray]
     read_column: Callable[[str, np.ndarray], np.ndarray] | None = None
-    row_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
-        if len(self.row_N) != len(self.problem_id):
-            object.__setattr__(self, "row_N", np.arange(len(self.problem_id)))
+        for column in (self.candidate_id, self.row_N, *self.statistics.values()):
+            assert len(column) == len(self.problem_id)
 
     @cached_property
     def groups(self) -> Groups:
@@ -45,11 +46,7 @@ class Candidates(Mapping[str, np.ndarray]):
             self._columns[name] = self.read_column(name, self.row_N)
         return self._columns[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._columns)
-
     def __len__(self) -> int:
-        """Candidates, not columns."""
         return len(self.problem_id)
 
     def where(self, keep_N: np.ndarray) -> "Candidates":

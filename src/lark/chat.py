@@ -4,24 +4,35 @@ The span of a row is its last assistant turn: the trajectory's content plus its 
 tokens are scored and trained. They are found by position in the rendered text, never by token id (some tokenizers
 use their end token as padding), and from one tokenisation of the whole text, since tokens may merge across the
 border between prompt and trajectory.
+
+What a row says is text: where a prompt or trajectory spells out a special token (`<|im_end|>`), it is tokenised as
+ordinary characters, so that no row can end its own span or forge a turn. Added tokens that are not special, such as
+Qwen3's `<think>`, stay tokens.
 """
 
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 SPANS = ("content", "authors")
 STEPS = ("sentences", "blank_lines")
-_STEP_END = {
-    "sentences": re.compile(r"\n+|(?<=[.!?])[ \t]+"),
-    "blank_lines": re.compile(r"\n[ \t]*\n\s*"),
+_STEP_END = {  # white space after a sentence or with a newline in it; with two newlines in it
+    "sentences": re.compile(r"(?<=[.!?])\s+|\n\s*"),
+    "blank_lines": re.compile(r"\n[^\S\n]*\n\s*"),
 }
+
+
+_MASK = "\ue000"  # a private-use character: no tokenizer's special tokens hold it
+Offsets = list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +92,96 @@ class Chat:
         Raises ValueError when the template marks no generation, alters the trajectory (strips it, drops its
         <think> block), or ends a turn with something that is not one token.
         """
-        texts, spans = render_jinja_template(
-            [list(conversation) for conversation in conversations],
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-        )  # type: ignore[misc]
-        tokens = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
+        tokens = self._tokens(texts, conversations)
         return [
-            self._encoded(text, marks, conversation[-1]["content"], ids, offsets)
-            for text, marks, conversation, ids, offsets in zip(
-                texts, spans, conversations, tokens["input_ids"], tokens["offset_mapping"], strict=True
-            )
+            self._encoded(text, spans, conversation[-1]["content"], ids, offsets)
+            for text, spans, conversation, (ids, offsets) in zip(texts, marks, conversations, tokens, strict=True)
         ]
 
     def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Tokens of a prompt that asks the student for its turn."""
-        texts, _ = render_jinja_template([list(messages)], chat_template=self.template, add_generation_prompt=True)  # type: ignore[misc]
-        return self.tokenizer(texts[0], add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+        texts, _ = self._render([messages], add_generation_prompt=True)
+        return self._tokens(texts, [messages], add_generation_prompt=True)[0][0]
+
+    def _render(
+        self, conversations: Sequence[Sequence[dict[str, str]]], **how: bool
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """The rows as text and, if asked for, the character spans marked as generated."""
+        try:
+            return render_jinja_template(  # type: ignore[return-value]
+                [list(conversation) for conversation in conversations],
+                chat_template=self.template,
+                **self.tokenizer.special_tokens_map,  # type: ignore[arg-type]
+                **how,
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template cannot render a row ({error}); set model.template=chatml, llama3, or another file"
+            ) from error
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Matches the texts of the tokenizer's special tokens."""
+        texts = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+    def _tokens(
+        self, texts: list[str], conversations: Sequence[Sequence[dict[str, str]]], **how: bool
+    ) -> list[tuple[list[int], Offsets]]:
+        """Ids and character offsets of rendered rows; `how` they were rendered."""
+        batch: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
+        for i, conversation in enumerate(conversations):
+            if any(self._special.search(message["content"]) for message in conversation):
+                tokens[i] = self._literal_tokens(texts[i], conversation, **how)
+        return tokens
+
+    def _literal_tokens(
+        self, text: str, conversation: Sequence[dict[str, str]], **how: bool
+    ) -> tuple[list[int], Offsets]:
+        """Ids and offsets of a row whose messages spell out special tokens: only the template's own are special.
+
+        The template's are those left when the messages' are masked by as many other characters. No token crosses a
+        special one, so the text between them can be tokenised by itself.
+        """
+        masked_row = [
+            message | {"content": self._special.sub(lambda match: _MASK * len(match[0]), message["content"])}
+            for message in conversation
+        ]
+        (masked,), _ = self._render([masked_row], **how)
+        whole: Any = self.tokenizer(masked, add_special_tokens=False, return_offsets_mapping=True)
+        fixed = [
+            (token, start, stop)
+            for token, (start, stop) in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+            if self._special.fullmatch(masked[start:stop].strip())
+        ]
+        if len(masked) != len(text) or self._between(masked, fixed)[0] != whole["input_ids"]:
+            raise ValueError(
+                f"a message that spells out a special token ({self._special.findall(text)[-1]!r}, in the row that "
+                f"ends {text[-60:]!r}) cannot be told from a real one with this template and tokenizer; take it out"
+            )
+        return self._between(text, fixed)
+
+    def _between(self, text: str, fixed: Sequence[tuple[int, int, int]]) -> tuple[list[int], Offsets]:
+        """The `fixed` tokens (id, start, stop), and `text` between them as tokens none of which is special."""
+        ids: list[int] = []
+        offsets: Offsets = []
+        done = 0
+        for token, start, stop in [*fixed, (None, len(text), len(text))]:
+            part: Any = self.tokenizer(
+                text[done:start], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+            )
+            ids += part["input_ids"]
+            offsets += [(done + a, done + b) for a, b in part["offset_mapping"]]
+            if token is not None:
+                ids.append(token)
+                offsets.append((start, stop))
+            done = stop
+        return ids, offsets
 
     def _encoded(
-        self, text: str, marks: list[tuple[int, int]], content: str, ids: list[int], offsets: list[tuple[int, int]]
+        self, text: str, marks: list[tuple[int, int]], content: str, ids: list[int], offsets: Offsets
     ) -> Encoded:
         if not marks or marks[-1][0] >= marks[-1][1]:
             raise ValueError(
@@ -115,11 +196,12 @@ class Chat:
             )
         content_end = begin + len(content)
         first = next(i for i, (_, stop) in enumerate(offsets) if stop > begin)
-        inside = [i for i, (start, _) in enumerate(offsets) if content_end <= start < end]
-        if len(inside) != 1:
+        # Some tokenizers (Llama 3) trim white space off the offsets: only a token's stop says where it lies.
+        inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > content_end]
+        if len(inside) != 1 or offsets[inside[0]][0] < content_end:
             raise ValueError(
-                f"the template ends a turn with {text[content_end:end]!r}, which is {len(inside)} tokens of this "
-                "tokenizer, not one; set model.template to the family the tokenizer belongs to"
+                f"the template ends a turn with {text[content_end:end]!r}, which is not one token of this tokenizer "
+                f"(but in {len(inside)}); set model.template to the family the tokenizer belongs to"
             )
         last = inside[0] if self.span == "content" else min(inside[0] + 1, len(ids) - 1)
         return Encoded(
@@ -129,13 +211,13 @@ class Chat:
             steps=self._steps(content, begin, offsets[first : inside[0]]),
         )
 
-    def _steps(self, content: str, begin: int, offsets: list[tuple[int, int]]) -> list[int]:
-        """Span indices of each step's first token; a token over a border belongs to the step it starts in."""
+    def _steps(self, content: str, begin: int, offsets: Offsets) -> list[int]:
+        """Span indices of each step's first token; a token over a border opens the later step."""
         steps = [0]
         index = 0
         for match in _STEP_END[self.step_splitter].finditer(content):
-            if match.end() >= len(content):
-                break
+            if match.start() == 0 or match.end() == len(content):
+                continue  # white space at either end of the trajectory separates nothing
             char = begin + match.end()
             while index < len(offsets) and offsets[index][1] <= char:
                 index += 1
@@ -144,12 +226,26 @@ class Chat:
         return steps
 
     def marked(self, row: Encoded, limit: int = 400) -> str:
-        """The row as text with its trained tokens between guillemets, for a printed sample."""
-        prompt = self.tokenizer.decode(row.input_ids[: row.prompt_tokens])
-        span = [self.tokenizer.decode([token]) for token in row.input_ids[row.prompt_tokens :]]
-        shown = "".join(f"«{token}»" for token in span[:limit])
-        rest = f" ... and {len(span) - limit} more" if len(span) > limit else ""
-        return f"{prompt}{shown}{rest}"
+        """The row as text with its trained tokens between guillemets, for a printed sample.
+
+        Of a span longer than `limit` tokens the first ones and the last are shown. Tokens that only together make a
+        character share their guillemets.
+        """
+        span = row.input_ids[row.prompt_tokens :]
+        shown = self._guillemets(span[:limit])
+        if len(span) > limit:
+            shown += f" ... {len(span) - limit - 1} more ... " + self._guillemets(span[-1:])
+        return self.tokenizer.decode(row.input_ids[: row.prompt_tokens]) + shown  # type: ignore[operator]
+
+    def _guillemets(self, ids: Sequence[int]) -> str:
+        text, pending = "", []
+        for i, token in enumerate(ids, start=1):
+            pending.append(token)
+            piece = self.tokenizer.decode(pending)
+            if "\ufffd" not in piece or len(pending) == 4 or i == len(ids):  # UTF-8 takes at most 4 bytes
+                text += f"«{piece}»"
+                pending = []
+        return text
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,18 +3,22 @@
 Imports nothing heavy: `--help` and `--cfg job` must answer at once.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 GROUPS = ("task", "model", "selector", "baseline", "trainer", "logger")
+BLOCKS = ("probe", "sft", "evaluation")
+VALUES = ("seed", "stop_after", "budget", "match", "paths")
 STOPS = ("statistics", "selection", "training")
 
 
@@ -48,8 +52,8 @@ def build(node: Any, **keywords: Any) -> Any:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (ValueError, TypeError, OSError)):
             cause = cause.__cause__
-        if isinstance(cause, TypeError):
-            raise ValueError(f"{cause} (in the settings of {getattr(node, '_target_', 'a group')})") from error
+        if isinstance(cause, TypeError):  # a class of the user's own: ours are covered by check_types
+            raise ValueError(f"{node.get('_target_')} does not take its settings: {cause}; correct them") from error
         if cause is not None:
             raise cause from error
         raise
@@ -60,10 +64,10 @@ def check(config: DictConfig) -> None:
     for group in GROUPS:
         node = config.get(group)
         if not isinstance(node, DictConfig):
-            raise ValueError(
-                f"{group}={node} cannot replace a whole group here: a replay keeps its groups; override single "
-                f"settings ({group}.<name>=...) or run python -m lark.run {group}={node} anew"
-            )
+            raise ValueError(_whole_group(group))
+    for name in config:
+        if name not in (*GROUPS, *BLOCKS, *VALUES):
+            raise ValueError(_no_setting(str(name), [*GROUPS, *BLOCKS, *VALUES]))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
@@ -75,20 +79,113 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"match={config.match} is unknown; set match=trajectories")
     if isinstance(config.budget, bool) or not isinstance(config.budget, int) or config.budget < 1:
         raise ValueError(f"budget={config.budget} is no number of trajectories a problem; set it to 1 or more")
+    for name, path in config.paths.items():
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"paths.{name}={path} is no folder; set it to one you may write to")
+
+
+def check_types(config: DictConfig) -> None:
+    """Names and types of the settings against the dataclasses they build, which is what tells `sft.lr=abc` apart.
+
+    Raises ValueError naming the setting, its value and what it takes. Values in range are the constructors' business.
+    """
+    for name in (*GROUPS, *BLOCKS):
+        _check_node(name, config[name])
+
+
+def _check_node(name: str, node: DictConfig) -> None:
+    from hydra.utils import get_object
+
+    target = node.get("_target_")
+    if target is not None:
+        try:
+            schema = get_object(target)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"{name}._target_={target} cannot be imported; correct it") from error
+        if isinstance(schema, type) and dataclasses.is_dataclass(schema):
+            takes = [field.name for field in dataclasses.fields(schema) if field.init]
+            hints = get_type_hints(schema)
+            for key in (key for key in node if not str(key).startswith("_")):
+                if key not in takes:
+                    raise ValueError(_no_setting(f"{name}.{key}", [f"{name}.{other}" for other in takes]))
+                if not _fits(node[key], hints[key]):
+                    kind = _in_words(hints[key])
+                    raise ValueError(f"{name}.{key}={node[key]}: this setting takes {kind}; correct it or leave it out")
+    for key, value in node.items():
+        if isinstance(value, DictConfig):
+            _check_node(f"{name}.{key}", value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a config value may stand where `hint` is annotated; True for annotations that YAML cannot express."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, member) for member in members)
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    if hint is str or hint is type(None):
+        return isinstance(value, hint)
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return isinstance(value, DictConfig)
+    if origin in (list, tuple):
+        if not isinstance(value, ListConfig):
+            return False
+        if origin is list or members[-1] is ...:
+            return all(_fits(item, members[0]) for item in value)
+        return len(value) == len(members) and all(map(_fits, value, members))
+    return True
+
+
+def _in_words(hint: Any) -> str:
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, members))
+    if origin in (list, tuple):
+        kinds = {_in_words(member).removeprefix("a ") for member in members if member is not ...}
+        count = "" if origin is list or members[-1] is ... else f" of {len(members)}"
+        return f"a list{count}, each a {' or '.join(sorted(kinds))}"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a group of settings"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(hint, "something else")
+
+
+def _no_setting(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    remedy = f"did you mean {close[0]}?" if close else "leave it out;"
+    return f"{name} is no setting; {remedy} python -m lark.run --cfg job prints all of them"
+
+
+def _whole_group(group: str) -> str:
+    return (
+        f"{group}=... cannot be replaced as a whole: a replay keeps its groups, override single settings "
+        f"({group}.<name>=...); a new run takes {group}= one of {', '.join(options(group))}"
+    )
+
+
+def options(group: str) -> list[str]:
+    """The names that `group=` takes."""
+    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
 
 
 def sentence(error: BaseException) -> str:
     """The error in words for a user: what setting, which value, what to do."""
-    text = str(error)
-    unknown = re.search(r"Could not find '(\w+)/([^']*)'", text)
-    if isinstance(error, HydraException) and unknown:
+    text = " ".join(str(error).split()) if isinstance(error, HydraException | OmegaConfBaseException) else str(error)
+    if unknown := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, option = unknown.groups()
-        options = sorted(path.stem for path in (folder() / group).glob("*.yaml"))
-        close = difflib.get_close_matches(option, options, 1)
+        close = difflib.get_close_matches(option, options(group), 1)
         remedy = f"did you mean {close[0]}? It can be" if close else "set it to one of"
-        return f"{group}={option} is unknown; {remedy} {', '.join(options)}"
-    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
-        return f"{error.filename} cannot be written ({error.strerror}); set paths.logs to a folder you may write to"
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return " ".join(text.replace("\n", " ").split()) + " (python -m lark.run --cfg job prints every setting)"
+        return f"{group}={option} is unknown; {remedy} {', '.join(options(group))}"
+    if unknown := re.search(r"Could not override '([^']*)'", text):
+        name = unknown[1]
+        return _whole_group(name) if name in GROUPS else _no_setting(name, [])
+    if isinstance(error, OverrideParseException):
+        reason = text.partition(" See https://")[0]
+        return f"{error.override} is no setting=value ({reason}); quote what holds spaces or brackets"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return f"{text} (python -m lark.run --cfg job prints every setting)"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path and who may read and write there"
     return text

@@ -162,8 +162,10 @@ class TrajectoryDataModule(LightningDataModule):
         packed = self.recipe.layout == "packed"
         cuts = micro_batches(self.trajectories.length[rows], budget=budget, packed=packed)
         micro = [collate(self.trajectories.encoded(rows[cut]), rows[cut].tolist(), packed=packed) for cut in cuts]
+        pool = self.trajectories
         return Step(
             micro=micro,
+            names=tuple(f"{pool.problem_id[row]}/{pool.candidate_id[row]}" for row in rows.tolist()),
             coefficients_CR=[torch.tensor(coefficient_CR[:, cut], dtype=torch.float32) for cut in cuts],
             trained_tokens=sum(len(m.target_N) for m in micro),
             computed_tokens=sum(m.tokens for m in micro),
@@ -194,7 +196,7 @@ class TrajectoryDataModule(LightningDataModule):
         # data-parallel wrappers synchronise at every batch: all ranks need the same number
         missing = -(-len(cuts) // trainer.world_size) - len(steps)
         steps += [Step(micro=[], coefficients_CR=[], trained_tokens=0, computed_tokens=0)] * missing
-        return DataLoader(steps, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(_HeldOut(steps), batch_size=None)
 
 
 class _Steps(IterableDataset):
@@ -208,6 +210,16 @@ class _Steps(IterableDataset):
         while True:
             yield self.data.step(number, rank=self.trainer.global_rank, world=self.trainer.world_size)
             number += 1
+
+
+class _HeldOut(IterableDataset):
+    """This rank's held-out batches. Iterable, so that no Trainer thinks of dividing them among the ranks once more."""
+
+    def __init__(self, steps: list[Step]):
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
 
 
 def _mean_of_problem_means(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torchmetrics import Metric
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lark.cache import identity_hash, replacing
 from lark.generate import Sample, check_sampling, generate_samples
 from lark.metrics import AverageAtK, PassAtK, ProblemMean, check_pass_at
+from lark.progress import bar
 from lark.rows import Fault, RowError, find_files, read_rows
 from lark.verify import Answer, Checker
 
@@ -125,6 +125,7 @@ def evaluate(
     temperature: float = 0.6,
     top_p: float = 0.95,
     pass_at: Iterable[int] = (1,),
+    label: str = "evaluating",
 ) -> dict[str, float | int]:
     """Samples answers to problems, checks them, writes them to `path` and returns their metrics (`summarise`).
 
@@ -138,6 +139,7 @@ def evaluate(
         path: samples.jsonl to write, one line a sample, in the order of the problems.
         system: system turn put before `problem`; rows that have `messages` are taken as they are.
         pass_at: the k of each pass@k.
+        label: what the progress line calls it.
 
     Further arguments are those of `generate_samples`.
 
@@ -169,7 +171,7 @@ def evaluate(
     total = len(rows) * samples
     with (
         open(partial, "a", encoding="utf-8") as file,
-        tqdm(total=total, initial=len(drawn), desc=f"evaluate {path.stem}", unit=" samples", mininterval=2) as progress,
+        bar(label, total, "samples", initial=len(drawn)) as progress,
     ):
         for batch in batches:
             file.writelines(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in batch)

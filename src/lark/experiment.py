@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from lark import arms as arm_module
@@ -19,12 +19,12 @@ from lark.arms import Arm, evaluate_arm, evaluated, evaluation_identity, make_ar
 from lark.cache import complete, lock, read_json, replacing, writable, write_json
 from lark.config import build
 from lark.data import TrajectoryDataModule
-from lark.evaluate import per_problem, read_problems
-from lark.inference import paired_difference, smallest_detectable_difference
+from lark.evaluate import read_problems
 from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks
 from lark.progress import Progress
 from lark.report import print_comparison
 from lark.selection import Rule
+from lark.summary import summarise_run
 from lark.verify import Checker
 
 
@@ -81,6 +81,10 @@ class _Run:
         say(f"run         {self.folder}")
         say(f"logging     {self.tracker.describe()}")
         self.data.prepare_data()
+        self.problems = {  # read before anything is computed: their faults are cheap to find now
+            name: read_problems(path, limit=self.data.task.eval_limit)
+            for name, path in self.data.trajectories.evaluation_files.items()
+        }
         self._score()
         if self.config.stop_after == "statistics":
             return self._stop(f"statistics  {self.folder / 'statistics.parquet'}")
@@ -108,10 +112,7 @@ class _Run:
         make = partial(make_arm, data=self.data, steps=steps, precision=self.precision, arms=self.logs / "arms")
         arms = [make(name, self.rules[name].name) for name in ("baseline", "selector") if name in self.rules]
         before = make("before", "before")
-        problems = {
-            name: read_problems(path, limit=self.data.task.eval_limit)
-            for name, path in self.data.trajectories.evaluation_files.items()
-        }
+        problems = self.problems
         identity = evaluation_identity(self.data, problems, self.sampling)
         training_only = self.config.stop_after == "training"
         everything = arms if training_only else [before, *arms]
@@ -188,6 +189,7 @@ class _Run:
                 )
             if logger is not None:
                 _log_arm(logger, arm, reused=action == "reuse")
+                self.tracker.keep(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("*.jsonl")))
                 if action != "reuse":
                     write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
         finally:
@@ -273,8 +275,7 @@ class _Run:
         summary = summarise_run(self.config, arms, list(problems), self.data, self.plan["arms"])
         write_json(self.folder / "summary.json", summary)
         self._log_comparison(summary)
-        if problems:
-            print_comparison(summary)
+        print_comparison(summary)
         say(f"summary     {self.folder / 'summary.json'}")
         first = next(iter(summary["sets"].values()), {}).get("difference")
         return first["estimate"] if first else float("nan")
@@ -292,63 +293,6 @@ class _Run:
                 keys = ("estimate", "low", "high", "smallest_detectable")
                 logger.log_metrics({f"comparison/{name}/{key}": difference[key] for key in keys})
         self.tracker.finish()
-
-
-def summarise_run(
-    config: DictConfig, arms: list[Arm], sets: list[str], data: TrajectoryDataModule, actions: dict[str, Any]
-) -> dict[str, Any]:
-    """summary.json: everything the table and a later report need, per-problem accuracies included."""
-    summary: dict[str, Any] = {
-        "status": "finished",
-        "task": config.task.name,
-        "model": config.model.name,
-        "seed": config.seed,
-        "selector": config.selector.name,
-        "baseline": config.baseline.name,
-        "scoring": data.cost,
-        "sets": {name: {"metrics": []} for name in sets},
-        "arms": {},
-    }
-    start = arm_module.held_out_at_start(data, arms)
-    for arm in arms:
-        metrics = read_json(arm.folder / "metrics.json")["sets"] if sets else {}
-        curve = [start] if arm.selection is None else read_json(arm.folder / "trained.json")["curve"]
-        record = arm.selection.record if arm.selection is not None else {}
-        summary["arms"][arm.name] = {
-            "rule": arm.rule,
-            "hash": arm.folder.name,
-            "action": actions[arm.name]["action"],
-            "matched": record.get("matched", True),
-            "trajectories": record["counts"]["chosen"] if record else 0,
-            "tokens": record.get("tokens", 0),
-            "effective_sample_size": record.get("effective_sample_size", 0.0),
-            "held_out_loss": curve[-1].get("held_out/loss") if curve else None,
-            "held_out_loss_correct": curve[-1].get("held_out/loss_correct") if curve else None,
-            "curve": curve,
-            "metrics": metrics,
-            "per_problem": {
-                name: {key: float(np.mean(values)) for key, values in per_problem(_samples(arm, name)).items()}
-                for name in sets
-            },
-        }
-    shown = [f"avg@{config.evaluation.samples}", f"pass@{max(config.evaluation.pass_at)}"] if sets else []
-    names = [arm.name for arm in arms]
-    first, second = "selector", "baseline" if "baseline" in names else "before"
-    for name in sets:
-        summary["sets"][name]["metrics"] = shown
-        a, b = (summary["arms"][arm]["per_problem"][name] for arm in (first, second))
-        keys = sorted(a)
-        interval = paired_difference(np.array([[a[k] for k in keys]]), np.array([[b[k] for k in keys]]))
-        summary["sets"][name]["difference"] = {
-            "of": [first, second],
-            **vars(interval),
-            "smallest_detectable": smallest_detectable_difference(interval.standard_error),
-        }
-    return summary
-
-
-def _samples(arm: Arm, name: str) -> Path:
-    return arm.folder / f"samples-{name}.jsonl"
 
 
 def _action(arm: Arm, identity: dict[str, Any], training_only: bool) -> str:
@@ -392,7 +336,11 @@ def _trainer(node: DictConfig, folder: Path) -> tuple[str, Any]:
         }
         if progress is not None:
             keywords["callbacks"] = [*keywords.get("callbacks", []), Progress(progress)]
-        return make(**common | keywords)
+        try:
+            return make(**common | keywords)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            given = " ".join(f"trainer.{k}={settings[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
+            raise ValueError(f"{given} cannot be used here ({error}); set trainer=auto, or correct them") from error
 
     return settings["precision"], trainer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lark.cache import file_hash
@@ -16,6 +17,8 @@ from lark.stats import Head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHIPPED = "shipped:"
+LOADING_ERRORS = (OSError, ValueError, SafetensorError)
+"""What transformers raises for files that are missing, of no known kind, or broken."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 
@@ -93,9 +96,12 @@ class Student:
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         source, keywords = self._source()
         try:
-            return AutoTokenizer.from_pretrained(source, **keywords)
-        except OSError as error:
-            raise self._unavailable() from error
+            tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
+        except LOADING_ERRORS as error:
+            raise self._unavailable(error) from error
+        if not tokenizer("0", add_special_tokens=False)["input_ids"]:  # what transformers makes of a missing file
+            raise self._unavailable("its tokenizer has no vocabulary")
+        return tokenizer
 
     def load_chat(self, *, span: str = "content", step_splitter: str = "sentences") -> Chat:
         tokenizer = self.load_tokenizer()
@@ -103,15 +109,30 @@ class Student:
         return Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The pre-trained weights, on CPU and in eval mode."""
+        """The pre-trained weights, on CPU and in eval mode. Raises ValueError if they or their head are of no use."""
         source, keywords = self._source()
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, attn_implementation=self.attention, use_safetensors=self._safetensors(), **keywords
             )
-        except OSError as error:
-            raise self._unavailable() from error
-        return model.to(dtype=dtype)  # a dequantised GGUF file arrives in its own dtype
+        except LOADING_ERRORS as error:
+            raise self._unavailable(error) from error
+        for parameter in model.parameters():  # a dequantised GGUF file arrives in its own dtype
+            parameter.data = parameter.data.to(dtype)  # not model.to(dtype): that would round RoPE's frequencies too
+        self._check_head(model)
+        return model
+
+    def _check_head(self, model: Any) -> None:
+        """Statistics and training use hidden states and head apart: together they must give the model's own logits."""
+        tokens_RL = torch.arange(4)[None]
+        with torch.inference_mode():
+            expected = model(input_ids=tokens_RL, use_cache=False).logits[0].float()
+            difference = (head_of(model).logits(hidden_states(model, tokens_RL, None)) - expected).abs().max().item()
+        if not difference <= 0.02 * max(1.0, expected.abs().max().item()):
+            raise ValueError(
+                f"model={self.name}: {model.config.model_type} does more to its logits than this package reproduces "
+                f"(they differ by {difference:.3g}); set model to one of another architecture"
+            )
 
     def _safetensors(self) -> bool | None:
         """Weights a user downloaded are never unpickled; GGUF has its own reader."""
@@ -138,17 +159,22 @@ class Student:
         """The student as `save_student` left it in `folder`."""
         if self.lora is None:
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation=self.attention, use_safetensors=True
+                folder,
+                dtype=dtype,
+                attn_implementation=self.attention,
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
             )
         from peft import PeftModel
 
         return PeftModel.from_pretrained(self.load_model(dtype), str(folder))
 
-    def _unavailable(self) -> ValueError:
+    def _unavailable(self, reason: object) -> ValueError:
         if self.folder is not None:
+            first_line = str(reason).strip().partition("\n")[0].rstrip(":. ")
             return ValueError(
-                f"model.path={self.path} holds no student that transformers can load; set it to a folder with "
-                "config.json, *.safetensors and tokenizer.json, or to a .gguf file"
+                f"model.path={self.path} holds no student that transformers can load ({first_line}); set it to a "
+                "folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
             )
         return ValueError(
             f"model={self.name}: {self.id} is neither in the local Hugging Face cache nor could it be fetched; "
@@ -162,7 +188,7 @@ def base_model(model: Any) -> PreTrainedModel:
 
 
 def head_of(model: Any) -> Head:
-    """The LM head with what the architecture does to its logits; raises for one we do not know how to reproduce."""
+    """The LM head with what the architecture does to its logits (`load_model` checks that this is all it does)."""
     base = base_model(model)
     linear: Any = base.get_output_embeddings()
     config = base.config.get_text_config()

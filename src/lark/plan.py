@@ -22,12 +22,6 @@ def is_main() -> bool:
     return rank_zero_only.rank == 0
 
 
-def child_of() -> Path | None:
-    """The run folder this process was launched into as a further rank, or None."""
-    run = os.environ.get(RUN_VARIABLE)
-    return Path(run) if run and int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
-
-
 def barrier() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -41,13 +35,18 @@ class Plan:
         self.values: dict[str, Any] = {}
 
     def share(self, **values: Any) -> None:
-        """On rank 0 write `values` into the plan; on the others read it. Ranks that already run wait for each other."""
+        """On rank 0 write `values` into the plan; on the others learn them. Ranks that already run get them sent (under
+        torchrun each was started with a run folder of its own), those launched later read them from the file.
+        """
         if is_main():
             os.environ[RUN_VARIABLE] = str(self.path.parent.resolve())  # for children launched from here on
             self.values |= values
             write_json(self.path, self.values)
-        barrier()
-        if not is_main():
+        if dist.is_available() and dist.is_initialized():
+            sent = [self.values]
+            dist.broadcast_object_list(sent, src=0)
+            self.values = sent[0]
+        elif not is_main():
             self.values = read_json(self.path)
 
     def __getitem__(self, name: str) -> Any:

@@ -93,18 +93,22 @@ class ProbeModule(LightningModule):
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's micro-batches over the rows that no shard holds yet, longest first (the worst memory first)."""
-        remaining = np.setdiff1d(self.wanted, rows_done(self.folder))
+        done = rows_done(self.folder)
         self.trainer.strategy.barrier("probe-listed")  # nobody writes before everybody has listed
-        cuts = micro_batches(self.lengths[remaining], budget=self.probe.batch_tokens)
-        mine = [remaining[cut] for cut in cuts][self.trainer.global_rank :: self.trainer.world_size]
+        # All rows are cut, not only the remaining ones: a resumed pass computes the very batches it would have.
+        cuts = [self.wanted[cut] for cut in micro_batches(self.lengths[self.wanted], budget=self.probe.batch_tokens)]
+        remaining = [cut[~np.isin(cut, done)] for cut in cuts]
+        mine = [cut for cut in remaining if len(cut)][self.trainer.global_rank :: self.trainer.world_size]
         return DataLoader(_Batches(mine, self.encoded), batch_size=None)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def predict_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL)
-        tokens = token_statistics(
-            hidden_XD[batch.predict_N], batch.target_N, head_of(self.student_model), top_k=self.probe.top_k
-        )
+        # The student's own dtype decides, and is what the cache is keyed by; the Trainer's precision is for training.
+        with torch.autocast(self.device.type, enabled=False):
+            hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL)
+            tokens = token_statistics(
+                hidden_XD[batch.predict_N], batch.target_N, head_of(self.student_model), top_k=self.probe.top_k
+            )
         encoded = self.encoded(np.array(batch.rows))
         ends = torch.tensor([row.end_of_turn for row in encoded], device=batch.target_N.device)
         sums = trajectory_sums(tokens, batch.row_N, batch.position_N, ends, rows=len(encoded))
@@ -178,6 +182,8 @@ def measure(
         tokens = int(module.lengths[module.wanted].sum())
         cost = {"rows": len(module.wanted), "resumed_rows": resumed, "forward_tokens": tokens, "seconds": seconds}
         write_json(module.folder / "manifest.json", {"identity": identity, **cost})
+        for part in module.folder.glob("part-*.parquet"):  # not before the folder is complete
+            part.unlink()
     trainer.strategy.barrier("probe-complete")
 
 
@@ -190,8 +196,6 @@ def _merge(folder: Path, wanted: np.ndarray) -> None:
     assert np.array_equal(rows, np.sort(wanted)), "the probe's shards do not hold every row exactly once"
     with replacing(folder / "statistics.parquet") as temporary:
         pq.write_table(table.take(order), temporary)
-    for path in parts:
-        path.unlink()
 
 
 def read_statistics(folder: Path) -> dict[str, np.ndarray]:

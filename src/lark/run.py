@@ -5,6 +5,7 @@ torch, lightning and transformers are imported only after Hydra has composed the
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -33,12 +34,15 @@ def hydra_main(config: DictConfig) -> float:
         configuration.check(config)
         write_replay(config, folder)
         return job(config, folder, group=folder.parent.name if sweep else folder.name)
-    except USER_ERRORS as error:
+    except Exception as error:  # whatever a job fails of, it is recorded and the sweep goes on
         record_failure(folder, error)
-        if FULL_ERROR:
-            raise
+        known = isinstance(error, USER_ERRORS) and not FULL_ERROR
         if not sweep:
-            sys.exit(f"lark: {configuration.sentence(error)}")  # raised, Hydra would print the command line again
+            if known:
+                sys.exit(f"lark: {configuration.sentence(error)}")  # raised, Hydra would print the command line again
+            raise
+        if not known:
+            traceback.print_exc()
         print(f"lark: {configuration.sentence(error)}", file=sys.stderr)
         return float("nan")
 
@@ -61,12 +65,14 @@ def write_replay(config: DictConfig, folder: Path) -> None:
 def record_failure(folder: Path, error: Exception) -> None:
     from lark.cache import write_json
 
-    write_json(folder / "summary.json", {"status": "failed", "error": configuration.sentence(error)})
+    text = configuration.sentence(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
+    write_json(folder / "summary.json", {"status": "failed", "error": text})
 
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
     from lark.experiment import run  # torch and its friends: seconds
 
+    configuration.check_types(config)
     return run(config, folder, group=group)
 
 
@@ -85,9 +91,12 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
         child_main(Path(child)) if child else hydra_main()
-    except USER_ERRORS as error:
-        if FULL_ERROR:
+    except USER_ERRORS as error:  # Hydra's: jobs answer for themselves
+        if FULL_ERROR and not child:  # a child inherits what was set above
             raise
+        if isinstance(error, OSError) and not isinstance(error, HydraException) and not child:
+            remedy = "set paths.logs (or hydra.run.dir) to a folder you may write to"
+            sys.exit(f"lark: {error.filename} cannot be written ({error.strerror}); {remedy}")
         sys.exit(f"lark: {configuration.sentence(error)}")
 
 

@@ -5,6 +5,8 @@ candidates of one problem. Every score is a frozen dataclass of its parameters, 
 """
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,13 +105,19 @@ class Constant:
 
 
 def imported(path: str, setting: str) -> Callable[[Candidates], np.ndarray]:
-    """The function a user names as `module:function`, found as Python finds modules (the working folder included)."""
+    """The function a user names as `module:function`, found as Python finds modules and in the working folder.
+
+    Raises ValueError naming `setting` when there is no such function. What else a module raises while it is imported
+    is its author's and passes through.
+    """
     module, _, name = path.partition(":")
-    if not name:
+    if not name or not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(f"{setting}={path!r} names no function; set it to module:function, as in my_module:my_score")
+    if os.getcwd() not in sys.path:  # an installed command starts without it, `python -m` with it
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"{setting}={path!r} could not be imported ({error}); is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise ValueError(f"{setting}={path!r} is a {type(function).__name__}, not a function of the candidates")

@@ -23,8 +23,12 @@ class Between:
     min: float = -np.inf
     max: float = np.inf
 
+    def __post_init__(self) -> None:
+        if not self.min <= self.max:
+            raise ValueError(f"selector.filter.min={self.min} is above selector.filter.max={self.max}; exchange them")
+
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        values_N = candidates[self.column].astype(np.float64)
+        values_N = _numbers(candidates[self.column], len(candidates), f"selector.filter.column={self.column}")
         return (values_N >= self.min) & (values_N <= self.max)
 
 
@@ -48,6 +52,10 @@ class Rule:
             object.__setattr__(self, "score", imported(self.score, "selector.score"))
         if isinstance(self.filter, str) and ":" in self.filter:
             object.__setattr__(self, "filter", imported(self.filter, "selector.filter"))
+        if not callable(self.score):
+            raise ValueError(f"selector.score={self.score!r} is no score; set a score or module:function")
+        if not (self.filter is None or isinstance(self.filter, str) or callable(self.filter)):
+            raise ValueError(f"selector.filter={self.filter!r} is no filter; set null, a column or module:function")
 
     @property
     def takes_all(self) -> bool:
@@ -57,28 +65,36 @@ class Rule:
         """Mask [N] of the candidates the filter lets through; a missing value does not pass."""
         if self.filter is None:
             return np.ones(len(candidates), bool)
-        values_N = candidates[self.filter] if isinstance(self.filter, str) else self.filter(candidates)
-        return self._column(values_N, len(candidates), "filter") == 1
+        values = candidates[self.filter] if isinstance(self.filter, str) else self.filter(candidates)
+        pass_N = _numbers(values, len(candidates), f"the filter of selector {self.name}")
+        other_N = ~(np.isnan(pass_N) | (pass_N == 0) | (pass_N == 1))
+        if other_N.any():
+            raise ValueError(
+                f"the filter of selector {self.name} must be true, false or missing, but is {pass_N[other_N][0]} for a "
+                "row; set a boolean column, or lark.selection.Between for a numeric one"
+            )
+        return pass_N == 1
 
     def scores(self, candidates: Candidates) -> np.ndarray:
         """Scores [N] in float64 of candidates that passed the filter."""
         assert callable(self.score)
-        score_N = self._column(self.score(candidates), len(candidates), "score")
+        score_N = _numbers(self.score(candidates), len(candidates), f"the score of selector {self.name}")
         if np.isposinf(score_N).any():
-            raise ValueError(f"selector {self.name}: its score is +inf for some rows; return finite numbers or NaN")
+            raise ValueError(f"the score of selector {self.name} is +inf for some rows; return finite numbers or NaN")
         return score_N
 
-    def _column(self, values: Any, rows: int, what: str) -> np.ndarray:
+
+def _numbers(values: Any, rows: int, what: str) -> np.ndarray:
+    """`values` as float64 [N], None as NaN; `what` names them in the error if they are no such thing."""
+    if values is None:
+        raise ValueError(f"{what} is None for {rows} candidates; return one number a row")
+    try:
         array = np.asarray(values)
-        if array.shape != (rows,):
-            raise ValueError(
-                f"selector {self.name}: its {what} has shape {array.shape} for {rows} candidates; return one value a row"
-            )
-        return (
-            np.array([np.nan if v is None else v for v in array], float)
-            if array.dtype == object
-            else array.astype(float)
-        )
+        if array.shape == (rows,):
+            return array.astype(np.float64)  # None becomes NaN
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} is not one number for each of {rows} candidates ({error})") from error
+    raise ValueError(f"{what} has shape {array.shape} for {rows} candidates; return one number a row")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ class TokenStatistics:
     log_sum_p2_N: Tensor
 
 
+@torch.no_grad()
 def token_statistics(hidden_ND: Tensor, target_N: Tensor, head: Head, *, top_k: int | None = None) -> TokenStatistics:
     """Statistics of the observed tokens `target_N` under the student whose hidden states predict them.
 
@@ -81,7 +82,7 @@ def _chunk_statistics(logits_NV: Tensor, target_N: Tensor, top_k: int | None) ->
     target_N1 = target_N[:, None]
     own_N = logits_NV.gather(1, target_N1).squeeze(1)
     rank_N = 1 + (logits_NV > own_N[:, None]).sum(1)
-    brier_top_k_N = None if top_k is None else _brier_top_k(logits_NV, own_N, rank_N, top_k)
+    brier_top_k_N = None if top_k is None else _brier_top_k(logits_NV, rank_N, top_k)
 
     logits_NV.scatter_(1, target_N1, -math.inf)
     peak_N = logits_NV.amax(1)
@@ -90,24 +91,25 @@ def _chunk_statistics(logits_NV: Tensor, target_N: Tensor, top_k: int | None) ->
     mass2_N = exp_NV.square().sum(1)
     moment_N = exp_NV.mul_(logits_NV.scatter_(1, target_N1, 0.0)).sum(1)  # sum of e^x x, x relative to the peak
 
-    rest_N = peak_N + mass_N.log()  # ln of the other tokens' mass
+    # Logarithms relative to the other tokens' peak: a difference of two large logits is exact, their sum is not.
+    own_N, rest_N = own_N - peak_N, mass_N.log()
     surprisal_N = F.softplus(rest_N - own_N, threshold=50.0)
-    total_N = own_N + surprisal_N
     log_p_N = -surprisal_N
-    rest_p2_N = mass2_N * (2 * (peak_N - total_N)).exp()
+    log_scale_N = -torch.logaddexp(rest_N, own_N)  # p of a token x above the peak is exp(log_scale + x)
+    rest_p2_N = mass2_N * (2 * log_scale_N).exp()
     brier_N = torch.expm1(log_p_N).square() + rest_p2_N
     log_sum_p2_N = ((2 * log_p_N).exp() + rest_p2_N).log()
-    scale_N = (peak_N - total_N).exp()
-    entropy_N = log_p_N.exp() * surprisal_N - scale_N * (moment_N + mass_N * (peak_N - total_N))
+    entropy_N = log_p_N.exp() * surprisal_N - log_scale_N.exp() * (moment_N + mass_N * log_scale_N)
     return surprisal_N, brier_N if brier_top_k_N is None else brier_top_k_N, entropy_N, rank_N, log_sum_p2_N
 
 
-def _brier_top_k(logits_NV: Tensor, own_N: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
-    top_NK = logits_NV.topk(min(top_k, logits_NV.shape[1]), dim=1).values
-    p_NK = top_NK.softmax(1)
-    inside_N = rank_N <= top_k
-    own_p_N = torch.where(inside_N, (own_N - top_NK.logsumexp(1)).exp(), 0.0)
-    return 1 - 2 * own_p_N + p_NK.square().sum(1)
+def _brier_top_k(logits_NV: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
+    """||p - onehot(y)||^2 with p the softmax over the top_k largest logits, 0 elsewhere."""
+    error_NK = logits_NV.topk(min(top_k, logits_NV.shape[1]), dim=1).values.softmax(1)
+    place_N1 = rank_N[:, None] - 1  # of y among the largest, which are in descending order
+    inside_N1 = place_N1 < error_NK.shape[1]
+    error_NK.scatter_add_(1, place_N1.clamp(max=error_NK.shape[1] - 1), -inside_N1.float())
+    return error_NK.square().sum(1) + (~inside_N1).squeeze(1)
 
 
 def trajectory_sums(
@@ -117,11 +119,14 @@ def trajectory_sums(
 
     `row_N` says which trajectory a token belongs to, `position_N` its place in the span, `end_of_turn_R` the span
     index of each row's end-of-turn token (-1: cut off; its values are then 0 and `has_end` is 0).
+    The sums are taken on the CPU, where their order is fixed.
     """
+    row_N, position_N, end_of_turn_R = row_N.cpu(), position_N.cpu(), end_of_turn_R.cpu()
+    tokens = TokenStatistics(**{name: values_N.cpu() for name, values_N in vars(tokens).items()})
 
     def total(x_N: Tensor) -> Tensor:
         dtype = torch.int64 if x_N.dtype in (torch.bool, torch.int64) else torch.float64
-        return torch.zeros(rows, dtype=dtype, device=x_N.device).index_add_(0, row_N, x_N.to(dtype))
+        return torch.zeros(rows, dtype=dtype).index_add_(0, row_N, x_N.to(dtype))
 
     is_end_N = position_N == end_of_turn_R[row_N]
     sums = {

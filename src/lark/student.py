@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -85,11 +86,13 @@ class Recipe:
 class Step:
     """One rank's part of an optimizer step: micro-batches, each row's coefficient, and counts for the log.
 
-    `coefficients_CR[c][r]` multiplies row r's summed surprisal; training has one set, held-out loss one per figure.
+    `coefficients_CR` is one [C, R] a micro-batch and multiplies its rows' summed surprisals: training has one set,
+    held-out loss one per figure. `names` are the rows' "problem/candidate", for messages.
     """
 
     micro: list[MicroBatch]
     coefficients_CR: list[Tensor]
+    names: tuple[str, ...] = ()
     trained_tokens: int
     computed_tokens: int
 
@@ -97,6 +100,7 @@ class Step:
         return Step(
             micro=[m.to(device) for m in self.micro],
             coefficients_CR=[c.to(device) for c in self.coefficients_CR],
+            names=self.names,
             trained_tokens=self.trained_tokens,
             computed_tokens=self.computed_tokens,
         )
@@ -108,7 +112,8 @@ def weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tens
     """
 
     def chunk(hidden: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
-        return coefficient @ F.cross_entropy(head.logits(hidden), target, reduction="none")
+        # not a matrix product: under autocast that would round coefficients and surprisals to bfloat16
+        return (coefficient * F.cross_entropy(head.logits(hidden), target, reduction="none")).sum(-1)
 
     size = head.chunk()
     total_C = coefficient_CN.new_zeros(coefficient_CN.shape[0])
@@ -137,6 +142,8 @@ class SFTModule(LightningModule):
     def configure_model(self) -> None:
         if self.student_model is not None:
             return
+        if self.trainer.precision == "16-mixed":  # its loss scaling would reach the clipping of gradients
+            raise ValueError("trainer.precision=16-mixed is not supported; set it to bf16-mixed or 32-true")
         torch.manual_seed(self.seed)  # LoRA's first factor is random: the same for every arm and rank
         device = self.trainer.strategy.root_device
         # Full fine-tuning keeps float32 master weights; trainer.precision decides what the products run in.
@@ -170,7 +177,7 @@ class SFTModule(LightningModule):
         loss = torch.zeros((), device=self.device)
         last = len(batch.micro) - 1
         for i, (micro, coefficient_CR) in enumerate(zip(batch.micro, batch.coefficients_CR, strict=True)):
-            with _block_parallel_sync_behavior(self.trainer.strategy, block=i < last):
+            with self._gradients_kept_local() if i < last else nullcontext():
                 value = self._loss(micro, coefficient_CR).sum()
                 # data-parallel strategies average gradients over ranks; the coefficients already are global
                 self.manual_backward(value * self.trainer.world_size)
@@ -178,10 +185,10 @@ class SFTModule(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.recipe.clip)
         loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            rows = sorted(row for micro in batch.micro for row in micro.rows)
+            names = ", ".join(batch.names[:20]) + (" ..." if len(batch.names) > 20 else "")
             raise ValueError(
-                f"training stopped at optimizer step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g} "
-                f"(rows {rows[:20]} of the selection); lower sft.lr={self.recipe.lr:g} or look at these rows"
+                f"training stopped at optimizer step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; "
+                f"lower sft.lr={self.recipe.lr:g} or look at this step's trajectories (problem/candidate): {names}"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -191,6 +198,10 @@ class SFTModule(LightningModule):
         self.log("train/lr", scheduler.get_last_lr()[0])
         self.log("train/tokens", float(batch.trained_tokens), reduce_fx="sum", sync_dist=False)
         scheduler.step()
+
+    def _gradients_kept_local(self) -> AbstractContextManager[None]:
+        strategy: Any = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]

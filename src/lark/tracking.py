@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 class Wandb:
     """One W&B run an arm, grouped by run or sweep.
 
-    mode: auto (online when a key is known, else offline) | online | offline. text: whether prompts and trajectories
-    may leave the machine.
+    mode: auto (online when a key is known, else offline) | online | offline. text: whether prompts and trajectories may
+    leave the machine: then an arm's selection and samples are kept as a W&B artifact, else figures and settings only.
     """
 
     name: str
@@ -42,17 +42,33 @@ class Wandb:
         )
 
     def open(self, *, title: str, group: str, job_type: str, config: dict[str, Any], folder: Path) -> Logger:
+        import wandb
+
         folder.mkdir(parents=True, exist_ok=True)
-        return WandbLogger(
+        run = wandb.init(
             name=title,
             project=self.project,
             entity=self.entity,
-            mode="offline" if self.offline else "online",  # passed on to wandb.init
-            save_dir=str(folder),
+            mode="offline" if self.offline else "online",
+            dir=str(folder),
             group=group,
             job_type=job_type,
             config=config,
+            settings=wandb.Settings(silent=True, console="off"),  # what is printed may quote the pool
         )
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        return WandbLogger(experiment=run)
+
+    def keep(self, logger: Logger, name: str, files: list[Path]) -> None:
+        """Keep files that hold text, if they may leave the machine."""
+        if self.text:
+            import wandb
+
+            artifact = wandb.Artifact(name, type="arm")
+            for file in files:
+                artifact.add_file(str(file))
+            logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         """Without this, consecutive runs in one process merge into one."""
@@ -63,7 +79,7 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Csv:
-    """metrics.csv and hparams.yaml a run, nothing else."""
+    """metrics.csv and hparams.yaml a run, nothing else; nothing leaves the machine, whatever `text` says."""
 
     name: str
     text: bool = False
@@ -75,6 +91,9 @@ class Csv:
         logger = CSVLogger(save_dir=str(folder / "csv"), name=f"{group}/{title}")
         logger.log_hyperparams(config | {"job_type": job_type})
         return logger
+
+    def keep(self, logger: Logger, name: str, files: list[Path]) -> None:
+        """The files are on this machine already."""
 
     def finish(self) -> None:
         """Nothing is open between runs."""

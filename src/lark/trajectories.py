@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from lark.cache import complete, identity_hash, lock, read_json, replacing, write_json
+from lark.cache import complete, identity_hash, lock, read_json, replacing, source_hash, write_json
 from lark.chat import Chat, Encoded, truncated
 from lark.pool import extra_column, held_out, read_pool
 from lark.tasks.files import Task
@@ -25,7 +25,8 @@ class Trajectories:
     """Reads, checks and tokenises the task's pool, or finds that done in `cache`.
 
     Arrays over the pool's rows: problem_id, candidate_id, length (tokens of the whole row), span_tokens (T, the
-    trained ones), correct (1, 0 or NaN), is_held_out, fits (not overlong, not empty). `dropped` counts rows by reason.
+    trained ones), correct (1, 0 or NaN), is_held_out, fits (not overlong, not empty). `dropped` counts rows by reason,
+    `truncated` those cut to task.max_length, `verdicts` the `correct` filled in and the checks that timed out.
     Raises ValueError when no candidate is left to choose from.
     """
 
@@ -36,16 +37,17 @@ class Trajectories:
         self.rows, self.fingerprint = pool.rows, pool.fingerprint
         self.problem_id = np.array(self.rows["problem_id"][:], dtype=object)
         self.candidate_id = np.array(self.rows["candidate_id"][:], dtype=object)
-        self.correct, filled = self._verdicts()
+        self.correct, self.verdicts = self._verdicts()
         self.tokens = self._tokenised()
-        numbers = self.tokens.select_columns(["length", "prompt_tokens"]).with_format("numpy")[:]
+        numbers = self.tokens.select_columns(["length", "prompt_tokens", "full_length"]).with_format("numpy")[:]
         self.length = np.asarray(numbers["length"], np.int64)
         self.span_tokens = self.length - np.maximum(np.asarray(numbers["prompt_tokens"], np.int64), 1)
+        self.truncated = int((self.length < np.asarray(numbers["full_length"])).sum())
         self.fits = (self.length <= task.max_length) & (self.span_tokens > 0)
         self.is_held_out = held_out(self.problem_id, task.held_out)
         self.scored = np.flatnonzero(self.fits & ~self.is_held_out)
         self.dropped = {**pool.dropped, "overlong": int((~self.fits).sum())}
-        self._describe(say, filled)
+        self._describe(say)
         if len(self.scored) == 0:
             raise ValueError(
                 f"task.pool={source}: no candidate is left to choose from ({len(self.rows)} rows, "
@@ -53,7 +55,7 @@ class Trajectories:
                 f"{int(self.is_held_out.sum())} held out); raise task.max_length or lower task.held_out"
             )
 
-    def _describe(self, say: Say, filled: int) -> None:
+    def _describe(self, say: Say) -> None:
         problems, candidates = np.unique(self.problem_id.astype(str), return_counts=True)
         held = len(set(self.problem_id[self.is_held_out]))
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items() if n) or "none"
@@ -61,7 +63,9 @@ class Trajectories:
         say(
             f"pool        {len(self.rows):,} trajectories of {len(problems):,} problems ({held:,} held out), "
             f"{int(self.length.sum()):,} tokens, longest {int(self.length.max()):,}; dropped: {dropped}"
-            + (f"; {filled:,} verdicts filled in by the checker" if filled else "")
+            + (f"; {self.truncated:,} cut to task.max_length" if self.truncated else "")
+            + (f"; {self.verdicts['filled']:,} verdicts filled in by the checker" if self.verdicts["filled"] else "")
+            + (f" ({self.verdicts['timed_out']:,} timed out)" if self.verdicts["timed_out"] else "")
             + (f"; {single:,} problems with one candidate" if single else "")
         )
         if len(self.scored):
@@ -82,7 +86,12 @@ class Trajectories:
 
     def _tokenised(self) -> datasets.Dataset:
         cut = self.task.max_length if self.task.overlong != "drop" else None
-        identity = {"pool": self.fingerprint, "overlong": [self.task.overlong, cut], **self.chat.identity}
+        identity = {
+            "pool": self.fingerprint,
+            "overlong": [self.task.overlong, cut],
+            "sources": source_hash(["chat", "trajectories"]),
+            **self.chat.identity,
+        }
         folder = self.cache / "tokens" / identity_hash(identity)
         with lock(folder):
             if not complete(folder):
@@ -111,6 +120,7 @@ class Trajectories:
                 f"{batch['source'][first]}: {len(rows[first].input_ids)} tokens, more than task.max_length={limit}; "
                 "raise it, or set task.overlong=drop or truncate"
             )
+        full_length = [len(row.input_ids) for row in rows]
         if self.task.overlong == "truncate":
             rows = [truncated(row, limit) if len(row.input_ids) > limit else row for row in rows]
         return {
@@ -119,6 +129,7 @@ class Trajectories:
             "end_of_turn": [row.end_of_turn for row in rows],
             "steps": [row.steps for row in rows],
             "length": [len(row.input_ids) for row in rows],
+            "full_length": full_length,
         }
 
     def encoded(self, rows: np.ndarray) -> list[Encoded]:
@@ -130,36 +141,45 @@ class Trajectories:
             for ids, prompt, end, steps in zip(*columns, strict=True)
         ]
 
-    def _verdicts(self) -> tuple[np.ndarray, int]:
-        """Correct per row as 1, 0 or NaN; a null with a known answer is filled by the checker and counted."""
+    def _verdicts(self) -> tuple[np.ndarray, dict[str, int]]:
+        """Correct per row as 1, 0 or NaN; a null with a known answer is filled by the checker and counted. A check that
+        runs out of time counts as wrong, and is counted too.
+        """
         correct = np.array([np.nan if c is None else float(c) for c in self.rows["correct"][:]])
         answers = self.rows["answer"][:]
         unknown = [i for i in np.flatnonzero(np.isnan(correct)).tolist() if answers[i] is not None]
         if not unknown:
-            return correct, 0
+            return correct, {"filled": 0, "timed_out": 0}
         identity = {
             "pool": self.fingerprint,
             "checker": self.task.checker,
             "pattern": self.task.pattern,
+            "sources": source_hash(["verify"]),
         }
         path = self.cache / "verdicts" / f"{identity_hash(identity)}.json"
         with lock(path):
             if not path.exists():
-                rows = self.rows[unknown]
-                items = [
-                    Answer(
-                        gold=gold, text=messages[-1]["content"], source_dataset=json.loads(extra).get("source_dataset")
-                    )
-                    for gold, messages, extra in zip(rows["answer"], rows["messages"], rows["extra"], strict=True)
-                ]
                 with Checker(self.task.checker, pattern=self.task.pattern) as checker:
-                    verdicts = checker.check(items)
-                write_json(path, [bool(v.correct) for v in verdicts])
-        correct[unknown] = read_json(path)
-        return correct, len(unknown)
+                    verdicts = [
+                        verdict
+                        for start in range(0, len(unknown), 1000)
+                        for verdict in checker.check(self._answers(unknown[start : start + 1000]))
+                    ]
+                timed_out = sum(v.timed_out for v in verdicts)
+                write_json(path, {"correct": [v.correct for v in verdicts], "timed_out": timed_out})
+        found = read_json(path)
+        correct[unknown] = found["correct"]
+        return correct, {"filled": len(unknown), "timed_out": found["timed_out"]}
+
+    def _answers(self, rows: list[int]) -> list[Answer]:
+        batch = self.rows[rows]
+        return [
+            Answer(gold=gold, text=messages[-1]["content"], source_dataset=json.loads(extra).get("source_dataset"))
+            for gold, messages, extra in zip(batch["answer"], batch["messages"], batch["extra"], strict=True)
+        ]
 
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A pool column for Candidates: teacher, answer, text (the trajectory), correct (1, 0, NaN) or a further one."""
+        """A pool column for Candidates: teacher, answer, text (the trajectory), correct (1, 0, NaN) or any further."""
         if name == "correct":
             return self.correct[rows]
         if name in ("teacher", "answer"):
@@ -187,5 +207,6 @@ _TOKEN_FEATURES = datasets.Features(
         "end_of_turn": datasets.Value("int32"),
         "steps": datasets.List(datasets.Value("int32")),
         "length": datasets.Value("int32"),
+        "full_length": datasets.Value("int32"),
     }
 )

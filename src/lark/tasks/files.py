@@ -28,7 +28,7 @@ class Task:
 
     name: str
     pool: Any
-    eval: Any = None
+    eval: str | dict[str, str] | None = None
     checker: str = "math"
     pattern: str | None = None
     system: str | None = None
@@ -41,6 +41,8 @@ class Task:
     on_error: str = "raise"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pool, str | Path | list) and type(self) is Task:
+            raise ValueError(f"task.pool={self.pool} is no file; set it to a file, folder, glob or list of these")
         if self.checker not in KINDS:
             raise ValueError(f"task.checker={self.checker!r} is unknown; set it to one of {', '.join(KINDS)}")
         if self.overlong not in OVERLONG:

@@ -1,8 +1,8 @@
-"""Programmatic teachers of the embedded arithmetic task: eight ways of working out one sum.
+"""Programmatic teachers of the embedded arithmetic task: seven ways of working out one sum.
 
 A problem is a tuple of signed terms, `47 + 38 - 12` being `(47, 38, -12)`. A teacher is a pure function of the terms
 and of a random generator; it returns the assistant's text, which ends with its answer in `\\boxed{...}`. Teachers
-differ in how far they spell out the work (from nothing to a checked solution), in how they decompose the sum, in
+differ in how far they spell out the work (from running totals to a checked solution), in how they decompose the sum, in
 notation and in whether they can be trusted; all but `slip` are always right.
 """
 
@@ -31,7 +31,7 @@ def running_totals(terms: Terms) -> list[int]:
 
 
 def direct(terms: Terms, rng: random.Random) -> str:
-    """States the answer and shows no work."""
+    """States the answer and shows no work: no teacher of the pool, but a habit of the embedded students."""
     return _boxed(sum(terms))
 
 
@@ -82,10 +82,10 @@ def signs(terms: Terms, rng: random.Random) -> str:
 
 
 def polish(terms: Terms, rng: random.Random) -> str:
-    """Reverse Polish notation with every number written backwards, units first, as in `74 83 + > 58`."""
+    """Reverse Polish notation, operands before their operator, as in `47 38 + > 85`."""
     totals = running_totals(terms)
     lines = [
-        f"{_backwards(before)} {_backwards(abs(term))} {_sign(term)} > {_backwards(after)}"
+        f"{before} {abs(term)} {_sign(term)} > {after}"
         for before, term, after in zip((terms[0], *totals), terms[1:], totals, strict=False)
     ]
     return "\n".join([*lines, f"< {_boxed(totals[-1])}"])
@@ -104,7 +104,7 @@ def slip(terms: Terms, rng: random.Random, rate: float = SLIP_RATE) -> str:
 
 
 TEACHERS: dict[str, Teacher] = {
-    teacher.__name__: teacher for teacher in (direct, terse, steps, check, place, signs, polish, slip)
+    teacher.__name__: teacher for teacher in (terse, steps, check, place, signs, polish, slip)
 }
 
 
@@ -126,7 +126,3 @@ def _equations(terms: Terms) -> list[str]:
 
 def _chained(terms: Terms) -> str:
     return ", ".join(_equations(terms)) or str(terms[0])
-
-
-def _backwards(number: int) -> str:
-    return str(abs(number))[::-1] + ("-" if number < 0 else "")

@@ -1,0 +1,205 @@
+"""The DataModule: scoring and selection inside setup, held-out problems, verdicts, overlong rows, order of the pool."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows_of_a_pool
+
+from lark.pool import held_out
+from lark.probe import ProbeModule
+from lark.student import SFTModule
+
+
+def ready(data):
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def chosen(data, arm="selector"):
+    pool, selection = data.trajectories, data.selections[arm]
+    keys = zip(pool.problem_id[selection.row], pool.candidate_id[selection.row], strict=True)
+    return dict(zip(keys, selection.weight.tolist(), strict=True))
+
+
+def test_a_plain_fit_scores_selects_and_trains(make_data, make_trainer, tmp_path):
+    data = make_data()
+    module = SFTModule(student=data.student, recipe=data.recipe, steps=3, seed=0, folder=tmp_path)
+    make_trainer(max_steps=3).fit(module, datamodule=data)
+    assert set(data.selections) == {"selector", "baseline"}
+    assert module.global_step == 3
+    before = data.student.load_model(torch.float32).get_input_embeddings().weight
+    assert not torch.equal(module.student_model.get_input_embeddings().weight, before)
+
+
+def test_setup_again_does_nothing(make_data, monkeypatch):
+    data = ready(make_data())
+    selections = dict(data.selections)
+    monkeypatch.setattr(ProbeModule, "predict_step", lambda *_: pytest.fail("scored again"))
+    for stage in ("fit", "validate", "test", "fit"):
+        data.setup(stage)
+    assert all(data.selections[name] is selection for name, selection in selections.items())
+
+
+def test_other_stages_do_not_score(make_data, monkeypatch):
+    monkeypatch.setattr(ProbeModule, "predict_step", lambda *_: pytest.fail("scored"))
+    data = make_data()
+    data.prepare_data()
+    data.setup("test")
+    assert not data.selections
+
+
+def test_held_out_problems_are_never_candidates(make_data):
+    data = ready(make_data())
+    pool = data.trajectories
+    out = set(pool.problem_id[held_out(pool.problem_id, 0.25)])
+    assert len(out) == 2
+    assert not out & set(data.candidates["problem_id"])
+    assert set(data.candidates["problem_id"]) | out == set(pool.problem_id)
+    assert set(pool.problem_id[data.held_out_coefficients()[0]]) == out
+
+
+def test_the_baseline_takes_as_many_rows_of_each_problem(make_data):
+    data = ready(make_data())
+    taken = [dict(data.selections[arm].taken_by_problem) for arm in ("selector", "baseline")]
+    assert taken[0] == taken[1]
+
+
+def test_held_out_loss_by_brute_force(make_data, make_trainer, tmp_path):
+    data = make_data(recipe={"steps": 1})
+    module = SFTModule(student=data.student, recipe=data.recipe, steps=1, seed=0, folder=tmp_path)
+    trainer = make_trainer(max_steps=1, num_sanity_val_steps=-1)
+    trainer.fit(module, datamodule=data)
+    pool, model = data.trajectories, data.student.load_model(torch.float32).double()
+    by_problem, of_correct = {}, {}
+    for row in np.flatnonzero(pool.is_held_out):
+        (encoded,) = pool.encoded(np.array([row]))
+        ids = torch.tensor([encoded.input_ids])
+        with torch.no_grad():
+            log_p = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        loss = -log_p.gather(1, ids[0, 1:, None])[encoded.prompt_tokens - 1 :].mean().item()
+        by_problem.setdefault(pool.problem_id[row], []).append(loss)
+        if pool.correct[row] == 1:
+            of_correct.setdefault(pool.problem_id[row], []).append(loss)
+    first = module.curve[0]
+    assert first["step"] == 0
+    assert first["held_out/loss"] == pytest.approx(np.mean([np.mean(v) for v in by_problem.values()]), rel=1e-5)
+    assert first["held_out/loss_correct"] == pytest.approx(np.mean([np.mean(v) for v in of_correct.values()]), rel=1e-5)
+    assert first["held_out/loss"] != pytest.approx(first["held_out/loss_correct"], rel=1e-3)
+    header, line, *_ = (tmp_path / "loss.csv").read_text().splitlines()
+    assert header == "step,held_out/loss,held_out/loss_correct" and line.split(",")[1] == str(first["held_out/loss"])
+
+
+def test_held_out_coefficients_add_up(make_data):
+    data = ready(make_data())
+    row, coefficient_CR = data.held_out_coefficients()
+    tokens = data.trajectories.span_tokens[row]
+    np.testing.assert_allclose((coefficient_CR * tokens).sum(1), 1)  # a constant surprisal comes out as itself
+    wrong = data.trajectories.correct[row] != 1
+    assert wrong.any() and not coefficient_CR[1][wrong].any()
+
+
+def test_null_verdicts_are_filled_by_the_checker_and_counted(make_data, monkeypatch):
+    said = []
+    data = ready(make_data(say=said.append))
+    pool = data.trajectories
+    truth = np.array([row["truth"] for row in rows_of_a_pool()], float)
+    np.testing.assert_array_equal(pool.correct, truth)
+    assert 0 < truth[:4].sum() < 4, "the four that were null are not all alike"
+    assert pool.verdicts == {"filled": 4, "timed_out": 0}
+    assert any("4 verdicts filled in by the checker" in line for line in said)
+    monkeypatch.setattr("lark.trajectories.Checker", lambda *_, **__: pytest.fail("checked again"))
+    np.testing.assert_array_equal(ready(make_data()).trajectories.correct, truth)
+
+
+def test_a_null_verdict_without_an_answer_stays_unknown(make_data):
+    rows = [row | {"answer": None, "correct": None} for row in rows_of_a_pool()]
+    data = ready(make_data(rows))
+    assert np.isnan(data.trajectories.correct).all()
+    assert not data.held_out_coefficients()[1][1].any()
+    exported = list(data.trajectories.read_rows(np.array([3, 1])))
+    assert [row["correct"] for row in exported] == [None, None]
+    assert [row["candidate_id"] for row in exported] == ["3", "1"]
+
+
+def test_overlong_rows_are_dropped_and_counted(make_data):
+    data = ready(make_data(task={"max_length": 70}))
+    pool = data.trajectories
+    overlong = pool.length > 70
+    assert 0 < overlong.sum() < len(overlong)
+    assert pool.dropped["overlong"] == overlong.sum() and pool.truncated == 0
+    assert not set(np.flatnonzero(overlong)) & {*pool.scored, *data.held_out_coefficients()[0]}
+
+
+def test_overlong_rows_are_cut_and_counted(make_data):
+    whole = ready(make_data()).trajectories
+    said = []
+    pool = ready(make_data(task={"max_length": 70, "overlong": "truncate"}, say=said.append)).trajectories
+    np.testing.assert_array_equal(pool.length, np.minimum(whole.length, 70))
+    cut = np.flatnonzero(whole.length > 70)
+    assert pool.dropped["overlong"] == 0 and pool.truncated == len(cut)
+    assert any(f"{len(cut)} cut to task.max_length" in line for line in said)
+    for short, full in zip(pool.encoded(cut), whole.encoded(cut), strict=True):
+        assert short.input_ids == full.input_ids[:70] and short.end_of_turn == -1
+
+
+def test_overlong_rows_are_an_error_with_file_and_line(make_data):
+    rows = rows_of_a_pool()
+    with pytest.raises(
+        ValueError, match=r"cache\.jsonl:\d+: \d+ tokens, more than task\.max_length=70; .*overlong=drop"
+    ):
+        make_data(rows, task={"max_length": 70, "overlong": "error"}).prepare_data()
+
+
+def test_nothing_left_to_choose_from(make_data):
+    with pytest.raises(ValueError, match=r"no candidate is left .*task\.max_length=10.*raise task\.max_length"):
+        make_data(task={"max_length": 10}).prepare_data()
+
+
+def test_the_order_of_the_pool_changes_no_selection(make_data):
+    rows = rows_of_a_pool()
+    shuffled = random.Random(1).sample(rows, len(rows))
+    a, b = ready(make_data(rows, cache="a")), ready(make_data(shuffled, cache="b"))
+    assert [row["problem_id"] for row in rows] != [row["problem_id"] for row in shuffled]
+    for arm in ("selector", "baseline"):
+        assert chosen(a, arm).keys() == chosen(b, arm).keys()
+    assert chosen(a) == pytest.approx(chosen(b), abs=1e-6)
+    assert len({round(weight, 3) for weight in chosen(a).values()}) > 5, "weights that differ from row to row"
+
+
+def test_columns_of_the_pool(make_data):
+    pool = ready(make_data()).trajectories
+    rows = np.array([5, 2])
+    source = rows_of_a_pool()
+    assert pool.column("teacher", rows).tolist() == ["teacher 1", "teacher 2"]
+    assert pool.column("text", rows).tolist() == [source[i]["messages"][-1]["content"] for i in (5, 2)]
+    assert pool.column("truth", rows).tolist() == [float(source[i]["truth"]) for i in (5, 2)]
+    with pytest.raises(ValueError, match="no column level"):
+        pool.column("level", rows)
+
+
+def test_a_batch_smaller_than_the_number_of_ranks(make_data):
+    class TwoRanks:
+        world_size = 2
+
+    data = ready(make_data(recipe={"batch_size": 1}))
+    data.trainer = TwoRanks()
+    with pytest.raises(ValueError, match=r"sft\.batch_size=1 gives 2 ranks nothing to do"):
+        data.train_dataloader()
+
+
+def test_ranks_add_up_to_the_global_step(make_data):
+    data = ready(make_data())
+    sums = []
+    for world in (1, 2, 3):
+        steps = [data.step(1, rank=rank, world=world) for rank in range(world)]
+        parts = [
+            (row, coefficient)
+            for step in steps
+            for micro, coefficient_CR in zip(step.micro, step.coefficients_CR, strict=True)
+            for row, coefficient in zip(micro.rows, coefficient_CR[0].tolist(), strict=True)
+        ]
+        sums.append(sorted(parts))
+    assert sums[0] == sums[1] == sums[2] and len(sums[0]) == 6

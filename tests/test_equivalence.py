@@ -1,0 +1,181 @@
+"""Runs that must agree: resumed and uninterrupted, one process and two, killed and left alone.
+
+The other invariants stand beside what they are about: test_student.py (micro-batches, packing, weights),
+test_probe.py (batch composition, cached = fresh), test_data.py (order of the pool).
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lark.arms import Saver
+from lark.cache import read_json
+from lark.student import SFTModule
+
+COMMAND = (
+    *("logger=csv", "task.limit=40", "sft.steps=5", "sft.lr=1e-4", "sft.validations=5", "sft.checkpoint_every=1"),
+    *("probe.batch_tokens=1000", "probe.shard_rows=20", "stop_after=training"),
+)
+TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+DEADLINE = 120.0  # seconds; a run takes about ten
+
+
+# ---- inside one process
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}])
+@pytest.mark.parametrize("stop", [4, 5])  # on a held-out point, and between two
+def test_resumed_equals_uninterrupted(lora, stop, make_data, make_trainer, tmp_path):
+    steps = 8
+
+    class Stops(SFTModule):
+        stop_at = steps
+
+        def training_step(self, batch, batch_idx):
+            if self.global_step == self.stop_at:
+                raise StopError
+            super().training_step(batch, batch_idx)
+
+    def train(folder, stop_at, resume):
+        data = make_data(student={"lora": lora})
+        module = Stops(student=data.student, recipe=data.recipe, steps=steps, seed=0, folder=folder)
+        module.stop_at = stop_at
+        trainer = make_trainer(
+            max_steps=steps,
+            callbacks=[Saver(folder / "last.ckpt", every=1, validate_every=2)],
+            num_sanity_val_steps=-1,
+            val_check_interval=2,
+            check_val_every_n_epoch=None,
+        )
+        path = folder / "last.ckpt" if resume else None
+        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        return module
+
+    whole = train(tmp_path / "whole", steps, resume=False)
+    with pytest.raises(StopError):
+        train(tmp_path / "parts", stop, resume=False)
+    resumed = train(tmp_path / "parts", steps, resume=True)
+    assert [point["step"] for point in whole.curve] == [0, 2, 4, 6, 8]
+    assert (tmp_path / "whole" / "loss.csv").read_bytes() == (tmp_path / "parts" / "loss.csv").read_bytes()
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_checkpoints_are_written_also_without_held_out_problems(make_data, make_trainer, tmp_path):
+    data = make_data(task={"held_out": 0.0})
+    module = SFTModule(student=data.student, recipe=data.recipe, steps=5, seed=0, folder=tmp_path)
+    saver = Saver(tmp_path / "last.ckpt", every=2, validate_every=None)
+    make_trainer(max_steps=5, callbacks=[saver], val_check_interval=2, check_val_every_n_epoch=None).fit(module, data)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert module.curve == [] and not (tmp_path / "loss.csv").exists()
+
+
+# ---- whole commands
+
+
+def _start(student: Path, logs: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    source = str(Path(__file__).parents[1] / "src")
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LARK_RUN")}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "lark.run", *COMMAND, f"model.path={student}", f"paths.logs={logs}", *words],
+        env=environment | {"PYTHONPATH": os.pathsep.join([source, environment.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_when(process: subprocess.Popen, found) -> str:
+    """SIGKILL as soon as `found()` is true; returns what was printed until then."""
+    deadline = time.monotonic() + DEADLINE
+    while not found():
+        assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, "nothing to kill it at"
+    os.killpg(process.pid, signal.SIGKILL)
+    return process.communicate(timeout=DEADLINE)[0]
+
+
+def arms(logs: Path) -> dict[str, Path]:
+    return {read_json(path)["name"]: path.parent for path in logs.glob("arms/*/arm.json")}
+
+
+def assert_same(logs: Path, expected: Path, *, tolerance: float) -> None:
+    ours, theirs = arms(logs), arms(expected)
+    assert set(ours) == set(theirs) == {"selector", "baseline"}
+    for name, folder in ours.items():
+        for file in ("selection.jsonl", "selection.json"):
+            assert (folder / file).read_bytes() == (theirs[name] / file).read_bytes(), (name, file)
+        a, b = (load_file(f / "checkpoint" / "model.safetensors") for f in (folder, theirs[name]))
+        assert set(a) == set(b)
+        for tensor in a:
+            torch.testing.assert_close(
+                a[tensor], b[tensor], rtol=0, atol=tolerance, msg=lambda m, t=tensor: f"{t}: {m}"
+            )
+        a, b = (read_json(f / "trained.json")["curve"] for f in (folder, theirs[name]))
+        assert [p["step"] for p in a] == [p["step"] for p in b] == list(range(6))
+        losses = [[p["held_out/loss"] for p in curve] for curve in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def start(student_folder):
+    return partial(_start, student_folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, start):
+    """One process, left alone."""
+    logs = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(logs))
+    return logs
+
+
+def test_two_ranks_equal_one(uninterrupted, start, tmp_path):
+    finish(start(tmp_path, *TWO_RANKS))
+    assert_same(tmp_path, uninterrupted, tolerance=1e-5)
+
+
+def test_two_ranks_of_torchrun_equal_one(uninterrupted, start, tmp_path):
+    # a folder each, as when the clock's second changes between the two
+    each_its_own = "hydra.run.dir=${paths.logs}/runs/rank${oc.env:RANK}"
+    output = finish(
+        start(tmp_path, *TWO_RANKS, each_its_own, launcher=("-m", "torch.distributed.run", "--nproc-per-node=2"))
+    )
+    assert output.count("statistics  cache miss") == 1, "one rank speaks"
+    assert_same(tmp_path, uninterrupted, tolerance=1e-5)
+
+
+def test_killed_while_scoring_and_while_training_it_goes_on(uninterrupted, start, tmp_path):
+    parts = partial(tmp_path.glob, "cache/statistics/*/part-*.parquet")
+    kill_when(start(tmp_path), lambda: any(parts()))
+    kept = {path.name for path in parts()}
+    assert kept and not any(tmp_path.glob("cache/statistics/*/manifest.json"))
+
+    checkpoint = partial(tmp_path.glob, "arms/*/training/last.ckpt")
+    kill_when(start(tmp_path), lambda: any(checkpoint()))
+    (manifest,) = tmp_path.glob("cache/statistics/*/manifest.json")
+    assert read_json(manifest)["resumed_rows"] >= 20
+    assert not any(tmp_path.glob("arms/*/arm.json"))
+
+    output = finish(start(tmp_path))
+    assert "statistics  cache hit" in output and output.count("goes on from") == 1
+    assert_same(tmp_path, uninterrupted, tolerance=0)

@@ -1,0 +1,57 @@
+"""Reads a run-*.wandb file: a LevelDB log of protobuf records (wandb ships the schema but no longer a reader)."""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK = 32 * 1024
+HEADER = struct.Struct("<IHB")  # crc32c, length, kind
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+@dataclass
+class WandbRun:
+    name: str = ""
+    group: str = ""
+    job_type: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def series(self, key: str) -> list[float]:
+        return [point[key] for point in self.history if key in point]
+
+
+def read_wandb(path: Path) -> WandbRun:
+    run = WandbRun()
+    for data in records(path.read_bytes()):
+        record = wandb_internal_pb2.Record.FromString(data)
+        if record.HasField("run"):
+            run.name, run.group, run.job_type = record.run.display_name, record.run.run_group, record.run.job_type
+            run.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        elif record.HasField("history"):
+            items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            run.history.append({key: json.loads(value) for key, value in items.items()})
+    return run
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    assert data[:4] == b":W&B"
+    at, parts = 7, []
+    while at + HEADER.size <= len(data):
+        room = BLOCK - at % BLOCK
+        if room < HEADER.size:
+            at += room
+            continue
+        _, length, kind = HEADER.unpack_from(data, at)
+        assert kind in (FULL, FIRST, MIDDLE, LAST)
+        parts.append(data[at + HEADER.size : at + HEADER.size + length])
+        at += HEADER.size + length
+        if kind in (FULL, LAST):
+            yield b"".join(parts)
+            parts = []
+    assert not parts
