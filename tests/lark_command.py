@@ -11,10 +11,15 @@ from hydra.core.global_hydra import GlobalHydra
 
 from lark import run as command
 
-SMALL = (
-    "task.limit=24 sft.steps=3 evaluation.samples=2 evaluation.pass_at=[1,2] task.eval_limit=6 "
-    "task.max_new_tokens=24 logger=csv"
-).split()
+SMALL = [
+    "task.limit=24",
+    "task.eval_limit=6",
+    "task.max_new_tokens=24",
+    "sft.steps=3",
+    "evaluation.samples=2",
+    "evaluation.pass_at=[1,2]",
+    "logger=csv",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

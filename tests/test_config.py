@@ -70,8 +70,8 @@ def test_help_and_cfg_import_nothing_heavy(tmp_path: Path) -> None:
     """Loading torch takes seconds: only a job may do it."""
     code = (
         "import sys; sys.argv = ['lark.run', *sys.argv[1:]]\n"
-        "import atexit; atexit.register(lambda: print('HEAVY', {'torch', 'lightning', 'transformers', 'pandas', 'wandb'}"
-        " & set(sys.modules)))\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'pandas', 'wandb'}\n"
+        "import atexit; atexit.register(lambda: print('HEAVY', heavy & set(sys.modules)))\n"
         "from lark.run import main; main()"
     )
     for words, part in ((["--help"], "selector: all, custom, lark"), (["--cfg", "job"], "budget: 2")):

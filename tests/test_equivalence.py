@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import rows_of_a_pool, write_pool
 from safetensors.torch import load_file
 
 from lark.arms import Saver
@@ -21,7 +22,16 @@ from lark.cache import read_json
 from lark.student import SFTModule
 
 COMMAND = (
-    *("logger=csv", "task.limit=40", "sft.steps=5", "sft.lr=1e-4", "sft.validations=5", "sft.checkpoint_every=1"),
+    *(
+        "logger=csv",
+        "task=jsonl",
+        "task.checker=number",
+        "task.max_length=256",
+        "sft.steps=5",
+        "sft.lr=1e-4",
+        "sft.validations=5",
+        "sft.checkpoint_every=1",
+    ),
     *("probe.batch_tokens=1000", "probe.shard_rows=20", "stop_after=training"),
 )
 TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
@@ -85,11 +95,21 @@ def test_checkpoints_are_written_also_without_held_out_problems(make_data, make_
 # ---- whole commands
 
 
-def _start(student: Path, logs: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def _start(student: Path, pool: Path, logs: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     source = str(Path(__file__).parents[1] / "src")
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LARK_RUN")}
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "lark.run", *COMMAND, f"model.path={student}", f"paths.logs={logs}", *words],
+        [
+            sys.executable,
+            *launcher,
+            "-m",
+            "lark.run",
+            *COMMAND,
+            f"model.path={student}",
+            f"task.pool={pool}",
+            f"paths.logs={logs}",
+            *words,
+        ],
         env=environment | {"PYTHONPATH": os.pathsep.join([source, environment.get("PYTHONPATH", "")])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -137,8 +157,9 @@ def assert_same(logs: Path, expected: Path, *, tolerance: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def start(student_folder):
-    return partial(_start, student_folder)
+def start(student_folder, tmp_path_factory):
+    pool = write_pool(tmp_path_factory.mktemp("pool") / "pool.jsonl", rows_of_a_pool(problems=40))
+    return partial(_start, student_folder, pool)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,12 +81,12 @@ def test_a_head_that_does_more_than_we_reproduce_is_refused(make_student, monkey
     student = make_student()
     student.load_model(torch.float32)
 
-    def halved(self, **inputs):
+    def halved(self: Any, **inputs: Any):
         return SimpleNamespace(logits=forward(self, **inputs).logits * 0.5)
 
     from transformers import Qwen3ForCausalLM
 
-    forward = Qwen3ForCausalLM.forward
+    forward: Any = Qwen3ForCausalLM.forward
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", halved)
     with pytest.raises(ValueError, match="model=small: qwen3 does more to its logits"):
         student.load_model(torch.float32)

@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lark import report
@@ -28,7 +29,7 @@ def summary(*, sets=("eval",), baseline="random", problems=20, **more):
         }
         for name, value in accuracy.items()
     }
-    interval = paired_difference([[0.6] * problems], [[0.5] * problems])
+    interval = paired_difference(np.full((1, problems), 0.6), np.full((1, problems), 0.5))
     difference = vars(interval) | {"smallest_detectable": smallest_detectable_difference(interval.standard_error)}
     return {
         "status": "finished",

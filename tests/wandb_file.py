@@ -29,7 +29,7 @@ class WandbRun:
 def read_wandb(path: Path) -> WandbRun:
     run = WandbRun()
     for data in records(path.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
+        record = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
         if record.HasField("run"):
             run.name, run.group, run.job_type = record.run.display_name, record.run.run_group, record.run.job_type
             run.config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}

@@ -174,9 +174,7 @@ def load_arm(arm: Arm, data: TrajectoryDataModule, device: torch.device) -> torc
     """The arm's student as it is on disk (the untrained one for "before"), on `device`, in eval mode."""
     dtype = data.student.resolve_dtype(device)
     student = data.student
-    model: torch.nn.Module = (
-        student.load_model(dtype) if arm.selection is None else student.load_trained(arm.checkpoint, dtype)
-    )
+    model: Any = student.load_model(dtype) if arm.selection is None else student.load_trained(arm.checkpoint, dtype)
     return model.to(device).eval()
 
 

@@ -20,7 +20,7 @@ from lark.cache import complete, lock, read_json, replacing, writable, write_jso
 from lark.config import build
 from lark.data import TrajectoryDataModule
 from lark.evaluate import read_problems
-from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks
+from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_size
 from lark.progress import Progress
 from lark.report import print_comparison
 from lark.selection import Rule
@@ -78,6 +78,12 @@ class _Run:
         self.plan = Plan(folder)
 
     def go(self) -> float:
+        started, used = world_size(), self.trainer().world_size
+        if started not in (1, used):
+            raise ValueError(
+                f"{started} processes were started, but trainer={self.config.trainer.name} uses {used}; set trainer=ddp "
+                f"trainer.devices=<processes a node> trainer.num_nodes=<nodes>, or start one process"
+            )
         say(f"run         {self.folder}")
         say(f"logging     {self.tracker.describe()}")
         self.data.prepare_data()
@@ -118,7 +124,10 @@ class _Run:
         everything = arms if training_only else [before, *arms]
         with ExitStack() as held, Checker(self.data.task.checker, pattern=self.data.task.pattern) as checker:
             locks = self._locked(everything, identity, training_only, held)
-            actions = {arm.name: _action(arm, identity, training_only) for arm in everything}
+            actions: dict[str, str] = {}
+            for i, arm in enumerate(everything):  # two rules may come to the same rows and weights: one arm serves both
+                twin = arm.folder in {other.folder for other in everything[:i]}
+                actions[arm.name] = "reuse" if twin else _action(arm, identity, training_only)
             self.plan.share(arms={a.name: {"hash": a.folder.name, "action": actions[a.name]} for a in everything})
             self._describe_arms(everything, steps)
             for arm in everything:
@@ -242,7 +251,8 @@ class _Run:
             zero = record["policy"].get("zero_weight_in_top_b", 0)
             say(
                 f"{name:<11} {self.rules[name].name}: {counts['chosen']:,} of {counts['candidates']:,} trajectories, "
-                f"{record['tokens']:,} tokens, effective size {record['effective_sample_size']:,.0f}; teachers {teachers}"
+                f"{record['tokens']:,} tokens, effective size {record['effective_sample_size']:,.0f}; "
+                f"teachers {teachers}"
                 + (f"; score within problems against {confounds}" if confounds else "")
                 + (f"; {left_out}" if left_out else "")
                 + (f"; {zero:,} of weight 0 left out" if zero else "")

@@ -22,6 +22,11 @@ def is_main() -> bool:
     return rank_zero_only.rank == 0
 
 
+def world_size() -> int:
+    """Processes that run this job together; 1 before Lightning has launched any."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def barrier() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
