@@ -171,8 +171,8 @@ def test_slip_errs_once_by_ten_and_carries_it_on(terms, seed):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"problems": 0}, ("task.problems=0", "1 or more")),
-        ({"terms": (4, 3)}, ("task.terms=[4, 3]", "in order")),
+        ({"problems": 0}, ("task.settings.problems=0", "1 or more")),
+        ({"terms": (4, 3)}, ("task.settings.terms=[4, 3]", "in order")),
         ({"digits": (1, 4)}, ("task.digits=[1, 4]", "1 to 3")),
         ({"terms": (2, 2), "digits": (1, 1), "eval_problems": 500}, ("of 500 distinct", "fewer problems")),
     ],

@@ -67,6 +67,7 @@ CONTENTS = [
     "<think>\nhm, 2 + 2\n</think>\n\nIt is \\boxed{4}.",
     "ends with white space \n\n",
     "\tstarts with it",
+    "ends with a space ",
     "☃ and 𝒳 take several tokens",
     "",
 ]
@@ -130,6 +131,8 @@ def test_span_authors_adds_the_newline_after_the_end_token():
     assert authors.input_ids == [*content.input_ids, newline]
     assert (authors.prompt_tokens, authors.end_of_turn) == (content.prompt_tokens, content.end_of_turn)
     assert chat_for("llama3", span="authors").encode([messages]) == chat_for("llama3").encode([messages])
+    longer = chat_for("chatml", span="authors", template=load_template("chatml", tokenizer_for("chatml")) + "\t\t")
+    assert longer.encode([messages])[0] == authors
 
 
 def test_truncation_takes_the_end_token_with_the_tail():
@@ -205,7 +208,12 @@ def step_starts(content: str, tokens: list[str], splitter: str) -> list[int]:
     return sorted(set(starts))
 
 
-@given(content=st.text("ab.! \n\t", max_size=30), splitter=st.sampled_from(sorted(STEP_RUNS)))
+@given(
+    content=st.lists(st.sampled_from(["a", "! b", ". b", ".", "?", " ", "\t", "\n", "\n\n", "\r"]), max_size=12).map(
+        "".join
+    ),
+    splitter=st.sampled_from(sorted(STEP_RUNS)),
+)
 def test_steps_begin_where_a_plain_scan_says(content, splitter):
     content = "x" + content  # nothing merges with the prompt's newline
     chat = chat_for("chatml", step_splitter=splitter)

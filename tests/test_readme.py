@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from lark_command import SMALL, lark
 
 from lark import config as configuration
-from lark import run as command
 from lark.tasks.arithmetic import generate
 
 ROOT = Path(__file__).parents[1]
-SMALL = (
-    "task.limit=10 task.eval_limit=2 task.max_new_tokens=8 sft.steps=1 evaluation.samples=1 evaluation.pass_at=[1] logger=csv"
-).split()
+TINY = ["task.limit=10", "task.eval_limit=2", "task.max_new_tokens=8", "sft.steps=1", "evaluation.samples=1"]
+SMALLEST = [*SMALL, *TINY, "evaluation.pass_at=[1]"]
 HUB_MODELS = {f"model={name}" for name in ("smollm2", "qwen", "qwen_math", "qwen3", "llama")}
 
 
@@ -42,20 +41,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(words: list[str]) -> int:
-    """python -m lark.run in this process."""
-    GlobalHydra.instance().clear()
-    old, sys.argv = sys.argv, ["lark", *words]
-    try:
-        command.main()
-        return 0
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-    finally:
-        sys.argv = old
-        GlobalHydra.instance().clear()
-
-
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("make ")])
 def test_make_targets_exist(line: str) -> None:
     target = line.split()[1]
@@ -63,7 +48,7 @@ def test_make_targets_exist(line: str) -> None:
     assert {"run": "-m lark.run", "test": "-m pytest"}[target] in plan
 
 
-def test_lark_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_lark_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, since later commands read what earlier ones wrote."""
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
@@ -85,14 +70,15 @@ def test_lark_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         if "<run>" in words:
             summaries = sorted(workplace.glob("logs/runs/*/*/*/summary.json"), key=lambda path: path.stat().st_mtime)
             finished = [path for path in summaries if json.loads(path.read_text()).get("sets")]
-            assert run([str(finished[-1].parent) if word == "<run>" else word for word in words]) == 0, line
+            done = lark(*(str(finished[-1].parent) if word == "<run>" else word for word in words))
+            assert done.code == 0, (line, done.err)
             continue
         if "trainer=ddp" in words:  # two processes: what Lightning launches must be a command, not this test
-            done = subprocess.run([sys.executable, "-m", module, *words, *SMALL, "sft.batch_size=2"], check=False)
+            done = subprocess.run([sys.executable, "-m", module, *words, *SMALLEST, "sft.batch_size=2"], check=False)
             assert done.returncode == 0, line
             continue
-        assert run([*words, *(() if "--cfg" in words else SMALL)]) == 0, (line, capsys.readouterr().err)
-    assert "selector" in capsys.readouterr().out
+        done = lark(*words, *(() if "--cfg" in words else SMALLEST))
+        assert done.code == 0, (line, done.err)
 
 
 def test_table_in_readme_is_a_real_table() -> None:

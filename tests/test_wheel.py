@@ -44,7 +44,7 @@ def test_configuration_is_the_wheels_own(installed: Path, tmp_path: Path) -> Non
 
 
 def test_run_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    words = "task.limit=10 task.eval_limit=2 task.max_new_tokens=4 sft.steps=1 logger=csv baseline=none".split()
-    out = lark(installed, tmp_path, *words, "evaluation.samples=1", "evaluation.pass_at=[1]")
+    words = ["task.limit=10", "task.eval_limit=2", "task.max_new_tokens=4", "sft.steps=1", "logger=csv"]
+    out = lark(installed, tmp_path, *words, "baseline=none", "evaluation.samples=1", "evaluation.pass_at=[1]")
     assert "before training" in out
     assert list(tmp_path.glob("logs/runs/arithmetic/tiny/*/summary.json"))

@@ -81,8 +81,8 @@ class _Run:
         started, used = world_size(), self.trainer().world_size
         if started not in (1, used):
             raise ValueError(
-                f"{started} processes were started, but trainer={self.config.trainer.name} uses {used}; set trainer=ddp "
-                f"trainer.devices=<processes a node> trainer.num_nodes=<nodes>, or start one process"
+                f"{started} processes were started, but trainer={self.config.trainer.name} uses {used}; set "
+                "trainer=ddp trainer.devices=<processes a node> trainer.num_nodes=<nodes>, or start one process"
             )
         say(f"run         {self.folder}")
         say(f"logging     {self.tracker.describe()}")

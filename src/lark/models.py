@@ -50,10 +50,24 @@ class Student:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"model.dtype={self.dtype!r} is unknown; set it to auto, {', '.join(DTYPES)}")
+        if self.lora is not None:
+            self.lora_config()
         if self.path is None and self.id is None:
             raise ValueError("model.path and model.id are both null; set model.path to a folder or a .gguf file")
         if self.path is not None and not self.path.startswith(SHIPPED) and not Path(self.path).exists():
             raise ValueError(f"model.path={self.path} does not exist; set it to a folder with weights or a .gguf file")
+
+    def lora_config(self) -> Any:
+        """peft's LoraConfig. Raises ValueError for a setting it does not have or cannot use."""
+        from peft import LoraConfig
+
+        try:
+            config = LoraConfig(task_type="CAUSAL_LM", **(self.lora or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.lora={self.lora} is not usable ({error}); set r, lora_alpha, ...") from error
+        if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
+            raise ValueError(f"model.lora.r={config.r} is no rank; set it to a whole number from 1 on")
+        return config
 
     @property
     def folder(self) -> Path | None:
@@ -146,9 +160,9 @@ class Student:
         model: Any = self.load_model(dtype)
         model.train()
         if self.lora is not None:
-            from peft import LoraConfig, get_peft_model
+            from peft import get_peft_model
 
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
+            model = get_peft_model(model, self.lora_config())
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

@@ -151,7 +151,10 @@ def extra_column(rows: datasets.Dataset, name: str) -> np.ndarray:
             values.append(extra.get(name))
             names.update(extra)
     if name not in names:
-        raise ValueError(f"the pool has no column {name}: its further columns are {', '.join(sorted(names)) or 'none'}")
+        raise ValueError(
+            f"the pool has no column {name} (wanted by a rule's filter, prior or score); its further columns are "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
     if all(value is None or isinstance(value, int | float) for value in values):
         return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
     column = np.empty(len(values), dtype=object)  # np.array would make a matrix of lists of one length

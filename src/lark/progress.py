@@ -60,9 +60,7 @@ class Progress(Callback):
         self._open(trainer, trainer.max_steps, "steps", trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        names = ("train/loss", "held_out/loss")
-        values = {n: f"{float(trainer.callback_metrics[n]):.3f}" for n in names if n in trainer.callback_metrics}
-        self._advance(values)
+        self._advance({"loss": f"{float(trainer.callback_metrics['train/loss']):.3f}"})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()

@@ -221,8 +221,8 @@ class SFTModule(LightningModule):
         values = {"held_out/loss": loss}
         if loss_correct > 0:  # some held-out trajectory is known to be correct
             values["held_out/loss_correct"] = loss_correct
-        if not self.trainer.sanity_checking:
-            self.log_dict(values, rank_zero_only=True)  # type: ignore[arg-type]
+        if self.logger is not None:  # not self.log: it is silent before the first step, and one step behind after it
+            self.logger.log_metrics(values, step=self.global_step)
         self.curve.append({"step": self.global_step, **values})
         if self.trainer.is_global_zero:
             write_curve(self.curve, self.folder / "loss.csv")

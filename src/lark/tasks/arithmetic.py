@@ -57,7 +57,7 @@ def generate(
     counts = {"problems": problems, "eval_problems": eval_problems, "shifted_problems": shifted_problems}
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"task.{name}={count}: at least 1 problem is needed; set it to 1 or more.")
+            raise ValueError(f"task.settings.{name}={count}: at least 1 problem is needed; set it to 1 or more.")
     for name, (least, most) in {
         "terms": terms,
         "digits": digits,
@@ -68,7 +68,9 @@ def generate(
         ceiling = 3 if name.endswith("digits") else most
         if not floor <= least <= most <= ceiling:
             allowed = f"{floor} to 3" if name.endswith("digits") else f"{floor} or more"
-            raise ValueError(f"task.{name}={[least, most]}: set a least and a greatest value, in order, {allowed}.")
+            raise ValueError(
+                f"task.settings.{name}={[least, most]}: set a least and a greatest value, in order, {allowed}."
+            )
 
     seen: set[str] = set()
     # The evaluation sets come first, so that a larger pool leaves them as they are.
