@@ -131,7 +131,9 @@ def test_span_authors_adds_the_newline_after_the_end_token():
     assert authors.input_ids == [*content.input_ids, newline]
     assert (authors.prompt_tokens, authors.end_of_turn) == (content.prompt_tokens, content.end_of_turn)
     assert chat_for("llama3", span="authors").encode([messages]) == chat_for("llama3").encode([messages])
-    longer = chat_for("chatml", span="authors", template=load_template("chatml", tokenizer_for("chatml")) + "\t\t")
+    longer = chat_for(
+        "chatml", span="authors", template=load_template("chatml", tokenizer_for("chatml")) + "{{ 'ab' }}"
+    )
     assert longer.encode([messages])[0] == authors
 
 

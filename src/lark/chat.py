@@ -130,7 +130,7 @@ class Chat:
         self, texts: list[str], conversations: Sequence[Sequence[dict[str, str]]], **how: bool
     ) -> list[tuple[list[int], Offsets]]:
         """Ids and character offsets of rendered rows; `how` they were rendered."""
-        batch: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        batch: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens = list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
         for i, conversation in enumerate(conversations):
             if any(self._special.search(message["content"]) for message in conversation):
