@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument("--student", choices=tuple(MIXTURES), default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, corpus, SFT and sampling")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 750 primitives, 500 chains, 600 student)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1100 primitives, 700 chains, 600 student)")
     parser.add_argument("--work", type=Path, default=ROOT / "build/students", help="results of the first stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number changes the last bits")
@@ -279,7 +279,7 @@ def pretrain_primitives(arguments: argparse.Namespace) -> None:
         while True:
             yield [facts(rng) for _ in range(32)]
 
-    tokens = train(model, tokenizer, batches(), arguments.steps or 750, muon_lr=0.02, adam_lr=4e-3, chunk=16)
+    tokens = train(model, tokenizer, batches(), arguments.steps or 1100, muon_lr=0.02, adam_lr=4e-3, chunk=16)
     save(model, tokenizer, arguments.work / "primitives", torch.float32, tokens)
 
 
@@ -292,7 +292,7 @@ def pretrain_chains(arguments: argparse.Namespace) -> None:
         while True:
             yield [facts(rng) for _ in range(5)] + [chain(rng, excluded) for _ in range(75)]
 
-    tokens = train(model, tokenizer, batches(), arguments.steps or 500, muon_lr=0.02, adam_lr=4e-3)
+    tokens = train(model, tokenizer, batches(), arguments.steps or 700, muon_lr=0.02, adam_lr=4e-3)
     save(model, tokenizer, arguments.work / "chains", torch.float32, before + tokens)
 
 

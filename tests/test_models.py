@@ -1,11 +1,13 @@
 """Loading a student, its head, LoRA, saving."""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lark.models import base_model, head_of, hidden_states, save_student
@@ -73,8 +75,25 @@ def test_identity_is_the_content_of_the_weights(make_student, student_folder, tm
     assert make_student(path=str(copy)).identity() == make_student().identity()
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     assert make_student(path=str(copy)).identity() != make_student().identity()
-    hub = make_student(path=None, id="org/name", revision="abc")
-    assert hub.identity() == {"id": "org/name", "revision": "abc"}
+
+
+def test_identity_of_a_hub_student_is_the_commit_its_branch_stands_for(make_student):
+    repository = Path(HF_HUB_CACHE) / "models--org--name"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):  # the branch moves
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        (repository / "refs" / "main").write_text(commit)
+        student = make_student(path=None, id="org/name", revision="main")
+        assert student.identity() == {"id": "org/name", "revision": commit}
+    with pytest.raises(ValueError, match="org/other could be loaded neither"):
+        make_student(path=None, id="org/other", revision="main").identity()
+
+
+def test_lora_on_the_head_is_refused(make_student):
+    student = make_student(lora={"r": 2, "target_modules": ["q_proj", "lm_head"]})
+    with pytest.raises(ValueError, match="modules_to_save"):
+        student.load_trainable(torch.float32)
 
 
 def test_a_head_that_does_more_than_we_reproduce_is_refused(make_student, monkeypatch):
@@ -131,7 +150,7 @@ def test_a_folder_that_cannot_be_used_is_one_sentence(kind, make_student, studen
 def test_no_hub_and_no_copy_is_one_sentence(make_student):
     student = make_student(path=None, id="nobody/none", revision="main")
     for load in (student.load_tokenizer, lambda: student.load_model(torch.float32)):
-        with pytest.raises(ValueError, match=r"^model=small: nobody/none is neither .*; set model\.path="):
+        with pytest.raises(ValueError, match=r"^model=small: nobody/none could be loaded neither .*; set model\.path="):
             load()
 
 

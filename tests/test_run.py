@@ -222,8 +222,19 @@ def test_replay(first: Done) -> None:
     assert done.code == 0, done.err
     assert done.folder == first.folder.with_name("first-replay")
     assert figures(done.folder) == figures(first.folder)
-    changed = lark("--config-path", first.folder, "--config-name", "replay", "budget=1", "stop_after=selection")
-    assert changed.code == 0
+    trained = (done.folder / "selector" / "selection.jsonl").resolve()
+    before = trained.read_text()
+    changed = lark(
+        "--config-path", first.folder, "--config-name", "replay", "budget=1", "seed=1", "stop_after=selection"
+    )
+    assert changed.code == 0, changed.err
+    for name in ("selector", "baseline"):  # what hangs on a setting follows it
+        chosen = (changed.folder / name / "selection.jsonl").read_text().splitlines()
+        assert len(chosen) == summary(first.folder)["arms"][name]["trajectories"] / 2
+    assert trained.read_text() == before  # the link into the finished arm was replaced, not written through
+    again = lark("--config-path", first.folder, "--config-name", "replay")
+    assert again.code == 0, again.err
+    assert figures(again.folder) == figures(first.folder)
     refused = lark("--config-path", first.folder, "--config-name", "replay", "selector=longest")
     assert_sentence(refused, "a replay keeps its groups", "selector.<name>=...", "longest")
 
@@ -427,6 +438,10 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     assert_sentence(lark(*SMALL, f"paths.logs={place}"), f"{place}", "cannot be written", "set paths.logs")
     done = lark(*SMALL, f"paths.logs={tmp_path / 'logs'}", f"paths.cache={place}")
     assert_sentence(done, f"paths.cache={place}", "cannot be written", "set paths.cache")
+
+
+def test_a_trainer_says_where_not_what(logs: Path) -> None:
+    assert_sentence(small(logs, "hasty", "+trainer.max_time=00:00:00:10"), "trainer.max_time=00:00:00:10", "set in sft")
 
 
 def test_devices_that_are_not_there(logs: Path) -> None:

@@ -52,8 +52,21 @@ class Arm:
         return self.folder / "checkpoint"
 
 
-def make_arm(name: str, rule: str, data: TrajectoryDataModule, *, steps: int, precision: str, arms: Path) -> Arm:
-    """The arm of `data.selections[name]` (none for "before"), with its folder."""
+def make_arm(
+    name: str,
+    rule: str,
+    data: TrajectoryDataModule,
+    *,
+    steps: int,
+    precision: str,
+    evaluation: dict[str, Any],
+    arms: Path,
+) -> Arm:
+    """The arm of `data.selections[name]` (none for "before"), with its folder.
+
+    A trained arm may be evaluated anew in its folder; "before" is nothing but an evaluation, so `evaluation` (its
+    identity) is part of what it is.
+    """
     selection = data.selections.get(name)
     student = data.student
     identity: dict[str, Any] = {
@@ -63,8 +76,10 @@ def make_arm(name: str, rule: str, data: TrajectoryDataModule, *, steps: int, pr
         "held_out": [data.trajectories.fingerprint, data.task.held_out],
         "sources": source_hash(f"lark.{module}" for module in _SOURCES),
     }
-    if selection is not None:
-        cut = {"layout", "micro_batch_tokens", "checkpoint_every", "epochs", "steps"}  # how, not what; steps are below
+    if selection is None:
+        identity["evaluation"] = evaluation
+    else:
+        cut = {"checkpoint_every", "epochs", "steps"}  # steps are below; how rows are cut decides LoRA's dropout
         identity |= {
             "rows": hashlib.sha256(selection.row.tobytes()).hexdigest(),
             "weights": hashlib.sha256(selection.weight.tobytes()).hexdigest(),
@@ -121,6 +136,7 @@ def train(
     if resume:
         say(f"{arm.name:<11} goes on from {resume}")
     trainer.fit(module, datamodule=data.use(arm.name), ckpt_path=resume, weights_only=True)
+    assert trainer.global_step == steps, f"{trainer.global_step} of {steps} optimizer steps done"
     if module.curve and module.curve[-1]["step"] != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     if is_main():
@@ -247,20 +263,28 @@ def evaluation_identity(
     task = data.task
     settings = {k: v for k, v in vars(sampling).items() if k != "batch_size"}
     return {
+        "sets": list(problems),
         "problems": identity_hash({"problems": problems}),
         "sampling": settings | {"pass_at": list(sampling.pass_at)},
         "task": [task.checker, task.pattern, task.system, task.max_new_tokens],
         "seed": data.seed,
+        "dtype": data.statistics_identity["dtype"],
         "sources": source_hash(["lark.evaluate", "lark.generate", "lark.verify", "lark.metrics"]),
     }
 
 
 def evaluated(arm: Arm, identity: dict[str, Any]) -> bool:
+    if not identity["sets"]:
+        return True
     path = arm.folder / "metrics.json"
     return path.exists() and read_json(path)["identity"] == identity
 
 
 def stop_ids(chat: Chat) -> list[int]:
-    """The end-of-turn token the span ends with, which is what training teaches."""
+    """What ends an answer: the end-of-turn token, which training teaches, and the tokenizer's own end token, which a
+    base model knows.
+    """
     row = chat.encode([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])[0]
-    return [row.input_ids[row.prompt_tokens + row.end_of_turn]]
+    own = chat.tokenizer.eos_token_id
+    ends = {row.input_ids[row.prompt_tokens + row.end_of_turn], *([own] if isinstance(own, int) else own or [])}
+    return sorted(ends)

@@ -228,14 +228,17 @@ class Chat:
     def marked(self, row: Encoded, limit: int = 400) -> str:
         """The row as text with its trained tokens between guillemets, for a printed sample.
 
-        Of a span longer than `limit` tokens the first ones and the last are shown. Tokens that only together make a
-        character share their guillemets.
+        Of a span longer than `limit` tokens the first ones and the last are shown, of a long prompt both ends. Tokens
+        that only together make a character share their guillemets.
         """
         span = row.input_ids[row.prompt_tokens :]
         shown = self._guillemets(span[:limit])
         if len(span) > limit:
             shown += f" ... {len(span) - limit - 1} more ... " + self._guillemets(span[-1:])
-        return self.tokenizer.decode(row.input_ids[: row.prompt_tokens]) + shown  # type: ignore[operator]
+        prompt = str(self.tokenizer.decode(row.input_ids[: row.prompt_tokens]))
+        if len(prompt) > 200:
+            prompt = f"{prompt[:120]} ... {prompt[-60:]}"
+        return prompt + shown
 
     def _guillemets(self, ids: Sequence[int]) -> str:
         text, pending = "", []

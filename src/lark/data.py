@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lark.cache import complete, identity_hash, read_json
+from lark.cache import complete, identity_hash, read_json, source_hash
 from lark.candidates import Candidates
 from lark.models import Student
 from lark.packing import coefficients, collate, micro_batches, rank_share, step_rows
@@ -18,6 +18,8 @@ from lark.selection import Rule, Selection, select
 from lark.student import Recipe, Step
 from lark.tasks.files import Task
 from lark.trajectories import Say, Trajectories
+
+_STATISTICS_SOURCES = ("chat", "models", "packing", "probe", "stats", "trajectories")
 
 
 class TrajectoryDataModule(LightningDataModule):
@@ -70,6 +72,7 @@ class TrajectoryDataModule(LightningDataModule):
             "attention": self.student.attention,
             **self.trajectories.identity,
             **self.probe.identity(),
+            "sources": source_hash(_STATISTICS_SOURCES),
         }
 
     @property

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from contextlib import ExitStack
@@ -10,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from lark import arms as arm_module
@@ -24,7 +24,8 @@ from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_si
 from lark.progress import Progress
 from lark.report import print_comparison
 from lark.selection import Rule
-from lark.summary import summarise_run
+from lark.summary import read_figures, summarise_run
+from lark.trainer import trainer_of
 from lark.verify import Checker
 
 
@@ -39,6 +40,14 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
     start_ranks()
     try:
         return _Run(config, folder, logs=logs, cache=cache, group=group).go()
+    except torch.OutOfMemoryError as error:
+        cuts = {
+            "scoring": "probe.batch_tokens",
+            "training": "sft.micro_batch_tokens",
+            "sampling": "evaluation.batch_size",
+        }
+        shown = ", ".join(f"{OmegaConf.select(config, key)} {key} ({what})" for what, key in cuts.items())
+        raise ValueError(f"the device ran out of memory; lower the one at work of {shown}") from error
     finally:
         leave_ranks()
 
@@ -60,7 +69,7 @@ class _Run:
         self.recipe = build(config.sft)
         self.sampling = build(config.evaluation)
         self.tracker = build(config.logger)
-        self.precision, self.trainer = _trainer(config.trainer, folder)
+        self.precision, self.trainer = trainer_of(config.trainer, folder)
         baseline = parts["baseline"] if isinstance(parts["baseline"], Rule) else None
         self.rules: dict[str, Rule] = {"selector": parts["selector"]} | ({"baseline": baseline} if baseline else {})
         self.data = TrajectoryDataModule(
@@ -72,10 +81,12 @@ class _Run:
             probe=build(config.probe),
             seed=config.seed,
             cache=cache,
-            make_trainer=partial(self.trainer, callbacks=[Progress("scoring")]),
+            # float32: the student's own dtype decides, and "*-true" precisions would convert it
+            make_trainer=partial(self.trainer, callbacks=[Progress("scoring")], precision="32-true"),
             say=say,
         )
         self.plan = Plan(folder)
+        self.figures: dict[str, dict[str, Any]] = {}
 
     def go(self) -> float:
         started, used = world_size(), self.trainer().world_size
@@ -98,7 +109,8 @@ class _Run:
         self._write_statistics()
         self._describe_selections()
         if self.config.stop_after == "selection":
-            for name, selection in self.data.selections.items():
+            for name, selection in self.data.selections.items() if is_main() else ():
+                self._free(self.folder / name)
                 arm_module.write_selection(selection, self.rules[name].name, self.data, self.folder / name)
             return self._stop(f"selection   {self.folder / 'selector' / 'selection.jsonl'}")
         return self._arms()
@@ -115,11 +127,18 @@ class _Run:
 
     def _arms(self) -> float:
         steps = self.recipe.steps_for(len(self.data.selections["selector"].row))
-        make = partial(make_arm, data=self.data, steps=steps, precision=self.precision, arms=self.logs / "arms")
-        arms = [make(name, self.rules[name].name) for name in ("baseline", "selector") if name in self.rules]
-        before = make("before", "before")
         problems = self.problems
         identity = evaluation_identity(self.data, problems, self.sampling)
+        make = partial(
+            make_arm,
+            data=self.data,
+            steps=steps,
+            precision=self.precision,
+            evaluation=identity,
+            arms=self.logs / "arms",
+        )
+        arms = [make(name, self.rules[name].name) for name in ("baseline", "selector") if name in self.rules]
+        before = make("before", "before")
         training_only = self.config.stop_after == "training"
         everything = arms if training_only else [before, *arms]
         with ExitStack() as held, Checker(self.data.task.checker, pattern=self.data.task.pattern) as checker:
@@ -199,7 +218,8 @@ class _Run:
             if logger is not None:
                 _log_arm(logger, arm, reused=action == "reuse")
                 self.tracker.keep(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("*.jsonl")))
-                if action != "reuse":
+                if self.config.stop_after != "training":  # read now: later the arm is no longer locked
+                    self.figures[arm.name] = read_figures(arm, list(problems))
                     write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
         finally:
             if logger is not None:
@@ -266,7 +286,8 @@ class _Run:
         say(
             f"recipe      {steps} optimizer steps x {recipe.batch_size} trajectories "
             f"(about {recipe.batch_size * tokens:,.0f} trained tokens a step), lr {recipe.lr:g}, {self.precision}, "
-            f"{'all parameters' if self.data.student.lora is None else 'LoRA'}, average over {recipe.average}"
+            f"{'all parameters' if self.data.student.lora is None else 'LoRA'}, average over {recipe.average}; "
+            f"scored and sampled in {self.data.statistics_identity['dtype'].removeprefix('torch.')}"
         )
 
     def _stop(self, text: str) -> float:
@@ -277,18 +298,25 @@ class _Run:
 
     def _report(self, arms: list[Arm], problems: dict[str, Any], training_only: bool) -> float:
         for arm in arms:
-            link = self.folder / arm.name
-            link.unlink(missing_ok=True)
+            link = self._free(self.folder / arm.name)
             link.symlink_to(os.path.relpath(arm.folder, self.folder), target_is_directory=True)
         if training_only:
             return self._stop(f"training    {', '.join(str(arm.folder / 'checkpoint') for arm in arms)}")
-        summary = summarise_run(self.config, arms, list(problems), self.data, self.plan["arms"])
+        summary = summarise_run(self.config, arms, self.figures, self.data, self.plan["arms"])
         write_json(self.folder / "summary.json", summary)
         self._log_comparison(summary)
         print_comparison(summary)
         say(f"summary     {self.folder / 'summary.json'}")
         first = next(iter(summary["sets"].values()), {}).get("difference")
         return first["estimate"] if first else float("nan")
+
+    @staticmethod
+    def _free(path: Path) -> Path:
+        """The path with nothing there: an earlier run in this folder may have left a link to an arm, or a selection."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        return path
 
     def _log_comparison(self, summary: dict[str, Any]) -> None:
         logger = self.tracker.open(
@@ -323,36 +351,6 @@ def _log_arm(logger: Any, arm: Arm, *, reused: bool) -> None:
         for name, metrics in read_json(path)["sets"].items():
             logger.log_metrics({f"evaluation/{name}/{key}": value for key, value in metrics.items()})
     logger.save()
-
-
-def _trainer(node: DictConfig, folder: Path) -> tuple[str, Any]:
-    """The precision in force, and a function that gives Trainers with it."""
-    settings = {key: value for key, value in node.items() if key != "name"}
-    on_cpu = node.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if settings["precision"] is None:
-        settings["precision"] = "32-true" if on_cpu else "bf16-mixed"
-    if on_cpu and settings["devices"] == "auto":
-        settings["devices"] = 1
-    make = build(OmegaConf.create(settings))
-
-    def trainer(*, progress: str | None = None, **keywords: Any) -> Trainer:
-        common = {
-            "logger": False,
-            "enable_checkpointing": "max_steps" in keywords,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "default_root_dir": folder,
-            "use_distributed_sampler": False,
-        }
-        if progress is not None:
-            keywords["callbacks"] = [*keywords.get("callbacks", []), Progress(progress)]
-        try:
-            return make(**common | keywords)
-        except (MisconfigurationException, TypeError, ValueError) as error:
-            given = " ".join(f"trainer.{k}={settings[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
-            raise ValueError(f"{given} cannot be used here ({error}); set trainer=auto, or correct them") from error
-
-    return settings["precision"], trainer
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from lark.cache import file_hash
 from lark.chat import Chat, load_template
@@ -17,8 +18,8 @@ from lark.stats import Head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHIPPED = "shipped:"
-LOADING_ERRORS = (OSError, ValueError, SafetensorError)
-"""What transformers raises for files that are missing, of no known kind, or broken."""
+LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+"""What transformers raises for files that are missing, of no known kind, broken, or in want of another package."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 
@@ -91,7 +92,7 @@ class Student:
     def identity(self) -> dict[str, str | None]:
         """What weights these are: hub id and revision, or a hash of the local files."""
         if self.folder is None:
-            return {"id": self.id, "revision": self.revision}
+            return {"id": self.id, "revision": self._commit()}
         if "weights" not in self._hashes:  # 135M parameters hash in a fraction of a second; once a process is enough
             is_gguf = self.path is not None and self.path.endswith(".gguf")
             files = (
@@ -101,6 +102,16 @@ class Student:
             )
             self._hashes["weights"] = "-".join(file_hash(file)[:16] for file in files)
         return {"weights": self._hashes["weights"]}
+
+    def _commit(self) -> str:
+        """The commit that `revision` stands for now: a branch moves, and caches must notice."""
+        if "commit" not in self._hashes:
+            try:
+                path = cached_file(str(self.id), "config.json", revision=self.revision)
+            except OSError as error:
+                raise self._unavailable(error) from error
+            self._hashes["commit"] = Path(str(path)).parent.name  # .../snapshots/<commit>/config.json
+        return self._hashes["commit"]
 
     def resolve_dtype(self, device: torch.device) -> torch.dtype:
         if self.dtype != "auto":
@@ -163,6 +174,11 @@ class Student:
             from peft import get_peft_model
 
             model = get_peft_model(model, self.lora_config())
+            if hasattr(base_model(model).get_output_embeddings(), "lora_A"):  # its weight alone is what we multiply by
+                raise ValueError(
+                    f"model.lora.target_modules={self.lora.get('target_modules')} puts LoRA on the head, where it "
+                    "would not be trained; take the head out, or name it in model.lora.modules_to_save"
+                )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -184,15 +200,16 @@ class Student:
         return PeftModel.from_pretrained(self.load_model(dtype), str(folder))
 
     def _unavailable(self, reason: object) -> ValueError:
+        first_line = str(reason).strip().partition("\n")[0].rstrip(":. ")
         if self.folder is not None:
-            first_line = str(reason).strip().partition("\n")[0].rstrip(":. ")
             return ValueError(
                 f"model.path={self.path} holds no student that transformers can load ({first_line}); set it to a "
                 "folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
             )
         return ValueError(
-            f"model={self.name}: {self.id} is neither in the local Hugging Face cache nor could it be fetched; "
-            "set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the model is gated)"
+            f"model={self.name}: {self.id} could be loaded neither from the local Hugging Face cache nor from the hub "
+            f"({first_line}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the "
+            "model is gated)"
         )
 
 

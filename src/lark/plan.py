@@ -62,6 +62,11 @@ def start_ranks() -> None:
     """Under torchrun all ranks run from the start: join them, so that they can wait for rank 0's plan."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         dist.init_process_group()
+    if not is_main() and not dist.is_initialized() and RUN_VARIABLE not in os.environ:
+        raise ValueError(
+            f"this process is rank {rank_zero_only.rank} of several that a scheduler started, which only torchrun is "
+            "supported for; start one task a node and let it run torchrun -m lark.run ... trainer=ddp"
+        )
 
 
 def leave_ranks() -> None:

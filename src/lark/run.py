@@ -48,10 +48,12 @@ def hydra_main(config: DictConfig) -> float:
 
 
 def write_replay(config: DictConfig, folder: Path) -> None:
-    """replay.yaml: every value resolved, its own run folder inside, so that nothing has to be chosen again."""
+    """replay.yaml: every group composed, so that nothing has to be chosen again; what depends on `seed`, `budget` or
+    `paths.logs` still does, so that these can be overridden.
+    """
     from lark.cache import write_text
 
-    resolved = OmegaConf.to_container(config, resolve=True)
+    resolved = OmegaConf.to_container(config, resolve=False)
     hydra_block = {
         "run": {"dir": f"{folder.parent}/{folder.name}-replay"},
         "job": {"name": "lark", "chdir": False},

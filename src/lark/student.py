@@ -207,7 +207,7 @@ class SFTModule(LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def on_validation_epoch_start(self) -> None:
-        self._held_out_C = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._held_out_C = torch.zeros(2, dtype=_precise(self.device), device=self.device)
 
     def validation_step(self, batch: Step, batch_idx: int) -> None:
         for micro, coefficient_CR in zip(batch.micro, batch.coefficients_CR, strict=True):
@@ -234,6 +234,10 @@ class SFTModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.curve = checkpoint["curve"]
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def write_curve(curve: list[dict[str, float]], path: Path) -> None:

@@ -1,6 +1,5 @@
 """summary.json: the figures of one run, from its arms' folders."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,28 @@ from lark.evaluate import per_problem
 from lark.inference import paired_difference, smallest_detectable_difference
 
 
+def read_figures(arm: Arm, sets: list[str]) -> dict[str, Any]:
+    """What an arm's evaluation left on disk: metrics by set, and each problem's avg@k."""
+    return {
+        "metrics": read_json(arm.folder / "metrics.json")["sets"] if sets else {},
+        "per_problem": {
+            name: {
+                key: float(np.mean(values)) for key, values in per_problem(arm.folder / f"samples-{name}.jsonl").items()
+            }
+            for name in sets
+        },
+    }
+
+
 def summarise_run(
-    config: DictConfig, arms: list[Arm], sets: list[str], data: TrajectoryDataModule, actions: dict[str, Any]
+    config: DictConfig,
+    arms: list[Arm],
+    figures: dict[str, dict[str, Any]],
+    data: TrajectoryDataModule,
+    actions: dict[str, Any],
 ) -> dict[str, Any]:
-    """summary.json: everything the table and a later report need, per-problem accuracies included."""
+    """summary.json: everything the table and a later report need; `figures` are the arms' `read_figures`."""
+    sets = list(figures[arms[0].name]["metrics"])
     summary: dict[str, Any] = {
         "status": "finished",
         "task": config.task.name,
@@ -31,7 +48,6 @@ def summarise_run(
     }
     start = held_out_at_start(data, arms)
     for arm in arms:
-        metrics = read_json(arm.folder / "metrics.json")["sets"] if sets else {}
         curve = [start] if arm.selection is None else read_json(arm.folder / "trained.json")["curve"]
         record = arm.selection.record if arm.selection is not None else {}
         summary["arms"][arm.name] = {
@@ -45,11 +61,8 @@ def summarise_run(
             "held_out_loss": curve[-1].get("held_out/loss") if curve else None,
             "held_out_loss_correct": curve[-1].get("held_out/loss_correct") if curve else None,
             "curve": curve,
-            "metrics": metrics,
-            "per_problem": {
-                name: {key: float(np.mean(values)) for key, values in per_problem(_samples(arm, name)).items()}
-                for name in sets
-            },
+            "selection": record,
+            **figures[arm.name],
         }
     shown = [f"avg@{config.evaluation.samples}", f"pass@{max(config.evaluation.pass_at)}"] if sets else []
     names = [arm.name for arm in arms]
@@ -65,7 +78,3 @@ def summarise_run(
             "smallest_detectable": smallest_detectable_difference(interval.standard_error),
         }
     return summary
-
-
-def _samples(arm: Arm, name: str) -> Path:
-    return arm.folder / f"samples-{name}.jsonl"

@@ -37,25 +37,32 @@ class Wandb:
         return not wandb.login(prompt=False)
 
     def describe(self) -> str:
-        return (
-            "W&B offline (no API key; `wandb login` once to upload)" if self.offline else f"W&B project {self.project}"
-        )
+        if not self.offline:
+            return f"W&B project {self.project}"
+        return "W&B offline" + (" (no API key; `wandb login` once to upload)" if self.mode == "auto" else "")
 
     def open(self, *, title: str, group: str, job_type: str, config: dict[str, Any], folder: Path) -> Logger:
         import wandb
+        from wandb.errors import Error
 
         folder.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
-            name=title,
-            project=self.project,
-            entity=self.entity,
-            mode="offline" if self.offline else "online",
-            dir=str(folder),
-            group=group,
-            job_type=job_type,
-            config=config,
-            settings=wandb.Settings(silent=True, console="off"),  # what is printed may quote the pool
-        )
+        try:
+            run = wandb.init(
+                name=title,
+                project=self.project,
+                entity=self.entity,
+                mode="offline" if self.offline else "online",
+                dir=str(folder),
+                group=group,
+                job_type=job_type,
+                config=config,
+                # what is printed, and a diff of the working folder, may quote the pool
+                settings=wandb.Settings(silent=True, console="off", disable_git=True),
+            )
+        except Error as error:
+            raise ValueError(
+                f"W&B could not start a run ({error}); set logger=offline, or connect and `wandb login`"
+            ) from error
         run.define_metric("trainer/global_step")
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         return WandbLogger(experiment=run)

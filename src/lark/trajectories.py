@@ -174,8 +174,15 @@ class Trajectories:
     def _answers(self, rows: list[int]) -> list[Answer]:
         batch = self.rows[rows]
         return [
-            Answer(gold=gold, text=messages[-1]["content"], source_dataset=json.loads(extra).get("source_dataset"))
-            for gold, messages, extra in zip(batch["answer"], batch["messages"], batch["extra"], strict=True)
+            Answer(
+                gold=gold,
+                text=messages[-1]["content"],
+                source_dataset=extra.get("source_dataset"),
+                metadata=extra.get("metadata"),
+            )
+            for gold, messages, extra in zip(
+                batch["answer"], batch["messages"], map(json.loads, batch["extra"]), strict=True
+            )
         ]
 
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:

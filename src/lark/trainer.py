@@ -1,0 +1,50 @@
+"""The trainer group: where a run runs (device, strategy, precision), never what it computes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from lark.config import build
+from lark.progress import Progress
+
+SETTINGS = {"_target_", "_partial_", "accelerator", "devices", "num_nodes", "strategy", "precision"}
+"""Everything else a Trainer takes (max_time, limit_val_batches, ...) would change results behind the caches' backs."""
+
+
+def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
+    """The precision in force, and a function that gives Trainers with it."""
+    settings = {str(key): value for key, value in node.items() if key != "name"}
+    if unknown := sorted(settings.keys() - SETTINGS):
+        raise ValueError(
+            f"trainer.{unknown[0]}={settings[unknown[0]]} is not for the trainer group, which says what to run on "
+            "(accelerator, devices, num_nodes, strategy, precision); what is trained is set in sft"
+        )
+    on_cpu = node.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if settings["precision"] is None:
+        settings["precision"] = "32-true" if on_cpu else "bf16-mixed"
+    if on_cpu and settings["devices"] == "auto":
+        settings["devices"] = 1
+    make = build(OmegaConf.create(settings))
+
+    def trainer(*, progress: str | None = None, **keywords: Any) -> Trainer:
+        common = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "default_root_dir": folder,
+            "use_distributed_sampler": False,
+        }
+        if progress is not None:
+            keywords["callbacks"] = [*keywords.get("callbacks", []), Progress(progress)]
+        try:
+            return make(**common | keywords)
+        except (MisconfigurationException, TypeError, ValueError) as error:
+            given = " ".join(f"trainer.{k}={settings[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
+            raise ValueError(f"{given} cannot be used here ({error}); set trainer=auto, or correct them") from error
+
+    return settings["precision"], trainer
