@@ -25,7 +25,7 @@ def summary(*, sets=("eval",), baseline="random", problems=20, **more):
             "tokens": 98765432,
             "effective_sample_size": 100345.6,
             "held_out_loss": 2.5 - value,
-            "metrics": {of_set: {"avg@4": value, "pass@4": value + 0.1} for of_set in sets},
+            "metrics": {of_set: {"avg@4": value, "pass@4": value + 0.1, "stop": 0.9, "boxed": 0.9} for of_set in sets},
         }
         for name, value in accuracy.items()
     }
@@ -148,3 +148,16 @@ def test_no_summary_is_a_sentence(tmp_path, monkeypatch, capsys):
 def test_a_summary_is_plain_json(tmp_path):
     folder = written(tmp_path, "a", summary(problems=1))
     assert json.loads((folder / "summary.json").read_text())["sets"]["eval"]["difference"]["low"] is None
+
+
+@pytest.mark.parametrize(("figure", "said"), [("stop", "end by themselves"), ("boxed", "box their answer"), (None, "")])
+def test_bad_form_is_said_beside_a_low_accuracy(
+    figure: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = summary()
+    if figure:
+        one["arms"]["selector"]["metrics"]["eval"][figure] = 0.1
+    print_comparison(one)
+    noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval, ")]
+    assert len(noted) == (figure is not None)
+    assert all("eval, selector: only 10%" in line and said in line for line in noted)

@@ -58,6 +58,9 @@ def print_comparison(summary: dict[str, Any]) -> None:
         console.print(_comparison(summary, names[start : start + SETS_BESIDE_EACH_OTHER]))
     for name in names:
         console.print(f"{name}: {_reading(summary['sets'][name]['difference'])}", soft_wrap=True)
+        for arm, figures in summary["arms"].items():
+            if note := _form(figures["metrics"][name]):
+                console.print(f"{name}, {arm}: {note}", soft_wrap=True)
 
 
 def _comparison(summary: dict[str, Any], sets: list[str]) -> "Table":
@@ -113,6 +116,17 @@ def print_differences(summaries: Sequence[dict[str, Any]]) -> None:
 def _estimate(difference: dict[str, Any], separator: str) -> str:
     estimate, low, high = (100 * _value(difference[key]) for key in ("estimate", "low", "high"))
     return f"{estimate:+.1f}" + ("" if math.isnan(low) else f"{separator}[{low:+.1f}, {high:+.1f}]")
+
+
+def _form(metrics: dict[str, float]) -> str:
+    """What a low accuracy may be due to instead of wrong answers; empty if samples are in good form."""
+    if metrics["stop"] < 0.5:
+        return f"only {metrics['stop']:.0%} of the samples end by themselves (task.max_new_tokens, model.template)"
+    if metrics["boxed"] < 0.2:
+        return (
+            f"only {metrics['boxed']:.0%} of the samples box their answer (task.system can ask for it, or task.pattern)"
+        )
+    return ""
 
 
 def _reading(difference: dict[str, Any]) -> str:
