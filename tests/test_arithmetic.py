@@ -173,7 +173,7 @@ def test_slip_errs_once_by_ten_and_carries_it_on(terms, seed):
     [
         ({"problems": 0}, ("task.settings.problems=0", "1 or more")),
         ({"terms": (4, 3)}, ("task.settings.terms=[4, 3]", "in order")),
-        ({"digits": (1, 4)}, ("task.digits=[1, 4]", "1 to 3")),
+        ({"digits": (1, 4)}, ("task.settings.digits=[1, 4]", "1 to 3")),
         ({"terms": (2, 2), "digits": (1, 1), "eval_problems": 500}, ("of 500 distinct", "fewer problems")),
     ],
 )

@@ -135,7 +135,7 @@ def kill_when(process: subprocess.Popen, found) -> str:
 
 
 def arms(logs: Path) -> dict[str, Path]:
-    return {read_json(path)["name"]: path.parent for path in logs.glob("arms/*/arm.json")}
+    return {read_json(path)["name"]: path.parent for path in logs.glob("arms/*/trained.json")}
 
 
 def assert_same(logs: Path, expected: Path, *, tolerance: float) -> None:
@@ -195,7 +195,7 @@ def test_killed_while_scoring_and_while_training_it_goes_on(uninterrupted, start
     kill_when(start(tmp_path), lambda: any(checkpoint()))
     (manifest,) = tmp_path.glob("cache/statistics/*/manifest.json")
     assert read_json(manifest)["resumed_rows"] >= 20
-    assert not any(tmp_path.glob("arms/*/arm.json"))
+    assert not any(tmp_path.glob("arms/*/trained.json"))
 
     output = finish(start(tmp_path))
     assert "statistics  cache hit" in output and output.count("goes on from") == 1

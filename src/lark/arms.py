@@ -141,7 +141,9 @@ def train(
         trainer.validate(module, datamodule=data, verbose=False)
     if is_main():
         save_student(module.student_model, data.trajectories.chat, arm.checkpoint)
-        write_json(arm.folder / "trained.json", {"steps": steps, "curve": module.curve, **_cost(arm, data)})
+        write_json(
+            arm.folder / "trained.json", {"name": arm.name, "steps": steps, "curve": module.curve, **_cost(arm, data)}
+        )
         shutil.rmtree(arm.folder / "training", ignore_errors=True)
     barrier()
 
