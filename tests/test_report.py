@@ -92,6 +92,8 @@ def test_tables_fit_a_log_file(sets, capsys):
         (-0.2, -0.01, "excludes 0"),
         (-0.1, 0.2, "not told apart"),
         (0.0, 0.2, "not told apart"),
+        (0.0, 0.0, "no problem was answered differently"),
+        (-0.1, 0.2, "too few problems"),
     ],
 )
 def test_reading(low, high, words, capsys):

@@ -232,7 +232,7 @@ def test_replay(first: Done) -> None:
         chosen = (changed.folder / name / "selection.jsonl").read_text().splitlines()
         assert len(chosen) == summary(first.folder)["arms"][name]["trajectories"] / 2
     assert trained.read_text() == before  # the link into the finished arm was replaced, not written through
-    again = lark("--config-path", first.folder, "--config-name", "replay")
+    again = lark("--config-path", os.path.relpath(first.folder), "--config-name", "replay")
     assert again.code == 0, again.err
     assert figures(again.folder) == figures(first.folder)
     refused = lark("--config-path", first.folder, "--config-name", "replay", "selector=longest")
@@ -407,6 +407,7 @@ def test_one_candidate_a_problem_is_legal_and_counted(logs: Path, tmp_path: Path
     done = jsonl(logs, "one", pool(tmp_path, candidates=1))
     assert done.code == 0, done.err
     assert "12 problems with one candidate" in done.out
+    assert "chose the same rows with the same weights" in done.out
     rows = [json.loads(line) for line in (done.folder / "selector" / "selection.jsonl").read_text().splitlines()]
     assert [row["weight"] for row in rows] == [1.0] * 12
 

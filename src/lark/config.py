@@ -31,6 +31,20 @@ def folder() -> Path:
     raise FileNotFoundError(f"conf/config.yaml is neither in {package} nor in {package.parents[1]}; reinstall lark")
 
 
+def absolute_config_path(words: list[str]) -> list[str]:
+    """The command line with a --config-path of the working folder made absolute: Hydra would look beside its script."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+    flags = ("--config-path", "-cp")
+    result = [
+        f"--config-path={absolute(word.partition('=')[2])}" if word.startswith("--config-path=") else word
+        for word in words
+    ]
+    return [absolute(word) if i and result[i - 1] in flags else word for i, word in enumerate(result)]
+
+
 def register_resolvers() -> None:
     """${lark.sweep:} names a multirun by the hash of its command line, so the same command goes on where it stopped."""
     OmegaConf.register_new_resolver("lark.sweep", _sweep_name, replace=True)

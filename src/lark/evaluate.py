@@ -36,7 +36,7 @@ class Sampling:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pass_at", tuple(self.pass_at))
+        object.__setattr__(self, "pass_at", tuple(dict.fromkeys(self.pass_at)))
         if not self.pass_at:
             raise ValueError("evaluation.pass_at=[] asks for no pass@k; set it to [1], say")
         check_sampling(self.samples, self.temperature, self.top_p, self.batch_size)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +24,7 @@ from lark.evaluate import read_problems
 from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_size
 from lark.progress import Progress
 from lark.report import print_comparison
-from lark.selection import Rule
+from lark.selection import Rule, Selection
 from lark.summary import read_figures, summarise_run
 from lark.trainer import trainer_of
 from lark.verify import Checker
@@ -102,6 +103,10 @@ class _Run:
             name: read_problems(path, limit=self.data.task.eval_limit)
             for name, path in self.data.trajectories.evaluation_files.items()
         }
+        self.overlap = {name: self.data.trajectories.overlap(rows) for name, rows in self.problems.items()}
+        for name, count in self.overlap.items():
+            if count:
+                say(f"warning     {count} of {len(self.problems[name])} problems of {name} are in the pool too")
         self._score()
         if self.config.stop_after == "statistics":
             return self._stop(f"statistics  {self.folder / 'statistics.parquet'}")
@@ -278,6 +283,11 @@ class _Run:
                 + (f"; {zero:,} of weight 0 left out" if zero else "")
             )
 
+        if len(self.data.selections) == 2 and _same(*self.data.selections.values()):
+            say(
+                "warning     selector and baseline chose the same rows with the same weights: no difference is possible"
+            )
+
     def _describe_arms(self, arms: list[Arm], steps: int) -> None:
         recipe = self.recipe
         for arm in arms:
@@ -303,6 +313,7 @@ class _Run:
         if training_only:
             return self._stop(f"training    {', '.join(str(arm.folder / 'checkpoint') for arm in arms)}")
         summary = summarise_run(self.config, arms, self.figures, self.data, self.plan["arms"])
+        summary["problems_in_pool"] = self.overlap
         write_json(self.folder / "summary.json", summary)
         self._log_comparison(summary)
         print_comparison(summary)
@@ -331,6 +342,10 @@ class _Run:
                 keys = ("estimate", "low", "high", "smallest_detectable")
                 logger.log_metrics({f"comparison/{name}/{key}": difference[key] for key in keys})
         self.tracker.finish()
+
+
+def _same(a: Selection, b: Selection) -> bool:
+    return np.array_equal(a.row, b.row) and np.allclose(a.weight, b.weight)
 
 
 def _action(arm: Arm, identity: dict[str, Any], training_only: bool) -> str:

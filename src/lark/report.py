@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+FEW_PROBLEMS = 30
 WIDTH = 100  # columns where there is no terminal
 SETS_BESIDE_EACH_OTHER = 2
 
@@ -132,6 +133,10 @@ def _form(metrics: dict[str, float]) -> str:
 def _reading(difference: dict[str, Any]) -> str:
     """What the difference and its interval say, in words."""
     low, high = _value(difference["low"]), _value(difference["high"])
+    if low == high == 0:
+        return (
+            f"no problem was answered differently by the two arms ({difference['problems']} problems): nothing to tell"
+        )
     if math.isnan(low):
         verdict = "no interval"
     else:
@@ -139,6 +144,8 @@ def _reading(difference: dict[str, Any]) -> str:
         verdict = f"{difference['level']:.0%} interval " + ("excludes 0" if excludes else "includes 0: not told apart")
     smallest = _number(_value(difference["smallest_detectable"]) * 100, "; smallest detectable difference {:.1f}")
     label = f"; {difference['label']}" if difference["label"] else ""
+    if difference["problems"] < FEW_PROBLEMS and not math.isnan(low):
+        label += "; too few problems for a bootstrap interval to be trusted"
     return f"{verdict} ({difference['problems']} problems{smallest}{label})"
 
 

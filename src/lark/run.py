@@ -90,6 +90,7 @@ def child_main(folder: Path) -> None:
 def main() -> None:
     """Errors a user can act on are one sentence and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
     child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
+    sys.argv = configuration.absolute_config_path(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
         child_main(Path(child)) if child else hydra_main()

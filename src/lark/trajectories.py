@@ -63,6 +63,7 @@ class Trajectories:
         say(
             f"pool        {len(self.rows):,} trajectories of {len(problems):,} problems ({held:,} held out), "
             f"{int(self.length.sum()):,} tokens, longest {int(self.length.max()):,}; dropped: {dropped}"
+            + (f"; {int((self.correct == 0).sum()):,} known to be wrong" if (self.correct == 0).any() else "")
             + (f"; {self.truncated:,} cut to task.max_length" if self.truncated else "")
             + (f"; {self.verdicts['filled']:,} verdicts filled in by the checker" if self.verdicts["filled"] else "")
             + (f" ({self.verdicts['timed_out']:,} timed out)" if self.verdicts["timed_out"] else "")
@@ -195,6 +196,15 @@ class Trajectories:
             return np.array([m[-1]["content"] for m in self.rows[rows.tolist()]["messages"]], dtype=object)
         return extra_column(self.rows, name)[rows]
 
+    def overlap(self, problems: list[dict[str, Any]]) -> int:
+        """Evaluation problems whose text is, but for case and white space, the prompt of a problem of the pool."""
+        first = np.unique(self.problem_id.astype(str), return_index=True)[1]
+        seen: set[int] = set()  # hashes: 60 bytes a problem
+        for start in range(0, len(first), 1000):
+            for messages in self.rows[first[start : start + 1000].tolist()]["messages"]:
+                seen.add(hash(_plain_text(messages[-2]["content"])))
+        return sum(hash(_plain_text(p.get("problem") or p["messages"][-1]["content"])) in seen for p in problems)
+
     def read_rows(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
         """Pool rows with `correct` as filled in, a few at a time."""
         for start in range(0, len(rows), 256):
@@ -217,3 +227,7 @@ _TOKEN_FEATURES = datasets.Features(
         "full_length": datasets.Value("int32"),
     }
 )
+
+
+def _plain_text(text: str) -> str:
+    return " ".join(text.lower().split())
