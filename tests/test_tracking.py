@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb_file import read_wandb
 
 from lark.tracking import Csv, Wandb
@@ -25,6 +26,7 @@ def log_two(tracker: Wandb | Csv, folder: Path) -> None:
 
 
 def wandb_files(folder: Path) -> list[Path]:
+    wandb.teardown()  # its service may still be writing
     return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 BLOCK = 32 * 1024
@@ -27,6 +28,7 @@ class WandbRun:
 
 
 def read_wandb(path: Path) -> WandbRun:
+    wandb.teardown()  # its service writes files in its own time; it ends only once they are complete
     run = WandbRun()
     for data in records(path.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)  # type: ignore[attr-defined]
