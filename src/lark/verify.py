@@ -339,12 +339,12 @@ def _reasoning_gym_equal(source_dataset: str, entry: dict[str, Any], answer: str
         return float(score(answer=answer, entry=entry)) == 1.0
     except MemoryError:
         raise
-    except Exception as error:
-        # Some verifiers raise on an answer they cannot read: it is wrong. One that fails on the gold answer too was
-        # given an incomplete row, and then every answer would silently count as wrong.
+    except Exception:  # a verifier of somebody else's may raise anything on an answer it cannot read: that one is wrong
         try:
             score(answer=entry["answer"], entry=entry)
-        except Exception:
+        except (
+            Exception
+        ) as error:  # on the right answer too: the row is incomplete, and all answers would count as wrong
             raise ValueError(
                 f"the reasoning_gym verifier of source_dataset={source_dataset!r} fails on the row itself "
                 f"({type(error).__name__}: {error}); give the row the metadata reasoning_gym made it with"
