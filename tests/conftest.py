@@ -109,7 +109,8 @@ def make_trainer(tmp_path):
 
 @pytest.fixture
 def make_data(tmp_path, make_student, make_trainer):
-    """A TrajectoryDataModule over the small pool; settings go to the part they are named after."""
+    """A TrajectoryDataModule over the small pool; settings go to the part they are named after, and `selector` and
+    `baseline` may be other scores than lark's and random."""
     from lark.data import TrajectoryDataModule
     from lark.policies import Policy
     from lark.probe import Probe
@@ -118,19 +119,23 @@ def make_data(tmp_path, make_student, make_trainer):
     from lark.student import Recipe
     from lark.tasks.files import Task
 
-    def make(rows=None, *, cache="cache", task=None, probe=None, recipe=None, student=None, trainer=None, say=None):
+    def make(
+        rows=None, *, cache="cache", task=None, probe=None, recipe=None, student=None, trainer=None, say=None, **rules
+    ):
         pool = write_pool(tmp_path / f"{cache}.jsonl", rows_of_a_pool() if rows is None else rows)
         fixed = {"name": "sums", "pool": str(pool), "checker": "number", "held_out": 0.25, "max_length": 256}
         return TrajectoryDataModule(
             task=Task(**fixed | (task or {})),
             student=make_student(**student or {}),
-            selector=Rule(name="lark", score=Lark(), policy=Policy(kind="chi2", budget=2)),
-            baseline=Rule(name="random", score=Random(seed=0), policy=Policy(kind="top_b", budget=2)),
+            selector=Rule(name="lark", score=rules.get("selector", Lark()), policy=Policy(kind="chi2", budget=2)),
+            baseline=Rule(
+                name="random", score=rules.get("baseline", Random(seed=0)), policy=Policy(kind="top_b", budget=2)
+            ),
             recipe=Recipe(**{"steps": 4, "batch_size": 6, "lr": 1e-3} | (recipe or {})),
             probe=replace(Probe(batch_tokens=600), **probe or {}),
             seed=0,
             cache=tmp_path / cache,
-            make_trainer=lambda: make_trainer(**trainer or {}),
+            make_trainer=lambda label: make_trainer(**{"inference_mode": False} | (trainer or {})),
             say=say or (lambda text: None),
         )
 

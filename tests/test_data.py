@@ -1,15 +1,23 @@
 """The DataModule: scoring and selection inside setup, held-out problems, verdicts, overlong rows, order of the pool."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import rows_of_a_pool
 
+from lark.gradient_scores import GradNorm, LarkExact, LarkHead, LossDrop
+from lark.passes import LocalWindows, Statistics
+from lark.policies import Policy
 from lark.pool import held_out
-from lark.probe import ProbeModule
+from lark.probe import PassModule, ProbeModule, read_columns, rows_done
+from lark.scores import Length, LocalLikelihood, Random
+from lark.selection import Rule
 from lark.student import SFTModule
+
+POLICY = Policy(kind="top_b", budget=2)
 
 
 def ready(data):
@@ -214,3 +222,86 @@ def test_evaluation_problems_that_are_in_the_pool_are_counted(make_data):
         {"problem": prompt + " and more"},
     ]
     assert pool.overlap(asked) == 2
+
+
+# ---- passes
+
+
+def test_only_the_passes_that_the_rules_need_are_run(make_data, monkeypatch):
+    monkeypatch.setattr(ProbeModule, "predict_step", lambda *_: pytest.fail("scored"))
+    data = ready(make_data(selector=Length(sign=1), baseline=Random(seed=0)))
+    assert data.needs == [] and data.costs == {}
+    assert set(data.candidates.statistics) == {"num_tokens"}
+    np.testing.assert_array_equal(data.candidates["num_tokens"], data.trajectories.span_tokens[data.scored])
+    assert data.cost_of(data.rules["selector"]) == {"forward_tokens": 0, "backward_tokens": 0, "seconds": 0}
+    with pytest.raises(ValueError, match="no column loss"):
+        _ = data.candidates["loss"]
+
+
+def test_what_choosing_costs(make_data):
+    data = ready(make_data(selector=LocalLikelihood(steps_before=1), baseline=Random(seed=0)))
+    tokens = int(data.trajectories.length[data.scored].sum())
+    assert data.needs == [Statistics(), LocalWindows(steps_before=1)]
+    assert data.costs[Statistics()]["forward_tokens"] == tokens
+    cost = data.cost_of(data.rules["selector"])
+    assert cost["forward_tokens"] > tokens and cost["seconds"] > 0 == cost["backward_tokens"]
+    assert data.cost_of(data.rules["baseline"])["forward_tokens"] == 0
+
+
+def test_another_students_choice(make_data, make_student, student_folder, tmp_path):
+    """The scorer's statistics decide, the trained student's tokens are what is trained."""
+    other = tmp_path / "other"
+    shutil.copytree(student_folder, other)
+    model = make_student(path=str(other)).load_model(torch.float32)
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(other)
+    own = ready(make_data(cache="own"))
+    scorer = make_student(path=str(other))
+    theirs = ready(make_data(cache="theirs", student={"path": str(other)}))
+    mixed = make_data(cache="mixed")
+    mixed.scorer = scorer
+    ready(mixed)
+    np.testing.assert_array_equal(mixed.candidates["loss"], theirs.candidates["loss"])
+    assert chosen(mixed) == chosen(theirs) != chosen(own)
+    assert mixed.student is not scorer
+
+
+@pytest.mark.parametrize("score", [LarkExact(), LossDrop(), GradNorm(dimensions=16), LarkHead(), LocalLikelihood()])
+def test_a_killed_pass_of_any_kind_goes_on(score, make_data, monkeypatch):
+    """Cut off after some units and started again it gives what it would have given."""
+
+    class KillError(Exception):
+        pass
+
+    settings = {"batch_tokens": 300, "shard_rows": 5}
+    (wanted,) = (need for need in Rule(name="r", score=score, policy=POLICY).needs if need != Statistics())
+    whole = make_data(cache="whole", selector=score, probe=settings)
+    whole.prepare_data()
+    whole.run_pass(wanted, cached=False)
+    expected = read_columns(whole.pass_folder(wanted))
+
+    data = make_data(cache="killed", selector=score, probe=settings)
+    data.prepare_data()
+    step, calls = PassModule.predict_step, []
+
+    def killing(self, batch, batch_idx):
+        calls.append(batch_idx)
+        if len(calls) == 4:
+            raise KillError
+        step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PassModule, "predict_step", killing)
+        with pytest.raises(KillError):
+            data.run_pass(wanted, cached=False)
+    assert 0 < len(rows_done(data.pass_folder(wanted))) < len(data.scored)
+    again = make_data(cache="killed", selector=score, probe=settings)
+    again.prepare_data()
+    again.run_pass(wanted, cached=False)
+    columns = read_columns(again.pass_folder(wanted))
+    assert set(columns) == set(expected)
+    for name, values in expected.items():
+        for a, b in zip(columns[name], values, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)

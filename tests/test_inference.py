@@ -1,10 +1,45 @@
+"""Inference against textbook formulas, enumeration and simulation. S seeds, P problems, T trials, R resamples."""
+
 import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import expit
 
-from lark.inference import holm, paired_difference, sign_flip_p, smallest_detectable_difference
+from lark.inference import Interval, holm, paired_difference, sign_flip_p, smallest_detectable_difference
+
+
+def simulated_accuracies(
+    rng: np.random.Generator, *, trials: int, seeds: int, problems: int, seed_sd: float
+) -> np.ndarray:
+    """avg@4 of two arms that are equally good on average, [T, 2, S, P].
+
+    Log-odds of a right answer: problems vary in difficulty (standard deviation 1.6), in what an arm gains (.6 an arm),
+    in what a seed does to a single problem (.35 an arm), and a seed shifts all problems of an arm by `seed_sd` (.12 is
+    2 points of accuracy an arm, 2.8 of the difference; .25 twice that).
+    """
+    difficulty = 1.6 * rng.normal(size=(trials, 1, 1, problems))
+    gain = 0.6 * rng.normal(size=(trials, 2, 1, problems))
+    shift = seed_sd * rng.normal(size=(trials, 2, seeds, 1))
+    interaction = 0.35 * rng.normal(size=(trials, 2, seeds, problems))
+    return rng.binomial(4, expit(difficulty + gain + shift + interaction)) / 4
+
+
+def intervals(accuracy_T2SP: np.ndarray) -> list[Interval]:
+    return [paired_difference(a, b, resamples=400, seed=i) for i, (a, b) in enumerate(accuracy_T2SP)]
+
+
+def coverage(found: list[Interval], truth: float = 0.0) -> float:
+    return float(np.mean([one.low <= truth <= one.high for one in found]))
+
+
+def nested_interval(difference_SP: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The wrong way: seeds are resampled, and problems again and independently in each of them."""
+    seeds, problems = difference_SP.shape
+    row_RS = rng.integers(seeds, size=(400, seeds))
+    problem_RSP = rng.integers(problems, size=(400, seeds, problems))
+    return np.quantile(difference_SP[row_RS[..., None], problem_RSP].mean((1, 2)), [0.025, 0.975])
 
 
 def test_estimate_is_the_mean_difference():
@@ -16,15 +51,38 @@ def test_estimate_is_the_mean_difference():
 
 
 def test_resampling_is_crossed():
-    # With x = seed effect + problem effect the bootstrap variance is exactly the sum of both resampling variances.
+    """For x = seed effect + problem effect both variances of a mean add up, whatever the other dimension's size."""
     rng = np.random.default_rng(0)
-    seed_S, problem_P = rng.normal(size=5), rng.normal(size=40)
+    seed_S, problem_P = rng.normal(size=8), rng.normal(size=40)
     a_SP = seed_S[:, None] + problem_P
     interval = paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
-    expected = np.sqrt(seed_S.var() / 5 + problem_P.var() / 40)
-    assert interval.standard_error == pytest.approx(expected, rel=0.02)
-    normal = stats.norm.interval(0.95, interval.estimate, expected)
-    np.testing.assert_allclose([interval.low, interval.high], normal, atol=0.2 * expected)
+    of_seeds, of_problems = seed_S.var(ddof=1) / 8, problem_P.var(ddof=1) / 40
+    assert interval.standard_error == pytest.approx(np.sqrt(of_seeds + of_problems))
+    df = (of_seeds + of_problems) ** 2 / (of_seeds**2 / 7 + of_problems**2 / 39)  # Welch and Satterthwaite
+    assert interval.df == pytest.approx(df)
+    expected = stats.t.interval(0.95, df, interval.estimate, interval.standard_error)
+    np.testing.assert_allclose([interval.low, interval.high], expected, atol=0.15 * interval.standard_error)
+
+
+def test_the_interval_is_the_bootstrap_s_and_not_only_its_standard_error_s():
+    """The resampled means have the variance stated, and their skewness reaches the interval."""
+    rng = np.random.default_rng(7)
+    a_SP = rng.exponential(size=(1, 30)) ** 2 + 0.3 * rng.normal(size=(6, 30)) + 0.3 * rng.normal(size=(6, 1))
+    narrow = paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000, level=0.02)
+    wide = paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
+    assert wide.high - wide.estimate > 1.15 * (wide.estimate - wide.low)
+    for one in (narrow, wide):
+        half = stats.t.ppf((1 + one.level) / 2, one.df) * one.standard_error
+        assert (one.high - one.low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_standard_error_is_unbiased():
+    """Its square against the variance of the mean over trials; seeds, problems and residuals all matter here."""
+    rng = np.random.default_rng(8)
+    accuracy = simulated_accuracies(rng, trials=1200, seeds=6, problems=40, seed_sd=0.25)
+    found = [paired_difference(a, b, resamples=100) for a, b in accuracy]
+    variance = np.var([one.estimate for one in found])
+    assert np.mean([one.standard_error**2 for one in found]) == pytest.approx(variance, rel=0.12)
 
 
 def test_the_same_seed_gives_the_same_interval():
@@ -43,36 +101,54 @@ def test_fewer_than_three_seeds_resample_problems_only(seeds):
     a_SP = problem_P + seed_S[:, None]
     interval = paired_difference(a_SP, np.zeros_like(a_SP), resamples=20_000)
     assert interval.label == "seed variance not estimated"
-    assert interval.standard_error == pytest.approx(problem_P.std() / np.sqrt(50), rel=0.03)
+    assert interval.standard_error == pytest.approx(stats.sem(problem_P))
+    assert interval.df == 49
 
 
 def test_one_problem_gives_no_interval():
     interval = paired_difference(np.ones((3, 1)), np.zeros((3, 1)))
     assert interval.estimate == 1
-    assert np.isnan([interval.low, interval.high, interval.standard_error]).all()
+    assert np.isnan([interval.low, interval.high, interval.standard_error, interval.df]).all()
     assert interval.label == "one problem, no interval"
 
 
-def test_coverage_with_seed_problem_and_residual_variance():
+@pytest.mark.parametrize("seed_sd", [0.0, 0.12, 0.25])
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_coverage_of_avg_at_4_with_seed_problem_and_residual_variance(seeds, seed_sd):
+    """Nominal .95; 400 trials tell it to within .022."""
     rng = np.random.default_rng(3)
-    seeds, problems, trials, covered = 5, 60, 400, 0
-    for trial in range(trials):
-        effects = 0.02 * rng.normal(size=(seeds, 1)) + 0.2 * rng.normal(size=(1, problems))
-        difference_SP = 0.1 + effects + 0.2 * rng.normal(size=(seeds, problems))
-        interval = paired_difference(difference_SP, np.zeros_like(difference_SP), resamples=500, seed=trial)
-        covered += interval.low <= 0.1 <= interval.high
-    assert 0.91 <= covered / trials <= 0.99
+    accuracy = simulated_accuracies(rng, trials=400, seeds=seeds, problems=100, seed_sd=seed_sd)
+    assert 0.92 <= coverage(intervals(accuracy)) <= 0.985
 
 
-def test_coverage_over_problems_with_one_seed():
-    rng = np.random.default_rng(4)
-    trials = 400
-    covered = 0
-    for trial in range(trials):
-        difference_SP = 0.1 + 0.3 * rng.normal(size=(1, 80))
-        interval = paired_difference(difference_SP, np.zeros_like(difference_SP), resamples=500, seed=trial)
-        covered += interval.low <= 0.1 <= interval.high
-    assert 0.91 <= covered / trials <= 0.98
+def test_crossed_covers_where_nested_does_not():
+    """Problems that all seeds answer are no further problems: METHODS.md's .82 to .87."""
+    rng = np.random.default_rng(9)
+    accuracy = simulated_accuracies(rng, trials=400, seeds=5, problems=60, seed_sd=0.12)
+    nested = np.array([nested_interval(a - b, rng) for a, b in accuracy])
+    covered = np.mean((nested[:, 0] <= 0) & (nested[:, 1] >= 0))
+    assert covered < 0.92 < coverage(intervals(accuracy))
+
+
+def test_coverage_of_a_true_difference():
+    """The second arm is better by one in log-odds; the truth comes from many problems and seeds."""
+    rng = np.random.default_rng(10)
+
+    def better(trials: int, seeds: int, problems: int) -> np.ndarray:
+        logit = 1.6 * rng.normal(size=(trials, 1, 1, problems)) + 0.2 * rng.normal(size=(trials, 2, seeds, 1))
+        return rng.binomial(4, expit(logit + np.array([0.0, 1.0])[:, None, None])) / 4
+
+    a, b = better(1, 2000, 2000)[0]
+    found = intervals(better(400, 4, 80))
+    assert 0.92 <= coverage(found, a.mean() - b.mean()) <= 0.985
+    assert coverage(found, 0.0) < 0.1
+
+
+@pytest.mark.parametrize("problems", [30, 200])
+def test_coverage_over_problems_with_one_seed(problems):
+    """Where seeds do not differ; where they do, the label says that this interval does not cover them."""
+    accuracy = simulated_accuracies(np.random.default_rng(4), trials=500, seeds=1, problems=problems, seed_sd=0.0)
+    assert 0.925 <= coverage(intervals(accuracy)) <= 0.975
 
 
 @pytest.mark.parametrize("problems", [1, 4, 9])
@@ -93,6 +169,12 @@ def test_sign_flip_of_many_problems():
     assert sign_flip_p(np.ones(40), resamples=999) == pytest.approx(2 / 1000)  # twice one tail, never 0
 
 
+def test_problems_without_a_difference_do_not_change_the_sign_flip_p():
+    difference_P = np.array([0.25, -0.5, 0.75, 0.25, 0.5])
+    assert sign_flip_p(np.concatenate([difference_P, np.zeros(100)])) == sign_flip_p(difference_P)
+    assert sign_flip_p(np.array([0.25, *np.zeros(20)])) == 1
+
+
 def test_holm_by_hand():
     np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(holm([0.2, 0.5, 0.9]), [0.6, 1, 1])
@@ -106,6 +188,29 @@ def test_smallest_detectable_difference_is_found_with_its_power():
     difference = smallest_detectable_difference(0.25, power=0.7, alpha=0.1)
     found = np.abs(rng.normal(difference, 0.25, 40_000)) > stats.norm.ppf(0.95) * 0.25
     assert found.mean() == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("df", [4.0, 12.5])
+def test_smallest_detectable_difference_of_a_t_test(df):
+    """Against the exact power, which the non-central t distribution gives."""
+    difference = smallest_detectable_difference(1.0, df=df)
+    critical = stats.t.ppf(0.975, df)
+    power = stats.nct.sf(critical, df, difference) + stats.nct.cdf(-critical, df, difference)
+    assert power == pytest.approx(0.8, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "seed_sd", "least", "most"),
+    [(1, 0.0, 0.75, 0.85), (3, 0.0, 0.7, 0.85), (3, 0.12, 0.66, 0.85), (5, 0.12, 0.72, 0.85), (10, 0.12, 0.75, 0.85)],
+)
+def test_the_interval_excludes_0_at_the_smallest_detectable_difference(seeds, seed_sd, least, most):
+    """The whole procedure: what one experiment calls detectable is, on average, what further ones detect. With 3 seeds
+    less often: how seeds differ is then known too roughly."""
+    rng = np.random.default_rng(11)
+    found = intervals(simulated_accuracies(rng, trials=400, seeds=seeds, problems=100, seed_sd=seed_sd))
+    true = np.mean([smallest_detectable_difference(one.standard_error, df=one.df) for one in found])
+    detected = np.mean([one.low + true > 0 or one.high + true < 0 for one in found])  # all values shift by `true`
+    assert least <= detected <= most
 
 
 @pytest.mark.parametrize(

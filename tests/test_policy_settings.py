@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lark.groups import Groups
-from lark.policies import Policy, prior_weights, take_top
+from lark.policies import Policy, prior_weights
 
 NAN = float("nan")
 
@@ -38,23 +38,6 @@ def test_uniform_and_column_priors_are_normalised_over_valid_rows():
 def test_a_prior_that_cannot_be_used_is_an_error(kind, column, message):
     with pytest.raises(ValueError, match=rf"selector\.policy\.{message}.*set selector\.policy\.prior=uniform"):
         prior_weights(kind, column, Groups.from_ids(["a", "a"]), np.array([True, True]))
-
-
-# The matched baseline
-
-
-def test_take_top_takes_what_is_asked_for_with_equal_weights():
-    groups = Groups.from_ids(["a", "a", "a", "b", "b", "c"])
-    score_N = np.array([1.0, 3.0, 2.0, 5.0, NAN, 1.0])
-    q_N, shortfall = take_top(score_N, groups, np.arange(6).astype(np.uint64), np.array([2, 2, 0]))
-    assert q_N.tolist() == [0, 0.5, 0.5, 1, 0, 0]
-    assert shortfall == 1
-
-
-def test_take_top_breaks_ties_by_hash():
-    groups = Groups.from_ids(["a"] * 3)
-    q_N, _ = take_top(np.ones(3), groups, np.array([5, 1, 3], np.uint64), np.array([2]))
-    assert q_N.tolist() == [0, 0.5, 0.5]
 
 
 # Settings

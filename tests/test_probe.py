@@ -9,6 +9,7 @@ import torch
 
 from lark.cache import complete
 from lark.models import Student
+from lark.passes import Statistics
 from lark.probe import STEP_COLUMNS, TOKEN_COLUMNS, Probe, ProbeModule, read_statistics, rows_done
 
 SCALARS = (
@@ -139,7 +140,7 @@ def test_a_killed_pass_goes_on_with_the_missing_rows_only(make_data, forwards):
     again = scored(make_data(cache="killed", probe=settings))
     assert seen == [rows for rows in everything if not set(rows) <= set(done)], "the same batches, the missing ones"
     assert (again.statistics_folder / "statistics.parquet").read_bytes() == expected
-    assert again.cost["resumed_rows"] == len(done)
+    assert again.costs[Statistics()]["resumed_rows"] == len(done)
     assert not list(again.statistics_folder.glob("part-*"))
 
 

@@ -1,46 +1,38 @@
-"""The table from summary.json: complete, within 100 columns, and sane where figures are missing."""
+"""The table of one run; the comparison of several, at a sweep's end and from disk; the command line."""
 
+import csv
+import io
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from summaries import accuracies, arm, run
 
 from lark import report
 from lark.cache import write_json
-from lark.inference import paired_difference, smallest_detectable_difference
-from lark.report import WIDTH, print_comparison, read_summaries
+from lark.report import ComparisonCallback, print_comparison, read_summaries
+from lark.tables import WIDTH
+
+FILES = {"arms.csv", "differences.csv", "comparison.tex", "comparison.json"}
 
 
-def summary(*, sets=("eval",), baseline="random", problems=20, **more):
+def summary(*, sets=("eval",), baseline="random", problems=20, seed=0, **more):
     """What a run writes, with the selector 10 points ahead on every set."""
-    accuracy = {"before": 0.25, "baseline": 0.5, "selector": 0.6}
-    arms = {
-        name: {
-            "rule": {"before": "before", "baseline": baseline, "selector": "lark_length"}[name],
-            "matched": baseline != "all" or name != "baseline",
-            "trajectories": 123456,
-            "tokens": 98765432,
-            "effective_sample_size": 100345.6,
-            "held_out_loss": 2.5 - value,
-            "metrics": {of_set: {"avg@4": value, "pass@4": value + 0.1, "stop": 0.9, "boxed": 0.9} for of_set in sets},
-        }
-        for name, value in accuracy.items()
-    }
-    interval = paired_difference(np.full((1, problems), 0.6), np.full((1, problems), 0.5))
-    difference = vars(interval) | {"smallest_detectable": smallest_detectable_difference(interval.standard_error)}
-    return {
-        "status": "finished",
-        "task": "arithmetic",
-        "model": "tiny",
-        "seed": 0,
-        "difference_of": ["selector", "baseline"],
-        "arms": arms,
-        "sets": {name: {"metrics": ["avg@4", "pass@4"], "difference": difference} for name in sets},
-        **more,
-    }
+
+    def of(rule: str, accuracy: float):
+        values = {name: accuracies([accuracy] * problems)["eval"] for name in sets}
+        return arm(rule, f"{rule}{seed}", values, held_out_loss=2.5 - accuracy)
+
+    before, first, second = of("before", 0.25), of(baseline, 0.5), of("lark_length", 0.6)
+    return run(selector=second, baseline=first, before=before, seed=seed, **more)
+
+
+FAILED = {"status": "failed", "error": "budget=0 is no number"}
+STOPPED = {"status": "finished", "stopped_after": "selection"}
 
 
 def written(tmp_path: Path, name: str, content: dict) -> Path:
@@ -48,8 +40,16 @@ def written(tmp_path: Path, name: str, content: dict) -> Path:
     return tmp_path / name
 
 
-def main(monkeypatch, capsys, *folders: Path) -> tuple[str, str, int]:
-    monkeypatch.setattr("sys.argv", ["lark.report", *map(str, folders)])
+def sweep(tmp_path: Path) -> Path:
+    """Two rules, three seeds, of which one run failed and one was stopped."""
+    jobs = [summary(baseline=rule, seed=seed) for rule in ("random", "longest") for seed in (0, 1, 2)]
+    for job, content in enumerate([*jobs, FAILED, STOPPED]):
+        written(tmp_path, str(job), content)
+    return tmp_path
+
+
+def main(monkeypatch, capsys, *words: object) -> tuple[str, str, int]:
+    monkeypatch.setattr("sys.argv", ["lark.report", *map(str, words)])
     try:
         report.main()
         code = 0
@@ -57,6 +57,20 @@ def main(monkeypatch, capsys, *folders: Path) -> tuple[str, str, int]:
         code = stop.code if isinstance(stop.code, int) else 1
         print(stop.code, file=sys.stderr)
     return (*capsys.readouterr(), code)
+
+
+def at_the_end_of(folder: Path, capsys) -> tuple[str, str, int]:
+    """What Hydra's last call at the end of a multirun does."""
+    code = 0
+    try:
+        ComparisonCallback().on_multirun_end(SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=folder))))
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        code = stop.code
+    return (*capsys.readouterr(), code)
+
+
+# ---- one run
 
 
 def test_every_figure_is_in_the_table(capsys):
@@ -115,41 +129,12 @@ def test_one_problem_has_no_interval_in_memory_and_on_disk(tmp_path, monkeypatch
 
 def test_without_evaluation_or_held_out_loss_the_selections_are_still_compared(capsys):
     content = summary(sets=())
-    for arm in content["arms"].values():
-        arm["held_out_loss"] = None
+    for one in content["arms"].values():
+        one["held_out_loss"] = None
     print_comparison(content)
     out = capsys.readouterr().out
     assert "selector: lark_length" in out
     assert "nan" not in out
-
-
-def test_jobs_come_in_their_order_with_all_differences_and_failures_last(tmp_path, monkeypatch, capsys):
-    for job, rule in enumerate(["random", "longest", *["rsr"] * 9]):
-        written(tmp_path, str(job), summary(baseline=rule, seed=job))
-    written(tmp_path, "11", {"status": "failed", "error": "budget=0 is no number"})
-    written(tmp_path, "12", {"status": "finished", "stopped_after": "selection"})
-    assert [Path(s["folder"]).name for s in read_summaries([tmp_path])] == [str(n) for n in range(13)]
-    out, err, code = main(monkeypatch, capsys, tmp_path)
-    assert out.count("before training") == 11
-    (line,) = (line for line in out.splitlines() if line.strip().startswith("lark_length - longest"))
-    assert line.split()[3:] == ["arithmetic", "tiny", "1", "+10.0", "[+10.0,", "+10.0]"]
-    assert f"{tmp_path / '12'}: stopped after selection" in out
-    assert err == f"failed: {tmp_path / '11'}: budget=0 is no number\n"
-    assert code == 0
-
-
-def test_no_summary_is_a_sentence(tmp_path, monkeypatch, capsys):
-    out, err, code = main(monkeypatch, capsys, tmp_path / "nothing")
-    assert (out, code) == ("", 1)
-    assert (
-        err
-        == f"lark: no summary.json in or below {tmp_path / 'nothing'}; name the folder of a finished run or multirun\n"
-    )
-
-
-def test_a_summary_is_plain_json(tmp_path):
-    folder = written(tmp_path, "a", summary(problems=1))
-    assert json.loads((folder / "summary.json").read_text())["sets"]["eval"]["difference"]["low"] is None
 
 
 @pytest.mark.parametrize(("figure", "said"), [("stop", "end by themselves"), ("boxed", "box their answer"), (None, "")])
@@ -163,3 +148,132 @@ def test_bad_form_is_said_beside_a_low_accuracy(
     noted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval, ")]
     assert len(noted) == (figure is not None)
     assert all("eval, selector: only 10%" in line and said in line for line in noted)
+
+
+def test_names_are_no_markup(capsys) -> None:
+    print_comparison(summary(baseline="[b]rule[/b]", sets=("[i]set",), task="[red]task"))
+    out = capsys.readouterr().out
+    for name in ("baseline: [b]rule[/b]", "[i]set\n", "[red]task", "[i]set: 95% interval"):
+        assert name.rstrip("\n") in out
+
+
+def test_a_summary_is_plain_json(tmp_path):
+    folder = written(tmp_path, "a", summary(problems=1))
+    assert json.loads((folder / "summary.json").read_text())["sets"]["eval"]["difference"]["low"] is None
+
+
+# ---- several runs
+
+
+def test_jobs_come_in_their_order(tmp_path) -> None:
+    for job in range(12):
+        written(tmp_path, str(job), FAILED)
+    assert [Path(one["folder"]).name for one in read_summaries([tmp_path])] == [str(job) for job in range(12)]
+
+
+def test_several_runs_are_one_comparison(tmp_path, monkeypatch, capsys):
+    out, err, code = main(monkeypatch, capsys, sweep(tmp_path))
+    assert "selector: lark_length" not in out  # no run's own table
+    assert out.count("before training") == 1
+    for rule in ("random", "longest"):
+        (line,) = (line for line in out.splitlines() if line.strip().startswith(f"lark_length - {rule} "))
+        assert line.split()[3:7] == ["3", "-0.100", "+0.000", "+10.0"]
+    assert f"{tmp_path / '7'}: stopped after selection" in out
+    assert err == f"failed: {tmp_path / '6'}: budget=0 is no number\n"
+    assert code == 0
+    assert not FILES & {path.name for path in tmp_path.rglob("*")}
+
+
+def test_folders_of_several_sweeps_are_pooled(tmp_path, monkeypatch, capsys):
+    for seed in (0, 1, 2):
+        written(tmp_path / f"sweep{seed}", "0", summary(seed=seed))
+    folders = sorted(tmp_path.iterdir())
+    out, _, _ = main(monkeypatch, capsys, *folders)
+    (line,) = (line for line in out.splitlines() if line.strip().startswith("lark_length - random "))
+    assert line.split()[3] == "3"
+
+
+def test_the_end_of_a_sweep_prints_and_writes_the_comparison_only(tmp_path, monkeypatch, capsys):
+    printed, _, _ = main(monkeypatch, capsys, sweep(tmp_path))
+    out, err, code = at_the_end_of(tmp_path, capsys)
+    assert code == 1  # a job failed
+    assert err == f"failed: {tmp_path / '6'}: budget=0 is no number\n"
+    *table, last = out.splitlines()
+    assert "\n".join(table) in printed
+    assert last.startswith(f"comparison  {tmp_path}: ")
+    assert all(name in last for name in FILES)
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == FILES
+    assert json.loads((tmp_path / "comparison.json").read_text())["failed"][0][1] == "budget=0 is no number"
+    (tmp_path / "6" / "summary.json").unlink()
+    assert at_the_end_of(tmp_path, capsys)[1:] == ("", 0)
+
+
+@pytest.mark.parametrize("others", [[], [FAILED], [STOPPED]])
+def test_there_is_nothing_to_compare_in_a_sweep_of_one_finished_run(others, tmp_path, capsys):
+    for job, content in enumerate([summary(), *others]):
+        written(tmp_path, str(job), content)
+    out, err, code = at_the_end_of(tmp_path, capsys)
+    assert out == ""
+    assert err.count("failed: ") == code == others.count(FAILED)
+    assert not FILES & {path.name for path in tmp_path.iterdir()}
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("form", ["csv", "latex", "json"])
+def test_a_format_is_all_that_stdout_gets(form, tmp_path, monkeypatch, capsys):
+    out, err, code = main(monkeypatch, capsys, sweep(tmp_path / "jobs"), "--format", form)
+    assert code == 0
+    assert "failed: " in err and "stopped after" in err
+    if form == "json":
+        assert json.loads(out)["runs"] == 6
+    elif form == "latex":
+        assert out.count(r"\begin{tabular}") == out.count(r"\bottomrule") == 2
+    else:
+        arms, differences = (list(csv.DictReader(io.StringIO(part))) for part in out.split("\n\n"))
+        assert [one["arm"] for one in arms] == ["before training", "random", "lark_length", "longest"]
+        assert [float(one["difference (points)"]) for one in differences] == pytest.approx([10, 10])
+
+
+def test_output_gets_every_format(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "new" / "folder"
+    sweep(tmp_path / "jobs")
+    out, _, code = main(monkeypatch, capsys, tmp_path / "jobs", "--output", folder)
+    assert code == 0 and "lark_length - random" in out
+    assert {path.name for path in folder.iterdir()} == FILES
+    for form, names in report.FORMATS.items():
+        out, err, _ = main(monkeypatch, capsys, tmp_path / "jobs", "--format", form, "--output", folder)
+        assert out == "\n".join((folder / name).read_text() for name in names)
+        assert f"comparison  {folder}: " in err
+
+
+def test_a_single_run_can_be_written_too(tmp_path, monkeypatch, capsys):
+    out, _, code = main(monkeypatch, capsys, written(tmp_path, "a", summary()), "--output", tmp_path / "out")
+    assert code == 0 and "selector: lark_length" in out
+    assert (tmp_path / "out" / "arms.csv").read_text().count("\n") == 4
+
+
+def test_no_summary_is_a_sentence(tmp_path, monkeypatch, capsys):
+    out, err, code = main(monkeypatch, capsys, tmp_path / "nothing")
+    assert (out, code) == ("", 1)
+    assert (
+        err
+        == f"lark: no summary.json in or below {tmp_path / 'nothing'}; name the folder of a finished run or multirun\n"
+    )
+
+
+def test_nothing_to_write_and_nowhere_to_write_are_sentences(tmp_path, monkeypatch, capsys):
+    failed = written(tmp_path, "a", FAILED)
+    out, err, code = main(monkeypatch, capsys, failed, "--format", "csv")
+    assert (out, code) == ("", 1)
+    assert "failed: " in err and f"lark: no run in or below {failed} came to its end" in err
+    (tmp_path / "file").touch()
+    done = main(monkeypatch, capsys, written(tmp_path, "b", summary()), "--output", tmp_path / "file" / "x")
+    assert done[2] == 1 and f"lark: --output={tmp_path / 'file' / 'x'} cannot be written" in done[1]
+
+
+def test_the_callback_costs_a_run_no_heavy_import() -> None:
+    code = "import sys, lark.report; print(sorted({'numpy', 'scipy', 'pandas', 'rich', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -13,6 +13,7 @@ import pytest
 from lark_command import SMALL, Done, lark
 from wandb_file import read_wandb
 
+ROLES = ("baseline", "selector")
 ROWS = ("before training", "baseline: random", "selector: lark", "selector - baseline")
 RULES = """
 import numpy as np
@@ -66,7 +67,6 @@ def figures(folder: Path) -> dict:
     content = summary(folder)
     for arm in content["arms"].values():
         del arm["action"]
-    del content["scoring"]
     return content
 
 
@@ -95,7 +95,7 @@ def test_run_folder(first: Done) -> None:
     names = {path.name for path in folder.iterdir()}
     assert names >= {"replay.yaml", "plan.json", "statistics.parquet", "summary.json", "before", "baseline", "selector"}
     plan = json.loads((folder / "plan.json").read_text())
-    assert plan["score"] is True
+    assert [value for key, value in plan.items() if key.startswith("statistics")] == ["run"]
     assert {name: arm["action"] for name, arm in plan["arms"].items()} == actions(folder)
     assert actions(folder) == {"before": "evaluate", "baseline": "train", "selector": "train"}
     for name, arm in plan["arms"].items():
@@ -208,7 +208,9 @@ def test_the_second_run_computes_nothing(first: Done, logs: Path) -> None:
     assert done.code == 0
     assert "cache hit" in done.out
     assert set(actions(done.folder).values()) == {"reuse"}
-    assert json.loads((done.folder / "plan.json").read_text())["score"] is False
+    assert "reuse" in [
+        value for key, value in json.loads((done.folder / "plan.json").read_text()).items() if "statistics" in key
+    ]
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     assert figures(done.folder) == figures(first.folder)
     runs = wandb_runs(logs, "second")
@@ -280,6 +282,50 @@ def test_no_baseline(first: Done, logs: Path) -> None:
     assert "selector - before" in done.out
     a, b = (np.mean(list(content["arms"][name]["per_problem"]["eval"].values())) for name in ("selector", "before"))
     assert content["sets"]["eval"]["difference"]["estimate"] == pytest.approx(a - b)
+
+
+def test_a_baseline_with_as_many_tokens(first: Done, logs: Path) -> None:
+    words = ["baseline=longest", "stop_after=selection"]
+    tokens = {}
+    for match in ("trajectories", "tokens"):
+        done = small(logs, f"match-{match}", *words, f"match={match}")
+        records = {name: json.loads((done.folder / name / "selection.json").read_text()) for name in ROLES}
+        tokens[match] = {name: record["tokens"] for name, record in records.items()}
+        assert records["baseline"]["policy"]["match"] == match
+    assert tokens["trajectories"]["baseline"] > 1.1 * tokens["tokens"]["selector"]
+    assert tokens["tokens"]["baseline"] == pytest.approx(tokens["tokens"]["selector"], abs=60)  # half a trajectory
+    difference = tokens["tokens"]["baseline"] - tokens["tokens"]["selector"]
+    assert records["baseline"]["policy"]["tokens_minus_selector"] == difference
+    assert f"{difference:+,} tokens against the selector" in done.out or difference == 0
+
+
+def test_the_learning_rate_of_each_arm_is_chosen_by_held_out_loss(first: Done, logs: Path) -> None:
+    rates = [1e-5, 3e-4, 1e-2]
+    done = small(logs, "rates", f"sft.lr_sweep={rates}")
+    assert done.code == 0, done.err
+    trained = summary(done.folder)["arms"]
+    for name in ROLES:
+        (line,) = (line for line in done.out.splitlines() if line.startswith(f"rate        {name} "))
+        losses = dict(pair.split() for pair in line.partition("held-out losses ")[2].split(", "))
+        assert [float(rate) for rate in losses] == rates
+        best = min(losses, key=lambda rate: float(losses[rate]))
+        assert trained[name]["lr"] == float(best) and f"): {best} of" in line
+        assert trained[name]["held_out_loss"] == pytest.approx(float(losses[best]), abs=1e-4)
+        alone = small(logs, f"rate-{name}", f"sft.lr={best}")  # the very arm that a run with this rate trains
+        assert summary(alone.folder)["arms"][name]["hash"] == trained[name]["hash"]
+        assert actions(alone.folder)[name] == "reuse"
+    assert set(actions(small(logs, "rates-again", f"sft.lr_sweep={rates}").folder).values()) == {"reuse"}
+
+
+def test_the_choice_of_another_student(first: Done, logs: Path) -> None:
+    done = small(logs, "scorer", "probe.model=tiny_b", "stop_after=selection")
+    assert done.code == 0, done.err
+    assert "cache miss" in done.out
+    own, theirs = ((first.folder, done.folder)[i] / "selector" / "selection.jsonl" for i in (0, 1))
+    assert own.read_text() != theirs.read_text()
+    words = ["model=tiny_b", "stop_after=selection"]
+    other = small(logs, "other-student", *words)
+    assert (other.folder / "selector" / "selection.jsonl").read_text() == theirs.read_text()
 
 
 def test_a_rule_in_the_working_folder(first: Done, logs: Path, tmp_path: Path) -> None:

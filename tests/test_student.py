@@ -13,8 +13,8 @@ from torch import nn
 
 from lark import stats
 from lark.packing import collate
-from lark.stats import Head
-from lark.student import Recipe, SFTModule, weighted_surprisal
+from lark.stats import Head, weighted_surprisal
+from lark.student import Recipe, SFTModule
 
 AVERAGES = ["trajectory", "token"]
 

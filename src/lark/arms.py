@@ -10,7 +10,7 @@ arm.json                          written last: its presence means the folder is
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lark.evaluate import Sampling, evaluate, read_samples, summarise
 from lark.models import save_student
 from lark.plan import barrier, is_main
 from lark.selection import Selection, export
-from lark.student import SFTModule
+from lark.student import Recipe, SFTModule
 from lark.verify import Checker
 
 _SOURCES = ("chat", "packing", "stats", "models", "student", "data", "trajectories", "arms")
@@ -35,11 +35,12 @@ _SOURCES = ("chat", "packing", "stats", "models", "student", "data", "trajectori
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """name: before | baseline | selector. The arm `before` has no selection and no training."""
+    """name: before | baseline | selector | warm_up. The arm `before` has no selection and no training."""
 
     name: str
     rule: str
     selection: Selection | None
+    recipe: Recipe
     identity: dict[str, Any]
     folder: Path
 
@@ -59,13 +60,15 @@ def make_arm(
     *,
     steps: int,
     precision: str,
+    recipe: Recipe,
     evaluation: dict[str, Any],
     arms: Path,
+    kept: int = 0,
 ) -> Arm:
-    """The arm of `data.selections[name]` (none for "before"), with its folder.
+    """The arm of `data.selections[name]` (none for "before") trained by `recipe`, with its folder.
 
     A trained arm may be evaluated anew in its folder; "before" is nothing but an evaluation, so `evaluation` (its
-    identity) is part of what it is.
+    identity) is part of what it is. `kept` counts checkpoints that are kept on the way.
     """
     selection = data.selections.get(name)
     student = data.student
@@ -79,24 +82,27 @@ def make_arm(
     if selection is None:
         identity["evaluation"] = evaluation
     else:
-        cut = {"checkpoint_every", "epochs", "steps"}  # steps are below; how rows are cut decides LoRA's dropout
         identity |= {
             "rows": hashlib.sha256(selection.row.tobytes()).hexdigest(),
             "weights": hashlib.sha256(selection.weight.tobytes()).hexdigest(),
-            "recipe": {k: v for k, v in vars(data.recipe).items() if k not in cut},
+            "recipe": recipe.identity(),
             "steps": steps,
             "seed": data.seed,
             "precision": precision,
+            "kept": kept,
         }
-    return Arm(name=name, rule=rule, selection=selection, identity=identity, folder=arms / identity_hash(identity))
+    folder = arms / identity_hash(identity)
+    return Arm(name=name, rule=rule, selection=selection, recipe=recipe, identity=identity, folder=folder)
 
 
-def write_selection(selection: Selection, rule: str, data: TrajectoryDataModule, folder: Path) -> None:
-    """selection.jsonl for this and other trainers, and selection.json: how it came about."""
+def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Path) -> None:
+    """selection.jsonl of `data.selections[name]` for this and other trainers, and selection.json: how it came about."""
+    selection = data.selections[name]
     export(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
+    needs = data.rules[name].needs if name in data.rules else ()
     inputs = {
         "pool": data.trajectories.fingerprint,
-        "statistics": data.statistics_folder.name,
+        "passes": {need.name: data.pass_folder(need).name for need in needs},
         "seed": data.seed,
         "dropped_rows": data.trajectories.dropped,
     }
@@ -111,20 +117,21 @@ def train(
     make_trainer: Callable[..., Trainer],
     logger: Any,
     say: Callable[[str], None],
+    callbacks: Sequence[Callback] = (),
 ) -> None:
     """Train the arm's student (all ranks), from its last checkpoint if it was interrupted."""
     assert arm.selection is not None
     if is_main():
         arm.folder.mkdir(parents=True, exist_ok=True)
-        write_selection(arm.selection, arm.rule, data, arm.folder)
-    module = SFTModule(student=data.student, recipe=data.recipe, steps=steps, seed=data.seed, folder=arm.folder)
+        write_selection(arm.name, arm.rule, data, arm.folder)
+    module = SFTModule(student=data.student, recipe=arm.recipe, steps=steps, seed=data.seed, folder=arm.folder)
     last = arm.folder / "training" / "last.ckpt"
-    validate_every = max(1, steps // data.recipe.validations)
+    validate_every = max(1, steps // arm.recipe.validations)
     held_out = len(data.held_out_coefficients()[0])
-    saver = Saver(last, every=data.recipe.checkpoint_every, validate_every=validate_every if held_out else None)
+    saver = Saver(last, every=arm.recipe.checkpoint_every, validate_every=validate_every if held_out else None)
     trainer = make_trainer(
         max_steps=steps,
-        callbacks=[saver],
+        callbacks=[*callbacks, saver],
         enable_checkpointing=False,  # Lightning's own
         logger=logger or False,
         num_sanity_val_steps=-1,  # the whole held-out set: the curve's point before the first step
@@ -270,7 +277,7 @@ def evaluation_identity(
         "sampling": settings | {"pass_at": list(sampling.pass_at)},
         "task": [task.checker, task.pattern, task.system, task.max_new_tokens],
         "seed": data.seed,
-        "dtype": data.statistics_identity["dtype"],
+        "dtype": data.dtype,
         "sources": source_hash(["lark.evaluate", "lark.generate", "lark.verify", "lark.metrics"]),
     }
 

@@ -1,12 +1,17 @@
 """The rows a rule chooses from: their ids, statistics and pool columns as numpy arrays, grouped by problem."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lark.groups import Groups
+from lark.passes import Pass
+
+if TYPE_CHECKING:
+    from lark.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,6 +24,8 @@ class Candidates:
     pool are read when first asked for. Step statistics (`step_tokens`, `step_surprisal`, `step_first_surprisal`) are
     object arrays of one array a row. `row_N` holds the rows' numbers in the pool, `read_column` reads a pool column at
     such rows (null: there is no pool to read from). Raises ValueError for a column that is in neither.
+    `passes` holds the columns of further passes (see lark.passes), read by `of`; `like` is the selection that these
+    candidates are to be chosen as a baseline for (null: for themselves).
     """
 
     problem_id: np.ndarray
@@ -26,9 +33,12 @@ class Candidates:
     row_N: np.ndarray
     statistics: Mapping[str, np.ndarray]
     read_column: Callable[[str, np.ndarray], np.ndarray] | None = None
+    passes: Mapping[Pass, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    like: "Selection | None" = None
 
     def __post_init__(self) -> None:
-        for column in (self.candidate_id, self.row_N, *self.statistics.values()):
+        further = [column for columns in self.passes.values() for column in columns.values()]
+        for column in (self.candidate_id, self.row_N, *self.statistics.values(), *further):
             assert len(column) == len(self.problem_id)
 
     @cached_property
@@ -43,18 +53,34 @@ class Candidates:
         if name not in self._columns:
             if self.read_column is None:
                 raise ValueError(f"candidates have no column {name!r}; they have {', '.join(sorted(self._columns))}")
-            self._columns[name] = self.read_column(name, self.row_N)
+            try:
+                self._columns[name] = self.read_column(name, self.row_N)
+            except ValueError as error:
+                if "loss" in self.statistics:
+                    raise
+                raise ValueError(f"{error}; a statistic is there if the rule's `needs` name Statistics()") from error
         return self._columns[name]
 
     def __len__(self) -> int:
         return len(self.problem_id)
 
+    def of(self, wanted: Pass) -> Mapping[str, np.ndarray]:
+        """The columns of a pass, [N] each. Raises ValueError for one that the rule did not name in `needs`."""
+        if wanted not in self.passes:
+            raise ValueError(f"the rule asks for {wanted} but does not name it in `needs`; add it there")
+        return self.passes[wanted]
+
     def where(self, keep_N: np.ndarray) -> "Candidates":
         """The candidates with keep_N true; what a filter leaves."""
-        return Candidates(
+        if keep_N.all():
+            return self
+        return replace(
+            self,
             problem_id=self.problem_id[keep_N],
             candidate_id=self.candidate_id[keep_N],
             statistics={name: column[keep_N] for name, column in self.statistics.items()},
-            read_column=self.read_column,
             row_N=self.row_N[keep_N],
+            passes={
+                one: {name: column[keep_N] for name, column in columns.items()} for one, columns in self.passes.items()
+            },
         )

@@ -6,6 +6,7 @@ Imports nothing heavy: `--help` and `--cfg job` must answer at once.
 import dataclasses
 import difflib
 import hashlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ GROUPS = ("task", "model", "selector", "baseline", "trainer", "logger")
 BLOCKS = ("probe", "sft", "evaluation")
 VALUES = ("seed", "stop_after", "budget", "match", "paths")
 STOPS = ("statistics", "selection", "training")
+SWEEP_VARIABLE = "LARK_SWEEP"
+MATCHES = ("trajectories", "tokens")
 
 
 def folder() -> Path:
@@ -47,12 +50,15 @@ def absolute_config_path(words: list[str]) -> list[str]:
 
 def register_resolvers() -> None:
     """${lark.sweep:} names a multirun by the hash of its command line, so the same command goes on where it stopped."""
-    OmegaConf.register_new_resolver("lark.sweep", _sweep_name, replace=True)
+    # from the environment, if it is there: the worker process of a launcher has another command line
+    name = lambda: os.environ.get(SWEEP_VARIABLE) or sweep_name(sys.argv)  # noqa: E731
+    OmegaConf.register_new_resolver("lark.sweep", name, replace=True)
 
 
-def _sweep_name() -> str:
-    words = sorted(word for word in sys.argv[1:] if word not in ("-m", "--multirun"))
-    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:12]
+def sweep_name(words: list[str]) -> str:
+    """The name of the multirun that a command line starts."""
+    told = sorted(word for word in words[1:] if word not in ("-m", "--multirun"))
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()[:12]
 
 
 def build(node: Any, **keywords: Any) -> Any:
@@ -89,10 +95,20 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
     if config.stop_after not in (None, *STOPS):
         raise ValueError(f"stop_after={config.stop_after} is unknown; set it to one of {', '.join(STOPS)}, or null")
-    if config.match != "trajectories":
-        raise ValueError(f"match={config.match} is unknown; set match=trajectories")
+    if config.match not in MATCHES:
+        raise ValueError(f"match={config.match} is unknown; set it to {' or '.join(MATCHES)}")
+    scorer = config.probe.get("model")
+    if scorer is not None and scorer not in options("model"):
+        raise ValueError(f"probe.model={scorer} is unknown; set it to null or one of {', '.join(options('model'))}")
     if isinstance(config.budget, bool) or not isinstance(config.budget, int) or config.budget < 1:
         raise ValueError(f"budget={config.budget} is no number of trajectories a problem; set it to 1 or more")
+    for group in ("selector", "baseline"):
+        skip = OmegaConf.select(config, f"{group}.score.skip")
+        if skip is not None and skip != config.probe.get("skip"):
+            raise ValueError(
+                f"{group}.score.skip={skip} is not what the statistics tell apart (probe.skip={config.probe.skip}); "
+                "set probe.skip instead, which it follows"
+            )
     for name, path in config.paths.items():
         if not isinstance(path, str) or not path:
             raise ValueError(f"paths.{name}={path} is no folder; set it to one you may write to")
@@ -177,6 +193,11 @@ def _whole_group(group: str) -> str:
         f"{group}=... cannot be replaced as a whole: a replay keeps its groups, override single settings "
         f"({group}.<name>=...); a new run takes {group}= one of {', '.join(options(group))}"
     )
+
+
+def model_option(name: str) -> Any:
+    """The student that `model=<name>` would be."""
+    return build(OmegaConf.load(folder() / "model" / f"{name}.yaml")["model"])  # type: ignore[index]
 
 
 def options(group: str) -> list[str]:

@@ -1,6 +1,7 @@
 """TrajectoryDataModule: from the pool to batches. Scoring and selection happen in `setup("fit")`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,60 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lark.cache import complete, identity_hash, read_json, source_hash
 from lark.candidates import Candidates
+from lark.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
+from lark.gradient_passes import (
+    GradientMatchesModule,
+    GradientsModule,
+    HeadGradientsModule,
+    LossDropsModule,
+    ProjectedGradientsModule,
+)
 from lark.models import Student
 from lark.packing import coefficients, collate, micro_batches, rank_share, step_rows
-from lark.probe import Probe, ProbeModule, measure, read_statistics
+from lark.passes import (
+    ContentAlone,
+    GradientMatches,
+    Gradients,
+    HeadGradients,
+    LocalWindows,
+    LossDrops,
+    MeanHidden,
+    Pass,
+    ProjectedGradients,
+    Statistics,
+)
+from lark.probe import COST_COLUMNS, PassModule, Probe, ProbeModule, Work, measure, read_columns, read_statistics
 from lark.selection import Rule, Selection, select
 from lark.student import Recipe, Step
 from lark.tasks.files import Task
 from lark.trajectories import Say, Trajectories
 
-_STATISTICS_SOURCES = ("chat", "models", "packing", "probe", "stats", "trajectories")
+MODULES: dict[type[Pass], type[PassModule]] = {
+    Statistics: ProbeModule,
+    LocalWindows: LocalWindowsModule,
+    ContentAlone: ContentAloneModule,
+    MeanHidden: MeanHiddenModule,
+    HeadGradients: HeadGradientsModule,
+    Gradients: GradientsModule,
+    LossDrops: LossDropsModule,
+    ProjectedGradients: ProjectedGradientsModule,
+    GradientMatches: GradientMatchesModule,
+}
+_SOURCES = ("chat", "models", "packing", "passes", "probe", "trajectories")
+
+WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[Path, float], ...]]
+"""Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates."""
 
 
 class TrajectoryDataModule(LightningDataModule):
-    """`prepare_data` reads, checks and tokenises the pool; `setup("fit")` scores it with the probe, or finds the
-    cached statistics, and selects for both arms; `use(arm)` says which selection `train_dataloader` draws from.
+    """`prepare_data` reads, checks and tokenises the pool; `setup("fit")` runs the passes that the rules need, or finds
+    them cached, and selects for both arms; `use(arm)` says which selection `train_dataloader` draws from.
 
-    task, student, selector, baseline (None: no second arm), recipe, probe: what their names say. cache: folder of
-    caches. make_trainer: gives the Trainer under which the probe runs. say: receives derived facts.
+    task, student, selector, baseline (None: no second arm), recipe, probe: what their names say. scorer: the student
+    that is asked, if it is another than the one trained. match: trajectories | tokens, what the baseline has as many of
+    as the selector. needs: passes to run whatever the rules need. cache: folder of caches. make_trainer: gives the
+    Trainer under which a pass of the given label runs. warm_up: trains a warm-up arm, in `precision`, for rules that
+    learn from one. say: receives derived facts.
     """
 
     def __init__(
@@ -41,43 +79,89 @@ class TrajectoryDataModule(LightningDataModule):
         probe: Probe,
         seed: int,
         cache: Path,
-        make_trainer: Callable[[], Trainer],
+        make_trainer: Callable[[str], Trainer],
+        scorer: Student | None = None,
+        match: str = "trajectories",
+        needs: tuple[Pass, ...] = (),
+        warm_up: WarmUp | None = None,
+        precision: str = "32-true",
         say: Say = print,
     ):
         super().__init__()
         self.task, self.student, self.recipe, self.probe = task, student, recipe, probe
-        self.selector, self.baseline = selector, baseline
-        self.seed, self.cache, self.make_trainer, self.say = seed, cache, make_trainer, say
+        self.scorer = scorer or student
+        self.rules: dict[str, Rule] = {"selector": selector} | ({"baseline": baseline} if baseline else {})
+        every = [*needs, *(need for rule in self.rules.values() for need in rule.needs)]
+        self.needs = sorted(dict.fromkeys(every), key=lambda need: need != Statistics())  # the statistics first
+        self.seed, self.match, self.cache, self.warm_up, self.say = seed, match, cache, warm_up, say
+        self.make_trainer, self.precision = make_trainer, precision
         self.selections: dict[str, Selection] = {}
+        self.costs: dict[Pass, dict[str, Any]] = {}
         self.arm = "selector"
-        self._trajectories: Trajectories | None = None
+        self._pools: dict[str, Trajectories] = {}
 
     @property
     def trajectories(self) -> Trajectories:
-        """The tokenised pool; opened once per process."""
-        if self._trajectories is None:
-            chat = self.student.load_chat(span=self.probe.span, step_splitter=self.probe.step_splitter)
-            self._trajectories = Trajectories(self.task, chat, cache=self.cache, say=self.say)
-        return self._trajectories
+        """The pool as the student that is trained sees it; opened once a process."""
+        return self._pool("student", self.student)
+
+    @property
+    def scored_trajectories(self) -> Trajectories:
+        """The pool as the student that is asked sees it."""
+        return self.trajectories if self.scorer is self.student else self._pool("scorer", self.scorer)
+
+    def _pool(self, name: str, student: Student) -> Trajectories:
+        if name not in self._pools:
+            chat = student.load_chat(span=self.probe.span, step_splitter=self.probe.step_splitter)
+            self._pools[name] = Trajectories(self.task, chat, cache=self.cache, say=self.say)
+        return self._pools[name]
 
     def prepare_data(self) -> None:
         assert self.trajectories
+        assert self.scored_trajectories
 
     @property
-    def statistics_identity(self) -> dict[str, Any]:
-        trainer_device = self.make_trainer().strategy.root_device
+    def dtype(self) -> str:
+        """What the trained student is sampled in; the dtype that a pass of its own runs in."""
+        return str(self.student.resolve_dtype(self.make_trainer("").strategy.root_device))
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Rows of the pool that rules choose from."""
+        rows = self.trajectories.scored
+        return rows[self.scored_trajectories.fits[rows]]  # in another student's tokens a row may be too long
+
+    def _work(self, warmup: tuple[tuple[Path, float], ...] = ()) -> Work:
+        return Work(
+            student=self.scorer,
+            probe=self.probe,
+            pool=self.scored_trajectories,
+            rows=self.scored,
+            seed=self.seed,
+            warmup=warmup,
+        )
+
+    def pass_identity(self, wanted: Pass) -> dict[str, Any]:
+        """All that a pass's columns depend on."""
+        module, device = MODULES[type(wanted)], self.make_trainer("").strategy.root_device
+        rows = self.trajectories.identity if self.scorer is not self.student else {}
         return {
-            "student": self.student.identity(),
-            "dtype": str(self.student.resolve_dtype(trainer_device)),
-            "attention": self.student.attention,
-            **self.trajectories.identity,
-            **self.probe.identity(),
-            "sources": source_hash(_STATISTICS_SOURCES),
+            "student": self.scorer.identity(),
+            "dtype": str(self.scorer.resolve_dtype(device)),
+            "attention": self.scorer.attention,
+            **self.scored_trajectories.identity,
+            **module.identity(wanted, self._work()),
+            "sources": source_hash([*_SOURCES, *module.SOURCES]),
+            **({"rows": rows} if rows else {}),
+            **({"warm_up": [self.recipe.identity(), self.precision]} if isinstance(wanted, GradientMatches) else {}),
         }
+
+    def pass_folder(self, wanted: Pass) -> Path:
+        return self.cache / "statistics" / identity_hash(self.pass_identity(wanted))
 
     @property
     def statistics_folder(self) -> Path:
-        return self.cache / "statistics" / identity_hash(self.statistics_identity)
+        return self.pass_folder(Statistics())
 
     def setup(self, stage: str) -> None:
         if self.selections or stage not in ("fit", "predict"):
@@ -85,47 +169,76 @@ class TrajectoryDataModule(LightningDataModule):
         self.score()
         self.select()
 
-    def score(self, *, cached: bool | None = None) -> None:
-        """Statistics of every candidate: from the cache, or by one pass of the probe (all ranks take part).
+    def score(self) -> None:
+        """The columns of every pass that the rules need: from the cache, or by the student (all ranks take part)."""
+        for wanted in self.needs:
+            self.run_pass(wanted, cached=complete(self.pass_folder(wanted)))
 
-        `cached` is what rank 0 found; None looks for itself.
-        """
-        if hasattr(self, "candidates"):
+    def run_pass(self, wanted: Pass, *, cached: bool) -> None:
+        """One pass, unless it is `cached` (which rank 0 finds out)."""
+        if wanted in self.costs:
             return
-        pool = self.trajectories
-        folder = self.statistics_folder
-        if complete(folder) if cached is None else cached:
-            self.say(f"statistics  cache hit ({folder.name})")
+        folder, label = self.pass_folder(wanted), wanted.name.replace("_", " ")
+        if cached:
+            self.say(f"{label:<11} cache hit ({folder.name})")
         else:
-            module = ProbeModule(
-                student=self.student,
-                probe=self.probe,
-                folder=folder,
-                lengths=pool.length,
-                wanted=pool.scored,
-                encoded=pool.encoded,
-            )
-            self.say(f"statistics  cache miss ({folder.name}): scoring {len(pool.scored):,} trajectories")
-            measure(self.make_trainer(), module, self.statistics_identity)
-        self.cost = read_json(folder / "manifest.json")
-        columns = read_statistics(folder)
-        assert np.array_equal(columns.pop("row"), pool.scored)
-        self.candidates = Candidates(
-            problem_id=pool.problem_id[pool.scored],
-            candidate_id=pool.candidate_id[pool.scored],
-            statistics=columns,
+            warmup: tuple[tuple[Path, float], ...] = ()
+            if isinstance(wanted, GradientMatches):
+                if self.warm_up is None or self.scorer is not self.student:
+                    raise ValueError(
+                        f"{wanted.name} needs a warm-up arm of the student that is asked, which python -m lark.run "
+                        "trains with probe.model=null; use that"
+                    )
+                warmup = self.warm_up(self, wanted)
+            work = self._work(warmup)
+            module = MODULES[type(wanted)](wanted=wanted, work=work, folder=folder)
+            self.say(f"{label:<11} cache miss ({folder.name}): scoring {len(work.rows):,} trajectories")
+            measure(self.make_trainer(label), module, self.pass_identity(wanted))
+        self.costs[wanted] = read_json(folder / "manifest.json")
+
+    def cost_of(self, rule: Rule) -> dict[str, float]:
+        """What choosing by `rule` costs: tokens through the student forwards and backwards, device-seconds."""
+        spent = [self.costs[need] for need in rule.needs]
+        return {name: sum(cost[name] for cost in spent) for name in COST_COLUMNS}
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """What the rules choose from: the scored rows with the columns of every pass."""
+        pool, row_N = self.trajectories, self.scored
+        statistics: Mapping[str, np.ndarray] = {"num_tokens": self.scored_trajectories.span_tokens[row_N]}
+        passes = {}
+        for wanted in self.needs:
+            folder = self.pass_folder(wanted)
+            columns = read_statistics(folder) if wanted == Statistics() else read_columns(folder)
+            assert np.array_equal(columns.pop("row"), row_N)
+            if wanted == Statistics():
+                statistics = columns
+            else:
+                passes[wanted] = columns
+        return Candidates(
+            problem_id=pool.problem_id[row_N],
+            candidate_id=pool.candidate_id[row_N],
+            statistics=statistics,
             read_column=pool.column,
-            row_N=pool.scored,
+            row_N=row_N,
+            passes=passes,
         )
 
     def select(self) -> None:
-        """The selector's choice, and the baseline's with as many rows of each problem."""
+        """The selector's choice, and the baseline's with as many rows of each problem, or as many tokens."""
         if self.selections:
             return
-        self.selections["selector"] = select(self.selector, self.candidates, seed=self.seed)
-        if self.baseline is not None:
+        like = None
+        for name, rule in self.rules.items():
+            self.selections[name] = select(
+                rule,
+                self.candidates,
+                seed=self.seed,
+                like=like,
+                match=self.match,
+                trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
+            )
             like = self.selections["selector"]
-            self.selections["baseline"] = select(self.baseline, self.candidates, seed=self.seed, like=like)
 
     def use(self, arm: str) -> "TrajectoryDataModule":
         """Draw training batches from `arm`'s selection ("selector" or "baseline")."""

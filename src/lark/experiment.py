@@ -1,33 +1,32 @@
 """One run, from a composed configuration to its table: score, select, train and evaluate the arms, compare."""
 
-import logging
 import os
 import shutil
-import sys
-import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning import seed_everything
+from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from lark import arms as arm_module
-from lark.arms import Arm, evaluate_arm, evaluated, evaluation_identity, make_arm, train
-from lark.cache import complete, lock, read_json, replacing, writable, write_json
-from lark.config import build
+from lark.arms import Arm, evaluate_arm, evaluated, evaluation_identity, make_arm, train, write_selection
+from lark.cache import complete, lock, read_json, writable, write_json
+from lark.config import build, model_option
 from lark.data import TrajectoryDataModule
+from lark.description import describe_recipe, describe_selections, quiet_libraries, write_statistics
 from lark.evaluate import read_problems
+from lark.passes import GradientMatches, Statistics
 from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_size
-from lark.progress import Progress
 from lark.report import print_comparison
-from lark.selection import Rule, Selection
+from lark.selection import Rule
 from lark.summary import read_figures, summarise_run
 from lark.trainer import trainer_of
 from lark.verify import Checker
+from lark.warmup import EpochSaver, checkpoints, warm_up_arm
 
 
 def run(config: DictConfig, folder: Path, *, group: str) -> float:
@@ -35,7 +34,7 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
 
     Raises ValueError for settings and data a user can correct; whatever was computed before stays cached.
     """
-    _quiet_libraries()
+    quiet_libraries()
     logs = writable(config.paths.logs, "paths.logs")
     cache = writable(config.paths.cache, "paths.cache")
     start_ranks()
@@ -67,27 +66,37 @@ class _Run:
         self.config, self.folder, self.logs, self.group = config, folder, logs, group
         seed_everything(config.seed, verbose=False)
         parts = {name: build(config[name]) for name in ("task", "model", "selector", "baseline")}
+        probe = build(config.probe)
         self.recipe = build(config.sft)
         self.sampling = build(config.evaluation)
         self.tracker = build(config.logger)
         self.precision, self.trainer = trainer_of(config.trainer, folder)
-        baseline = parts["baseline"] if isinstance(parts["baseline"], Rule) else None
-        self.rules: dict[str, Rule] = {"selector": parts["selector"]} | ({"baseline": baseline} if baseline else {})
         self.data = TrajectoryDataModule(
             task=parts["task"],
             student=parts["model"],
+            scorer=model_option(probe.model) if probe.model is not None else None,
             selector=parts["selector"],
-            baseline=baseline,
+            baseline=parts["baseline"] if isinstance(parts["baseline"], Rule) else None,
             recipe=self.recipe,
-            probe=build(config.probe),
+            probe=probe,
             seed=config.seed,
+            match=config.match,
+            needs=(Statistics(),) if config.stop_after == "statistics" else (),
             cache=cache,
-            # float32: the student's own dtype decides, and "*-true" precisions would convert it
-            make_trainer=partial(self.trainer, callbacks=[Progress("scoring")], precision="32-true"),
+            make_trainer=self._pass_trainer,
+            warm_up=self._warm_up,
+            precision=self.precision,
             say=say,
         )
+        self.rules = self.data.rules
         self.plan = Plan(folder)
         self.figures: dict[str, dict[str, Any]] = {}
+
+    def _pass_trainer(self, label: str) -> Trainer:
+        """For a pass of the probe. float32: the student's own dtype decides, and "*-true" precisions would convert it;
+        no inference mode: a pass may want gradients.
+        """
+        return self.trainer(progress=label, precision="32-true", inference_mode=False)
 
     def go(self) -> float:
         started, used = world_size(), self.trainer().world_size
@@ -99,7 +108,14 @@ class _Run:
         say(f"run         {self.folder}")
         say(f"logging     {self.tracker.describe()}")
         self.data.prepare_data()
-        self.problems = {  # read before anything is computed: their faults are cheap to find now
+        for column in {name for rule in self.rules.values() for name in rule.columns}:
+            self.data.trajectories.column(column, self.data.scored[:1])  # is it there? Before anything is computed
+        if self.recipe.lr_sweep and not self.data.trajectories.is_held_out.any():
+            raise ValueError(
+                f"sft.lr_sweep={list(self.recipe.lr_sweep)} chooses by held-out loss, but task.held_out="
+                f"{self.data.task.held_out} holds nothing out; raise it, or set sft.lr_sweep=null"
+            )
+        self.problems = {  # likewise: their faults are cheap to find now
             name: read_problems(path, limit=self.data.task.eval_limit)
             for name, path in self.data.trajectories.evaluation_files.items()
         }
@@ -111,24 +127,55 @@ class _Run:
         if self.config.stop_after == "statistics":
             return self._stop(f"statistics  {self.folder / 'statistics.parquet'}")
         self.data.select()
-        self._write_statistics()
-        self._describe_selections()
+        self._keep_statistics()
+        for line in describe_selections(self.data.selections, self.rules):
+            say(line)
         if self.config.stop_after == "selection":
-            for name, selection in self.data.selections.items() if is_main() else ():
+            for name in self.rules if is_main() else ():
                 self._free(self.folder / name)
-                arm_module.write_selection(selection, self.rules[name].name, self.data, self.folder / name)
+                write_selection(name, self.rules[name].name, self.data, self.folder / name)
             return self._stop(f"selection   {self.folder / 'selector' / 'selection.jsonl'}")
         return self._arms()
 
     def _score(self) -> None:
-        """The probe's pass, under a lock; ranks obey the plan on whether there is one."""
-        statistics = self.data.statistics_folder
+        """The passes that the rules need, each under its lock; ranks obey the plan on which of them run."""
+        for wanted in self.data.needs:
+            folder = self.data.pass_folder(wanted)
+            with ExitStack() as held:
+                if is_main() and not complete(folder):
+                    held.enter_context(lock(folder))
+                key = f"{wanted.name} {folder.name}"
+                self.plan.share(**{key: "reuse" if complete(folder) else "run"})
+                self.data.run_pass(wanted, cached=self.plan[key] == "reuse")
+        self._keep_statistics()
+
+    def _warm_up(self, data: TrajectoryDataModule, wanted: GradientMatches) -> tuple[tuple[Path, float], ...]:
+        """The checkpoints of a warm-up arm, which is trained if no other job has done so."""
+        arm = warm_up_arm(data, wanted, precision=self.precision, arms=self.logs / "arms")
+        assert arm.selection is not None
+        steps = arm.recipe.steps_for(len(arm.selection.row))
         with ExitStack() as held:
-            if is_main() and not complete(statistics):
-                held.enter_context(lock(statistics))
-            self.plan.share(score=not complete(statistics))
-            self.data.score(cached=not self.plan["score"])
-        self._write_statistics()
+            if is_main() and not arm.trained:
+                held.enter_context(lock(arm.folder))
+            key = f"{arm.name} {arm.folder.name}"
+            self.plan.share(**{key: "reuse" if arm.trained else "train"})
+            say(
+                f"warm-up     {self.plan[key]} {arm.folder}: {len(arm.selection.row):,} trajectories, "
+                f"{wanted.epochs} epochs, {steps} optimizer steps"
+            )
+            if self.plan[key] == "train":
+                train(
+                    arm,
+                    data,
+                    steps=steps,
+                    make_trainer=partial(self.trainer, progress="warm-up"),
+                    logger=None,
+                    say=say,
+                    callbacks=[EpochSaver(arm)],
+                )
+        del data.selections[arm.name]
+        data.use("selector")
+        return checkpoints(arm)
 
     def _arms(self) -> float:
         steps = self.recipe.steps_for(len(self.data.selections["selector"].row))
@@ -142,8 +189,8 @@ class _Run:
             evaluation=identity,
             arms=self.logs / "arms",
         )
-        arms = [make(name, self.rules[name].name) for name in ("baseline", "selector") if name in self.rules]
-        before = make("before", "before")
+        arms = [self._best_rate(name, make, steps) for name in ("baseline", "selector") if name in self.rules]
+        before = make("before", "before", recipe=self.recipe)
         training_only = self.config.stop_after == "training"
         everything = arms if training_only else [before, *arms]
         with ExitStack() as held, Checker(self.data.task.checker, pattern=self.data.task.pattern) as checker:
@@ -153,8 +200,10 @@ class _Run:
                 twin = arm.folder in {other.folder for other in everything[:i]}
                 actions[arm.name] = "reuse" if twin else _action(arm, identity, training_only)
             self.plan.share(arms={a.name: {"hash": a.folder.name, "action": actions[a.name]} for a in everything})
-            self._describe_arms(everything, steps)
             for arm in everything:
+                say(f"arm         {arm.name} ({arm.rule}): {self.plan['arms'][arm.name]['action']} {arm.folder}")
+            say(describe_recipe(self.data, steps, self.precision))
+            for arm in sorted(everything, key=lambda arm: arm.name == "baseline"):  # what other jobs may wait for first
                 self._finish(arm, self.plan["arms"][arm.name]["action"], steps, problems, checker)
                 if release := locks.get(arm.name):
                     release.close()
@@ -162,6 +211,31 @@ class _Run:
         if not is_main():
             return float("nan")
         return self._report(everything, problems, training_only)
+
+    def _best_rate(self, name: str, make: Callable[..., Arm], steps: int) -> Arm:
+        """The arm of one rule; with sft.lr_sweep the one of its rates that ends with the lowest held-out loss."""
+        rule, rates = self.rules[name].name, self.recipe.lr_sweep
+        if rates is None:
+            return make(name, rule, recipe=self.recipe)
+        tries = {rate: make(name, rule, recipe=replace(self.recipe, lr=rate)) for rate in rates}
+        for rate, arm in tries.items():
+            key = f"{name} lr {rate:g}"
+            with ExitStack() as held:
+                if is_main() and not arm.trained:
+                    held.enter_context(lock(arm.folder))
+                self.plan.share(**{key: "reuse" if arm.trained else "train"})
+                if self.plan[key] == "train":
+                    self._finish(arm, "train", steps, None, None)
+        losses = {rate: self._final_loss(arm) for rate, arm in tries.items()} if is_main() else {}
+        self.plan.share(**{f"{name} lr": min(losses, key=lambda rate: losses[rate], default=None)})
+        best = self.plan[f"{name} lr"]
+        shown = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in losses.items())
+        say(f"rate        {name} ({rule}): {best:g} of held-out losses {shown}")
+        return tries[best]
+
+    @staticmethod
+    def _final_loss(arm: Arm) -> float:
+        return read_json(arm.folder / "trained.json")["curve"][-1]["held_out/loss"]
 
     def _locked(
         self, arms: list[Arm], identity: dict[str, Any], training_only: bool, held: ExitStack
@@ -180,14 +254,20 @@ class _Run:
         return locks
 
     def _finish(
-        self, arm: Arm, action: str, steps: int, problems: dict[str, list[dict[str, Any]]], checker: Checker
+        self,
+        arm: Arm,
+        action: str,
+        steps: int,
+        problems: dict[str, list[dict[str, Any]]] | None,
+        checker: Checker | None,
     ) -> None:
-        """Train and evaluate the arm as far as it is not done, and log it."""
+        """Train and evaluate the arm as far as it is not done, and log it; without problems it stays unfinished."""
         logger = None
         if is_main():
             job_type = "reused" if action == "reuse" else arm.name
             logger = self.tracker.open(
-                title=f"{arm.name}-{arm.rule}-seed{self.data.seed}",
+                title=f"{arm.name}-{arm.rule}-seed{self.data.seed}"
+                + (f"-lr{arm.recipe.lr:g}" if problems is None else ""),
                 group=self.group,
                 job_type=job_type,
                 config={"arm": arm.name, "rule": arm.rule, "hash": arm.folder.name, **_plain(self.config)},
@@ -203,7 +283,7 @@ class _Run:
                     logger=logger,
                     say=say,
                 )
-            if action in ("train", "evaluate") and self.config.stop_after != "training" and problems:
+            if action in ("train", "evaluate") and self.config.stop_after != "training" and problems and checker:
                 trainer = self.trainer()
                 rank, world = (
                     (torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -222,83 +302,22 @@ class _Run:
                 )
             if logger is not None:
                 _log_arm(logger, arm, reused=action == "reuse")
+                if arm.name in self.rules:
+                    cost = self.data.cost_of(self.rules[arm.name])
+                    logger.log_metrics({f"cost/{name}": value for name, value in cost.items()})
                 self.tracker.keep(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("*.jsonl")))
-                if self.config.stop_after != "training":  # read now: later the arm is no longer locked
+                if (
+                    self.config.stop_after != "training" and problems is not None
+                ):  # read now: later the arm is no longer locked
                     self.figures[arm.name] = read_figures(arm, list(problems))
                     write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
         finally:
             if logger is not None:
                 self.tracker.finish()
 
-    # ---- what is written and said
-
-    def _write_statistics(self) -> None:
-        """statistics.parquet in the run folder: ids, statistics, and every score computed under its rule's name."""
-        if not is_main():
-            return
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        candidates = self.data.candidates
-        columns: dict[str, Any] = {
-            "problem_id": candidates["problem_id"],
-            "candidate_id": candidates["candidate_id"],
-            "teacher": candidates["teacher"],
-            **candidates.statistics,
-        }
-        for name, selection in self.data.selections.items():
-            columns[self.rules[name].name] = selection.score_N
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / "statistics.parquet") as temporary:
-            pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), temporary)
-
-    def _describe_selections(self) -> None:
-        for name, selection in self.data.selections.items():
-            record, counts = selection.record, selection.record["counts"]
-            teachers = ", ".join(
-                f"{teacher} {share:.0%}" for teacher, share in list(record["teacher_share"].items())[:4]
-            )
-            confounds = ", ".join(
-                f"{column} {value:+.2f}"
-                for column, value in record["within_problem_spearman"].items()
-                if value is not None
-            )
-            left_out = ", ".join(
-                f"{counts[key]:,} {key.replace('_', ' ')}"
-                for key in (
-                    "dropped_by_filter",
-                    "dropped_without_score",
-                    "problems_without_choice",
-                    "short_of_selector",
-                )
-                if counts.get(key)
-            )
-            zero = record["policy"].get("zero_weight_in_top_b", 0)
-            say(
-                f"{name:<11} {self.rules[name].name}: {counts['chosen']:,} of {counts['candidates']:,} trajectories, "
-                f"{record['tokens']:,} tokens, effective size {record['effective_sample_size']:,.0f}; "
-                f"teachers {teachers}"
-                + (f"; score within problems against {confounds}" if confounds else "")
-                + (f"; {left_out}" if left_out else "")
-                + (f"; {zero:,} of weight 0 left out" if zero else "")
-            )
-
-        if len(self.data.selections) == 2 and _same(*self.data.selections.values()):
-            say(
-                "warning     selector and baseline chose the same rows with the same weights: no difference is possible"
-            )
-
-    def _describe_arms(self, arms: list[Arm], steps: int) -> None:
-        recipe = self.recipe
-        for arm in arms:
-            say(f"arm         {arm.name} ({arm.rule}): {self.plan['arms'][arm.name]['action']} {arm.folder}")
-        tokens = self.data.selections["selector"].record["tokens"] / len(self.data.selections["selector"].row)
-        say(
-            f"recipe      {steps} optimizer steps x {recipe.batch_size} trajectories "
-            f"(about {recipe.batch_size * tokens:,.0f} trained tokens a step), lr {recipe.lr:g}, {self.precision}, "
-            f"{'all parameters' if self.data.student.lora is None else 'LoRA'}, average over {recipe.average}; "
-            f"scored and sampled in {self.data.statistics_identity['dtype'].removeprefix('torch.')}"
-        )
+    def _keep_statistics(self) -> None:
+        if is_main():
+            write_statistics(self.folder / "statistics.parquet", self.data.candidates, self.data.selections, self.rules)
 
     def _stop(self, text: str) -> float:
         if is_main():
@@ -344,10 +363,6 @@ class _Run:
         self.tracker.finish()
 
 
-def _same(a: Selection, b: Selection) -> bool:
-    return np.array_equal(a.row, b.row) and np.allclose(a.weight, b.weight)
-
-
 def _action(arm: Arm, identity: dict[str, Any], training_only: bool) -> str:
     if not arm.trained:
         return "train"
@@ -372,21 +387,3 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
-
-
-def _quiet_libraries() -> None:
-    """Library chatter would bury the dozen lines a run prints."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "datasets", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not sys.stderr.isatty():
-        import datasets
-
-        datasets.disable_progress_bars()
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*num_workers.*")

@@ -3,6 +3,7 @@
 Shapes: S seeds, P problems, R resamples.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ _CELLS = 4_000_000  # array elements at once (32 MB in float64)
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean difference with its bootstrap percentile interval, in the units of the input."""
+    """A mean difference with its confidence interval, in the units of the input."""
 
     estimate: float
     low: float
@@ -25,7 +26,9 @@ class Interval:
     level: float
     """Nominal coverage of [low, high]."""
     standard_error: float
-    """Standard deviation of the bootstrap means."""
+    """Of the estimate."""
+    df: float
+    """Degrees of freedom of the standard error (Satterthwaite): near 2 where 3 seeds that differ decide it."""
     seeds: int
     problems: int
     label: str
@@ -40,7 +43,29 @@ def paired_difference(
     Row s of both arrays is the same seed, column p the same problem; values are avg@k per problem. Problems and seeds
     are resampled independently, the same problems in every seed, since all seeds answer the same problems (the
     pigeonhole bootstrap; Owen 2007, Annals of Applied Statistics 1, 386-411). With fewer than 3 seeds only problems are
-    resampled and the label says so. One problem gives no interval: low, high and standard_error are NaN.
+    resampled and the label says so. One problem gives no interval: low, high, standard_error and df are NaN.
+
+    Two corrections make the interval honest. What is resampled is a_s + b_p + r_sp, with seed effects, problem effects
+    and residuals rescaled to their estimated variances (reflated; Carpenter, Goldstein and Rasbash 2003, Applied
+    Statistics 52, 431-443): unscaled, S seed effects vary by (S - 1) / S too little and residuals count three times.
+    And the percentiles are widened about the estimate by t / z at the degrees of freedom of the standard error (the
+    expanded percentile interval; Hesterberg 2015, The American Statistician 69, 371-386), since three seeds tell little
+    about how seeds vary. Simulated coverage of nominal 95 % intervals (avg@4 of 200 problems, 2,000 trials, the model
+    of tests/test_inference.py), beside that of plain percentiles and of nested resampling, and the mean width relative
+    to an interval that knows the true variance:
+
+        seeds differ by (points, s.d.)  seeds  coverage  width  plain  nested
+                   0                      3      .97     1.31    .99    .94
+                   0                      5      .96     1.08    .99    .93
+                   0                     10      .95     1.01    .98    .86
+                   2.8                    3      .94     1.42    .95    .88
+                   2.8                    5      .94     1.11    .96    .90
+                   2.8                   10      .94     1.00    .97    .87
+                   5.7                    3      .92     1.61    .88    .82
+                   5.7                    5      .94     1.18    .92    .87
+                   5.7                   10      .94     1.05    .94    .90
+
+    So what 3 seeds cost is width, and at most .03 of the coverage where seeds decide.
 
     Raises:
         ValueError: shapes differ or are not [S, P], a value is NaN or infinite, or level or resamples out of range.
@@ -61,44 +86,84 @@ def paired_difference(
     seeds, problems = difference_SP.shape
     estimate = float(difference_SP.mean())
     label = "" if seeds >= MIN_SEEDS else "seed variance not estimated"
-    low = high = standard_error = float("nan")
+    low = high = standard_error = df = float("nan")
     if problems == 1:
         label = "one problem, no interval"
     else:
         rows_SP = difference_SP if seeds >= MIN_SEEDS else difference_SP.mean(0, keepdims=True)
-        mean_R = _bootstrap_means(rows_SP, resamples, np.random.default_rng(seed))
-        low, high = (float(x) for x in np.quantile(mean_R, [(1 - level) / 2, (1 + level) / 2]))
-        standard_error = float(mean_R.std(ddof=1))
+        deviation_SP, standard_error, df = _reflated(rows_SP)
+        mean_R = _bootstrap_means(deviation_SP, resamples, np.random.default_rng(seed))
+        tails = np.array([(1 - level) / 2, (1 + level) / 2])
+        expansion = stats.t.ppf(tails[1], df) / stats.norm.ppf(tails[1])
+        low, high = (float(x) for x in estimate + expansion * np.quantile(mean_R, tails))
     return Interval(
         estimate=estimate,
         low=low,
         high=high,
         level=level,
         standard_error=standard_error,
+        df=df,
         seeds=seeds,
         problems=problems,
         label=label,
     )
 
 
+def _reflated(x_SP: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Deviations of x from its mean, rescaled so that their crossed bootstrap means have the variance of the mean of x.
+
+    x_sp = mean + a_s + b_p + r_sp with random seed and problem effects; the expected mean squares of seeds, problems
+    and residual are P var_a + var_r, S var_b + var_r and var_r, and the variance of the mean is
+    var_a / S + var_b / P + var_r / (S P) (Searle, Casella and McCulloch 1992, Variance Components, chapter 4).
+    A variance estimated below 0 is 0. Returns also the root of that variance and its degrees of freedom.
+    """
+    seeds, problems = x_SP.shape
+    deviation_SP = x_SP - x_SP.mean()
+    seed_S1, problem_1P = deviation_SP.mean(1, keepdims=True), deviation_SP.mean(0, keepdims=True)
+    residual_SP = deviation_SP - seed_S1 - problem_1P
+    df_seed, df_problem = max(seeds - 1, 1), problems - 1  # a single row has no seed effect and no residual
+    ms_seed = problems * float(np.square(seed_S1).sum()) / df_seed
+    ms_problem = seeds * float(np.square(problem_1P).sum()) / df_problem
+    ms_residual = float(np.square(residual_SP).sum()) / (df_seed * df_problem)
+    excess_seed, excess_problem = max(ms_seed - ms_residual, 0.0), max(ms_problem - ms_residual, 0.0)
+
+    total = excess_seed + excess_problem + ms_residual
+    if total == 0:
+        return deviation_SP, 0.0, float(df_problem)
+    in_seed, in_problem = excess_seed > 0, excess_problem > 0
+    share = (1 - in_seed - in_problem) * ms_residual
+    df = total**2 / (
+        (in_seed * ms_seed) ** 2 / df_seed
+        + (in_problem * ms_problem) ** 2 / df_problem
+        + share**2 / (df_seed * df_problem)
+    )
+    reflated_SP = residual_SP * np.sqrt(seeds * problems / (df_seed * df_problem))
+    if in_seed:
+        reflated_SP = reflated_SP + seed_S1 * np.sqrt(excess_seed / ms_seed * seeds / df_seed)
+    if in_problem:
+        reflated_SP = reflated_SP + problem_1P * np.sqrt(excess_problem / ms_problem * problems / df_problem)
+    return reflated_SP, float(np.sqrt(total / x_SP.size)), float(df)
+
+
 def _bootstrap_means(x_SP: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of x over resampled seeds and resampled problems, [R], from how often each is drawn."""
+    """Means of x over resampled seeds and resampled problems, the same problems in every seed, [R]."""
     seeds, problems = x_SP.shape
     chunk = max(1, _CELLS // problems)
     parts = []
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         times_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
-        times_RP = rng.multinomial(problems, np.full(problems, 1 / problems), size)
-        parts.append(((times_RS @ x_SP) * times_RP).sum(1) / x_SP.size)
+        problem_RP = rng.integers(problems, size=(size, problems))
+        parts.append(np.take_along_axis(times_RS @ x_SP / seeds, problem_RP, 1).mean(1))
     return np.concatenate(parts)
 
 
 def sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int = 0) -> float:
     """Two-sided p-value of a mean difference of 0, by flipping the sign of each problem's difference.
 
-    difference_P is a - b per problem, averaged over seeds. Exact where 2^P <= resamples, else from random flips with
-    the observed one counted, so never 0 (Phipson and Smyth 2010).
+    difference_P is a - b per problem, averaged over seeds: the test is about further problems, for the seeds at hand.
+    Exact where 2^P <= resamples, P counting the problems that differ, else from random flips with the observed one
+    counted, so never 0 (Phipson and Smyth 2010).
 
     Raises:
         ValueError: difference_P is not [P] with P >= 1, or has a NaN or infinite value.
@@ -109,7 +174,8 @@ def sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int =
             f"sign_flip_p needs one difference per problem, got shape {difference_P.shape}; average over seeds first."
         )
     _require_finite("sign_flip_p", difference_P)
-    if difference_P.size == 1:
+    difference_P = difference_P[difference_P != 0]  # the others are the same under both signs
+    if difference_P.size <= 1:
         return 1.0  # both signs are equally far from 0, and scipy wants at least two observations
     result = stats.permutation_test(
         (difference_P,),
@@ -138,17 +204,22 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.minimum(adjusted_M, 1.0)
 
 
-def smallest_detectable_difference(standard_error: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The true difference that a two-sided test at level alpha finds with the given power, by the normal approximation.
+def smallest_detectable_difference(
+    standard_error: float, *, df: float = math.inf, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """The true difference that a two-sided test at level alpha finds with the given power.
 
-    standard_error is an Interval's; the result has its units.
+    (t_(1 - alpha/2) + t_power) standard errors at `df` degrees of freedom (Bloom 1995, Evaluation Review 19, 547-556).
+    standard_error and df are an Interval's; the result has the standard error's units. Simulated power of the interval
+    to exclude 0 at the mean of this figure, .80 wanted (as in paired_difference): .78 to .81 with 10 seeds, .76 to .80
+    with 5, .72 to .78 with 3, whose standard errors are themselves uncertain.
 
     Raises:
         ValueError: power or alpha is not between 0 and 1.
     """
     if not (0 < power < 1 and 0 < alpha < 1):
         raise ValueError(f"power={power} and alpha={alpha} must lie between 0 and 1; set 0.8 and 0.05, say.")
-    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * standard_error)
+    return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * standard_error)
 
 
 def _require_finite(name: str, x: np.ndarray) -> None:

@@ -365,19 +365,3 @@ def _column_prior(name: str, column_N: Sequence[object] | np.ndarray, valid_N: n
             f"{valid_N.sum()} have none, the first has {number_N[wrong_N][0]}; {remedy}"
         )
     return np.where(valid_N, number_N, 0.0)
-
-
-def take_top(score_N: np.ndarray, groups: Groups, tie_N: np.ndarray, count_G: np.ndarray) -> tuple[np.ndarray, int]:
-    """Equal weights on the count_G[g] best valid rows of each group, or on all where fewer are valid.
-
-    It matches a baseline to a selection row for row; scores and ties as in `weights`. Returns q [N], 1 / (rows taken)
-    on the rows taken, and how many rows were asked for but not there.
-    """
-    score_N, count_G = np.asarray(score_N, np.float64), np.asarray(count_G)
-    assert not np.isposinf(score_N).any()
-    assert count_G.shape == (groups.count,) and np.issubdtype(count_G.dtype, np.integer) and (count_G >= 0).all()
-    ranking = groups.rank(score_N, tie_N, np.isfinite(score_N))
-    taken_G = np.minimum(count_G, ranking.size)
-    taken_M = ranking.position < ranking.spread(taken_G)
-    q_N = ranking.scatter(taken_M / ranking.spread(np.maximum(taken_G, 1)), score_N.size)
-    return q_N, int((count_G - taken_G).sum())

@@ -1,6 +1,7 @@
-"""The probe: the frozen student that yields statistics, one forward pass over every candidate, cached by identity.
+"""The probe: the frozen student, asked for a few numbers a trajectory, once, and cached by identity.
 
-Rows are scored in batches of similar length; every `shard_rows` rows a rank writes them to a file of its own. The
+A `PassModule` is one pass over every candidate (lark.passes says which there are); `ProbeModule` is the one that all
+statistics come from. Rows are computed in units; every `shard_rows` rows a rank writes them to a file of its own. The
 cache is complete once its manifest is there; a killed pass goes on with the rows that no file holds yet.
 """
 
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +22,14 @@ from lark.cache import complete, replacing, write_json
 from lark.chat import SPANS, STEPS, Encoded
 from lark.models import Student, head_of, hidden_states
 from lark.packing import MicroBatch, collate, micro_batches
+from lark.passes import Pass
 from lark.stats import VERSION, TokenStatistics, step_sums, token_statistics, trajectory_sums
+from lark.trajectories import Trajectories
 
 STEP_COLUMNS = ("step_tokens", "step_surprisal", "step_first_surprisal")
 TOKEN_COLUMNS = ("token_surprisal", "token_rank", "token_entropy", "token_log_sum_p2")
+COST_COLUMNS = ("forward_tokens", "backward_tokens", "seconds")
+"""Of each row while it is computed; the manifest holds their sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class Probe:
     keep: sums | tokens (also one value a token: surprisal, rank, entropy, ln sum p^2).
     span: content | authors; step_splitter: sentences | blank_lines; skip: first tokens of a step told apart.
     batch_tokens: tokens of one forward pass, padding included; shard_rows: rows a file, lost at most by a kill.
+    model: null = the student that is trained; else another option of the model group, whose choice that student then
+        gets (is a choice specific to its student?).
     """
 
     top_k: int | None = None
@@ -44,6 +51,7 @@ class Probe:
     skip: int = 2
     batch_tokens: int = 8192
     shard_rows: int = 512
+    model: str | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in ("sums", "tokens"):
@@ -65,55 +73,86 @@ class Probe:
         return settings | {"statistics": VERSION}
 
 
-class ProbeModule(LightningModule):
-    """predict_step: micro-batch -> one row of statistics per trajectory, written to `folder` in shards."""
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a pass works on: `rows` [N] of `pool`, measured by `student`; `seed` is the arm's, of which LoRA's start and
+    whatever a pass draws depend. `warmup` are the checkpoints of a warm-up arm with their learning rates, where a pass
+    needs one.
+    """
 
-    def __init__(
-        self,
-        *,
-        student: Student,
-        probe: Probe,
-        folder: Path,
-        lengths: np.ndarray,
-        wanted: np.ndarray,
-        encoded: Callable[[np.ndarray], list[Encoded]],
-    ):
+    student: Student
+    probe: Probe
+    pool: Trajectories
+    rows: np.ndarray
+    seed: int
+    warmup: tuple[tuple[Path, float], ...] = ()
+
+
+class PassModule(LightningModule):
+    """One pass of the student over `work.rows`; predict_step: a unit of rows -> their columns, kept in shards.
+
+    A pass says what its units are, what a batch is and what is measured in it. It may keep gradients: the pass runs
+    under no_grad, not in inference mode.
+    """
+
+    SOURCES: ClassVar[tuple[str, ...]] = ()
+    """Modules whose source text keys the cache, besides those of the base."""
+
+    def __init__(self, *, wanted: Pass, work: Work, folder: Path):
         super().__init__()
-        self.student, self.probe, self.folder = student, probe, folder
-        self.lengths, self.wanted, self.encoded = lengths, wanted, encoded
-        self.student_model: torch.nn.Module | None = None
+        self.wanted, self.work, self.folder = wanted, work, folder
+        self.student_model: Any = None
         self.buffer: list[dict[str, Any]] = []
+
+    @classmethod
+    def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
+        """What the columns depend on besides the student, its tokens and the sources."""
+        return wanted.identity()
+
+    def load(self, device: torch.device) -> torch.nn.Module:
+        """The student, in eval mode and frozen."""
+        return self.work.student.load_model(self.work.student.resolve_dtype(device)).eval().requires_grad_(False)
+
+    def units(self) -> list[np.ndarray]:
+        """Rows that are computed together; a unit is never split over ranks or files. The worst for memory first."""
+        lengths, rows = self.work.pool.length, self.work.rows
+        return [rows[cut] for cut in micro_batches(lengths[rows], budget=self.work.probe.batch_tokens)]
+
+    def batch(self, rows: np.ndarray) -> Any:
+        """What predict_step gets for a unit."""
+        return collate(self.work.pool.encoded(rows), rows.tolist())
+
+    def measure(self, batch: Any) -> list[dict[str, Any]]:
+        """The columns of a batch, one dict a row with its number under "row"; arrays are lists in the file."""
+        raise AssertionError(f"{type(self).__name__} measures nothing")
 
     def configure_model(self) -> None:
         if self.student_model is None:
-            device = self.trainer.strategy.root_device
-            self.student_model = (
-                self.student.load_model(self.student.resolve_dtype(device)).eval().requires_grad_(False)
-            )
+            self.student_model = self.load(self.trainer.strategy.root_device)
 
     def predict_dataloader(self) -> DataLoader:
-        """This rank's micro-batches over the rows that no shard holds yet, longest first (the worst memory first)."""
+        """This rank's units that no shard holds yet."""
         done = rows_done(self.folder)
         self.trainer.strategy.barrier("probe-listed")  # nobody writes before everybody has listed
         # All rows are cut, not only the remaining ones: a resumed pass computes the very batches it would have.
-        cuts = [self.wanted[cut] for cut in micro_batches(self.lengths[self.wanted], budget=self.probe.batch_tokens)]
-        remaining = [cut[~np.isin(cut, done)] for cut in cuts]
-        mine = [cut for cut in remaining if len(cut)][self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(_Batches(mine, self.encoded), batch_size=None)  # type: ignore[arg-type]
+        remaining = [unit[~np.isin(unit, done)] for unit in self.units()]
+        mine = [unit for unit in remaining if len(unit)][self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(_Batches(mine, self.batch), batch_size=None)  # type: ignore[arg-type]
 
-    @torch.inference_mode()
-    def predict_step(self, batch: MicroBatch, batch_idx: int) -> None:
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves micro-batches, alone or in a list; what else a batch holds stays, which Lightning would refuse."""
+        if isinstance(batch, list):
+            return [self.transfer_batch_to_device(part, device, dataloader_idx) for part in batch]
+        return batch.to(device) if isinstance(batch, MicroBatch) else batch
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        start = time.monotonic()
         # The student's own dtype decides, and is what the cache is keyed by; the Trainer's precision is for training.
         with torch.autocast(self.device.type, enabled=False):
-            hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL)
-            tokens = token_statistics(
-                hidden_XD[batch.predict_N], batch.target_N, head_of(self.student_model), top_k=self.probe.top_k
-            )
-        encoded = self.encoded(np.array(batch.rows))
-        ends = torch.tensor([row.end_of_turn for row in encoded], device=batch.target_N.device)
-        sums = trajectory_sums(tokens, batch.row_N, batch.position_N, ends, rows=len(encoded))
-        self.buffer += _table_rows(batch, encoded, sums, tokens, self.probe)
-        if len(self.buffer) >= self.probe.shard_rows:
+            measured = self.measure(batch)
+        seconds = (time.monotonic() - start) / len(measured)
+        self.buffer += [{"forward_tokens": 0, "backward_tokens": 0, "seconds": seconds} | row for row in measured]
+        if len(self.buffer) >= self.work.probe.shard_rows:
             self._write()
 
     def on_predict_end(self) -> None:
@@ -128,15 +167,35 @@ class ProbeModule(LightningModule):
 
 
 class _Batches(torch.utils.data.Dataset):
-    def __init__(self, cuts: Sequence[np.ndarray], encoded: Callable[[np.ndarray], list[Encoded]]):
-        self.cuts, self.encoded = cuts, encoded
+    def __init__(self, units: Sequence[np.ndarray], batch: Callable[[np.ndarray], Any]):
+        self.units, self.batch = units, batch
 
     def __len__(self) -> int:
-        return len(self.cuts)
+        return len(self.units)
 
-    def __getitem__(self, index: int) -> MicroBatch:
-        rows = self.cuts[index]
-        return collate(self.encoded(rows), rows.tolist())
+    def __getitem__(self, index: int) -> Any:
+        return self.batch(self.units[index])
+
+
+class ProbeModule(PassModule):
+    """The statistics: one forward pass, token statistics in chunks of the vocabulary, sums a trajectory."""
+
+    SOURCES = ("stats",)
+
+    @classmethod
+    def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
+        return wanted.identity() | work.probe.identity()
+
+    @torch.inference_mode()
+    def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
+        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL)
+        tokens = token_statistics(
+            hidden_XD[batch.predict_N], batch.target_N, head_of(self.student_model), top_k=self.work.probe.top_k
+        )
+        encoded = self.work.pool.encoded(np.array(batch.rows))
+        ends = torch.tensor([row.end_of_turn for row in encoded], device=batch.target_N.device)
+        sums = trajectory_sums(tokens, batch.row_N, batch.position_N, ends, rows=len(encoded))
+        return _table_rows(batch, encoded, sums, tokens, self.work.probe)
 
 
 def _table_rows(
@@ -150,7 +209,8 @@ def _table_rows(
     by_row = [np.split(array, cuts) for array in token_arrays]
     rows = []
     for i, (row, source) in enumerate(zip(batch.rows, encoded, strict=True)):
-        record: dict[str, Any] = {"row": row} | {name: values[i] for name, values in columns.items()}
+        record: dict[str, Any] = {"row": row, "forward_tokens": len(source.input_ids)}
+        record |= {name: values[i] for name, values in columns.items()}
         surprisal_T = by_row[0][i]
         end = source.end_of_turn if source.end_of_turn >= 0 else len(surprisal_T)
         record |= zip(STEP_COLUMNS, step_sums(surprisal_T, source.steps, end, skip=probe.skip), strict=True)
@@ -166,43 +226,50 @@ def rows_done(folder: Path) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def measure(
-    trainer: Trainer,
-    module: ProbeModule,
-    identity: dict[str, Any],
-) -> None:
-    """Run the pass over every wanted row under `trainer` and complete the cache folder (rank 0 merges)."""
+def measure(trainer: Trainer, module: PassModule, identity: dict[str, Any]) -> None:
+    """Run the pass over every row under `trainer` and complete the cache folder (rank 0 merges).
+
+    The manifest says what it cost: tokens through the student forwards and backwards, and device-seconds at work (model
+    loading and waiting not counted), those of an interrupted pass included.
+    """
     module.folder.mkdir(parents=True, exist_ok=True)
-    start, resumed = time.monotonic(), len(rows_done(module.folder))
+    resumed = len(rows_done(module.folder))
     trainer.predict(module, return_predictions=False)
     trainer.strategy.barrier("probe-written")
     if trainer.is_global_zero:
-        _merge(module.folder, module.wanted)
-        seconds = time.monotonic() - start
-        tokens = int(module.lengths[module.wanted].sum())
-        cost = {"rows": len(module.wanted), "resumed_rows": resumed, "forward_tokens": tokens, "seconds": seconds}
-        write_json(module.folder / "manifest.json", {"identity": identity, **cost})
+        cost = _merge(module.folder, module.work.rows)
+        counts = {"rows": len(module.work.rows), "resumed_rows": resumed}
+        write_json(module.folder / "manifest.json", {"identity": identity, **counts, **cost})
         for part in module.folder.glob("part-*.parquet"):  # not before the folder is complete
             part.unlink()
     trainer.strategy.barrier("probe-complete")
 
 
-def _merge(folder: Path, wanted: np.ndarray) -> None:
-    """All shards into statistics.parquet, ordered by row; memory grows with rows times columns, not with tokens."""
+def _merge(folder: Path, wanted: np.ndarray) -> dict[str, Any]:
+    """All shards into statistics.parquet, ordered by row, and the sums of their costs; memory grows with rows times
+    columns, not with tokens.
+    """
     parts = sorted(folder.glob("part-*.parquet"))
-    table = pa.concat_tables([pq.read_table(path) for path in parts])
+    table = pa.concat_tables([pq.read_table(path) for path in parts], promote_options="permissive")
+    cost = {name: sum(table[name].to_pylist()) for name in COST_COLUMNS}
     order = np.argsort(table["row"].to_numpy(), kind="stable")
     rows = table["row"].to_numpy()[order]
     assert np.array_equal(rows, np.sort(wanted)), "the probe's shards do not hold every row exactly once"
     with replacing(folder / "statistics.parquet") as temporary:
-        pq.write_table(table.take(order), temporary)
+        pq.write_table(table.drop_columns(list(COST_COLUMNS)).take(order), temporary)
+    return cost
+
+
+def read_columns(folder: Path) -> dict[str, np.ndarray]:
+    """The columns of a complete cache folder, [N] each and ordered by row; lists are object arrays of arrays."""
+    assert complete(folder)
+    table = pq.read_table(folder / "statistics.parquet")
+    return {name: _numpy(table[name]) for name in table.column_names}
 
 
 def read_statistics(folder: Path) -> dict[str, np.ndarray]:
-    """The columns of a complete cache folder, with the means derived from the sums: loss, brier, entropy."""
-    assert complete(folder)
-    table = pq.read_table(folder / "statistics.parquet")
-    columns = {name: _numpy(table[name]) for name in table.column_names}
+    """`read_columns` of the statistics, with the means derived from the sums: loss, brier, entropy."""
+    columns = read_columns(folder)
     with np.errstate(divide="ignore", invalid="ignore"):
         for mean, total in (("loss", "sum_surprisal"), ("brier", "sum_brier"), ("entropy", "sum_entropy")):
             columns[mean] = columns[total] / columns["num_tokens"]

@@ -6,21 +6,33 @@ Imports nothing heavy at the top: Hydra creates the callback below before every 
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hydra.experimental.callback import Callback
 
-from lark.cache import read_json
+from lark.cache import read_json, writable, write_text
+from lark.tables import (
+    FEW_PROBLEMS,
+    TOO_FEW,
+    estimate,
+    form_of_samples,
+    new_console,
+    new_table,
+    number,
+    print_runs,
+    texts,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
-FEW_PROBLEMS = 30
-WIDTH = 100  # columns where there is no terminal
+    from lark.comparison import Comparison
+
 SETS_BESIDE_EACH_OTHER = 2
+FORMATS = {"csv": ("arms.csv", "differences.csv"), "latex": ("comparison.tex",), "json": ("comparison.json",)}
+"""What can be printed instead of the table, as it is in these files."""
 
 
 def read_summaries(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -36,36 +48,50 @@ def read_summaries(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [read_json(path) | {"folder": str(path.parent)} for path in in_order]
 
 
-def print_summaries(summaries: Sequence[dict[str, Any]]) -> None:
-    """The table of every run that has one, a line for the others, and all differences together if there are several."""
-    compared = [summary for summary in summaries if "arms" in summary]
-    for summary in summaries:
-        if summary in compared:
-            print_comparison(summary)
-        elif summary["status"] == "finished":
-            print(f"{summary['folder']}: stopped after {summary['stopped_after']}, as it was told to")
-    if len(compared) > 1:
-        print_differences(compared)
-    for summary in summaries:
-        if summary["status"] == "failed":
-            print(f"failed: {summary['folder']}: {summary['error']}", file=sys.stderr)
+def report(folders: Sequence[Path], *, form: str, output: Path | None) -> None:
+    """Print the table of a single run, or the comparison of several.
+
+    form: table, or one of FORMATS, which then is all that stdout gets; output: a folder to write all of them to.
+    Raises ValueError where there is no summary.json, nothing to put into a file, or `output` cannot be written.
+    """
+    from lark.comparison import compare
+
+    summaries = read_summaries(folders)
+    comparison = compare(summaries)
+    contents = texts(comparison) if comparison.runs and (form != "table" or output) else {}
+    if form != "table":
+        print("\n".join(contents[name] for name in FORMATS[form] if name in contents), end="")
+    elif comparison.runs == 1:
+        print_comparison(next(summary for summary in summaries if "arms" in summary))
+    elif comparison.runs > 1:
+        print_runs(comparison)
+    beside = sys.stdout if form == "table" else sys.stderr
+    for folder, stage in comparison.stopped:
+        print(f"{folder}: stopped after {stage}, as it was told to", file=beside)
+    print_failures(comparison)
+    if comparison.runs == 0 and (form != "table" or output):
+        raise ValueError(
+            f"no run in or below {', '.join(map(str, folders))} came to its end; there is nothing to write"
+        )
+    if output:
+        write_files(contents, writable(output, "--output"), file=beside)
 
 
 def print_comparison(summary: dict[str, Any]) -> None:
     """The table of one run: the student before training, the baseline's arm, the selector's, their difference."""
-    console = _console()
+    console = new_console()
     names = list(summary["sets"])
     for start in range(0, max(1, len(names)), SETS_BESIDE_EACH_OTHER):
         console.print(_comparison(summary, names[start : start + SETS_BESIDE_EACH_OTHER]))
     for name in names:
         console.print(f"{name}: {_reading(summary['sets'][name]['difference'])}", soft_wrap=True)
         for arm, figures in summary["arms"].items():
-            if note := _form(figures["metrics"][name]):
+            if note := form_of_samples(figures["metrics"][name]):
                 console.print(f"{name}, {arm}: {note}", soft_wrap=True)
 
 
 def _comparison(summary: dict[str, Any], sets: list[str]) -> "Table":
-    table = _table(f"{summary['task']} · {summary['model']} · seed {summary['seed']}")
+    table = new_table(f"{summary['task']} · {summary['model']} · seed {summary['seed']}")
     table.add_column("student")
     for name in ("trajec-\ntories", "trained\ntokens", "eff.\nsize", "held-out\nloss"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -77,10 +103,10 @@ def _comparison(summary: dict[str, Any], sets: list[str]) -> "Table":
         table.add_row(*_cells(name, arm, summary, sets), end_section=name == list(arms)[-1])
     first, second = summary["difference_of"]
     losses = [_value(arms[name]["held_out_loss"]) for name in (first, second)]
-    cells = [f"{first} - {second}", "", "", "", _number(losses[0] - losses[1], "{:+.3f}")]
+    cells = [f"{first} - {second}", "", "", "", number(losses[0] - losses[1], "{:+.3f}")]
     for name in sets:
         others = len(summary["sets"][name]["metrics"]) - 1
-        cells += [_estimate(summary["sets"][name]["difference"], "\n")] + [""] * others
+        cells += [estimate(summary["sets"][name]["difference"], "\n")] + [""] * others
     table.add_row(*cells)
     return table
 
@@ -91,43 +117,10 @@ def _cells(name: str, arm: dict[str, Any], summary: dict[str, Any], sets: list[s
     else:
         yield f"{name}: {arm['rule']}" + ("" if arm["matched"] else " (unmatched)")
         yield from (f"{arm['trajectories']:,}", f"{arm['tokens']:,}", f"{arm['effective_sample_size']:,.0f}")
-    yield _number(arm["held_out_loss"], "{:.3f}")
+    yield number(arm["held_out_loss"], "{:.3f}")
     for of_set in sets:
         for metric in summary["sets"][of_set]["metrics"]:
-            yield _number(arm["metrics"][of_set][metric], "{:.1%}")
-
-
-def print_differences(summaries: Sequence[dict[str, Any]]) -> None:
-    """One row a run: its differences with their intervals, in points."""
-    names = list(dict.fromkeys(name for summary in summaries for name in summary["sets"]))
-    table = _table("differences in points, 95% intervals")
-    for name in ("selector - baseline", "task", "model"):
-        table.add_column(name)
-    table.add_column("seed", justify="right")
-    for name in names:
-        table.add_column(f"{name}\n{next(s['sets'][name]['metrics'][0] for s in summaries if name in s['sets'])}")
-    for summary in summaries:
-        pair = " - ".join(summary["arms"][name]["rule"] for name in summary["difference_of"])
-        sets = summary["sets"]
-        shown = (_estimate(sets[name]["difference"], " ") if name in sets else "" for name in names)
-        table.add_row(pair, summary["task"], summary["model"], str(summary["seed"]), *shown)
-    _console().print(table)
-
-
-def _estimate(difference: dict[str, Any], separator: str) -> str:
-    estimate, low, high = (100 * _value(difference[key]) for key in ("estimate", "low", "high"))
-    return f"{estimate:+.1f}" + ("" if math.isnan(low) else f"{separator}[{low:+.1f}, {high:+.1f}]")
-
-
-def _form(metrics: dict[str, float]) -> str:
-    """What a low accuracy may be due to instead of wrong answers; empty if samples are in good form."""
-    if metrics["stop"] < 0.5:
-        return f"only {metrics['stop']:.0%} of the samples end by themselves (task.max_new_tokens, model.template)"
-    if metrics["boxed"] < 0.2:
-        return (
-            f"only {metrics['boxed']:.0%} of the samples box their answer (task.system can ask for it, or task.pattern)"
-        )
-    return ""
+            yield number(arm["metrics"][of_set][metric], "{:.1%}")
 
 
 def _reading(difference: dict[str, Any]) -> str:
@@ -142,52 +135,62 @@ def _reading(difference: dict[str, Any]) -> str:
     else:
         excludes = low > 0 or high < 0
         verdict = f"{difference['level']:.0%} interval " + ("excludes 0" if excludes else "includes 0: not told apart")
-    smallest = _number(_value(difference["smallest_detectable"]) * 100, "; smallest detectable difference {:.1f}")
+    smallest = number(_value(difference["smallest_detectable"]) * 100, "; smallest detectable difference {:.1f}")
     label = f"; {difference['label']}" if difference["label"] else ""
     if difference["problems"] < FEW_PROBLEMS and not math.isnan(low):
-        label += "; too few problems for a bootstrap interval to be trusted"
+        label += f"; {TOO_FEW}"
     return f"{verdict} ({difference['problems']} problems{smallest}{label})"
 
 
-def _value(number: float | None) -> float:
+def _value(figure: float | None) -> float:
     """JSON has no NaN: summary.json says null."""
-    return math.nan if number is None else number
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if math.isnan(_value(value)) else form.format(value)
-
-
-def _table(title: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    return math.nan if figure is None else figure
 
 
 class ComparisonCallback(Callback):
-    """Prints every job's table at the end of a multirun, and exits 1 if a job failed."""
+    """Prints the comparison of a multirun's jobs, whose own tables have been printed, and writes it to the sweep's
+    folder; exits 1 if a job failed.
+    """
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
-        summaries = read_summaries([Path(config.hydra.sweep.dir)])
-        print_summaries(summaries)
-        if any(summary["status"] == "failed" for summary in summaries):
+        from lark.comparison import compare
+
+        folder = Path(config.hydra.sweep.dir)
+        comparison = compare(read_summaries([folder]))
+        if comparison.runs > 1:
+            print_runs(comparison)
+            write_files(texts(comparison), folder)
+        print_failures(comparison)
+        if comparison.failed:
             sys.exit(1)
 
 
+def write_files(contents: Mapping[str, str], folder: Path, *, file: TextIO | None = None) -> None:
+    """Write the files, each whole or not at all, and say so (to stdout, or `file`)."""
+    for name, text in contents.items():
+        write_text(folder / name, text)
+    print(f"comparison  {folder}: {', '.join(contents)}", file=file)
+
+
+def print_failures(comparison: "Comparison") -> None:
+    for folder, error in comparison.failed:
+        print(f"failed: {folder}: {error}", file=sys.stderr)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lark.report", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
+    about = __doc__.splitlines()[0] if __doc__ else ""
+    parser = argparse.ArgumentParser(prog="python -m lark.report", description=about)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of finished runs or multiruns")
+    parser.add_argument("--output", type=Path, help="folder to write the comparison to, as CSV, LaTeX and JSON")
+    parser.add_argument(
+        "--format",
+        choices=("table", *FORMATS),
+        default="table",
+        help="what to print; csv: the arms and, after an empty line, the differences",
+    )
+    arguments = parser.parse_args()
     try:
-        print_summaries(read_summaries(parser.parse_args().folders))
+        report(arguments.folders, form=arguments.format, output=arguments.output)
     except (ValueError, OSError) as error:
         sys.exit(f"lark: {error}")
 

@@ -91,6 +91,7 @@ def main() -> None:
     """Errors a user can act on are one sentence and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
     child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
     sys.argv = configuration.absolute_config_path(sys.argv)
+    os.environ[configuration.SWEEP_VARIABLE] = configuration.sweep_name(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
         child_main(Path(child)) if child else hydra_main()
@@ -101,6 +102,8 @@ def main() -> None:
             remedy = "set paths.logs (or hydra.run.dir) to a folder you may write to"
             sys.exit(f"lark: {error.filename} cannot be written ({error.strerror}); {remedy}")
         sys.exit(f"lark: {configuration.sentence(error)}")
+    finally:
+        os.environ.pop(configuration.SWEEP_VARIABLE, None)
 
 
 if __name__ == "__main__":

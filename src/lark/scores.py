@@ -1,7 +1,10 @@
-"""Scores: one number per candidate from statistics or text, higher = take it first, NaN = never.
+"""Scores over the student's statistics: one number per candidate, higher = take it first, NaN = never.
 
 Notation: T span tokens, s_t = -ln p(y_t) in nats, L = mean s_t, r_t the observed token's rank, sums over the valid
-candidates of one problem. Every score is a frozen dataclass of its parameters, called with the candidates.
+candidates of one problem. Every score is a frozen dataclass of its parameters, called with the candidates; `needs`
+names the passes (lark.passes) that it reads. Scores over the pool's own columns are in lark.pool_scores.
+
+Shapes: N candidates, S steps of all candidates, end to end.
 """
 
 import importlib
@@ -13,10 +16,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from lark.candidates import Candidates
-from lark.groups import unit_hash
+from lark.groups import Groups, unit_hash
+from lark.passes import ContentAlone, LocalWindows, Pass, Statistics
 from lark.stats import RANK_CLIPS
 
 Score = Callable[[Candidates], np.ndarray]
+
+STATISTICS = (
+    *("loss", "brier", "entropy", "sum_surprisal", "sum_brier", "sum_entropy", "sum_rank", "top1", "has_end"),
+    *("end_surprisal", "end_brier", "end_entropy", "end_rank"),
+    *(f"sum_rank_{clip}" for clip in RANK_CLIPS),
+)
+"""The columns of one number a candidate that exist only after the forward pass (`num_tokens` always does)."""
+
+
+def needs_of_column(column: str) -> tuple[Pass, ...]:
+    """The passes that `candidates[column]` rests on: the forward pass for a statistic, none for a pool column."""
+    return (Statistics(),) if column in STATISTICS else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +46,7 @@ class Lark:
     """
 
     length_exponent: float = 0.0
+    needs = (Statistics(),)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         loss_N, groups = candidates["loss"], candidates.groups
@@ -44,10 +61,17 @@ class Lark:
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """-L: the mean log-probability (GRAPE, arXiv 2502.04194; "global naturalness")."""
+    """sign * -L, the mean log-probability in nats/token: +1 takes the likeliest first (GRAPE, arXiv 2502.04194; "global
+    naturalness"), -1 the highest perplexity first (the opposite control)."""
+
+    sign: int = 1
+    needs = (Statistics(),)
+
+    def __post_init__(self) -> None:
+        _check_sign(self.sign, "likeliest first", "highest perplexity first")
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return -candidates["loss"]
+        return -self.sign * candidates["loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +79,45 @@ class Length:
     """sign * T: +1 takes the longest first, -1 the shortest (arXiv 2601.14249, table 6)."""
 
     sign: int
+    needs = ()
 
     def __post_init__(self) -> None:
-        if self.sign not in (1, -1):
-            raise ValueError(f"selector.score.sign={self.sign} is neither 1 (longest first) nor -1 (shortest first)")
+        _check_sign(self.sign, "longest first", "shortest first")
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         return self.sign * candidates["num_tokens"].astype(np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entropy:
+    """sign * the mean entropy of the student's predictions over the span, nats/token: -1 takes the lowest first
+    (arXiv 2601.14249, table 14), +1 the highest."""
+
+    sign: int = -1
+    needs = (Statistics(),)
+
+    def __post_init__(self) -> None:
+        _check_sign(self.sign, "highest entropy first", "lowest entropy first")
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        return self.sign * candidates["entropy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """-mean_t min(r_t, clip) over the whole span, the end-of-turn token included (arXiv 2601.14249, "rank").
+
+    `clip` is one of the clips the statistics keep (50, 100, 500) or null for none. NaN for an empty span.
+    """
+
+    clip: int | None = 100
+    needs = (Statistics(),)
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip)
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        return -_quotient(candidates[_clipped(self.clip)], candidates["num_tokens"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +128,89 @@ class RankSurprisal:
     """
 
     clip: int | None = 100
+    needs = (Statistics(),)
 
     def __post_init__(self) -> None:
-        if self.clip is not None and self.clip not in RANK_CLIPS:
-            known = ", ".join(map(str, RANK_CLIPS))
-            raise ValueError(f"selector.score.clip={self.clip} is not kept by the statistics; set {known} or null")
+        _check_clip(self.clip)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        clipped_N = candidates["sum_rank" if self.clip is None else f"sum_rank_{self.clip}"]
         end_rank_N = candidates["end_rank"] if self.clip is None else np.minimum(candidates["end_rank"], self.clip)
         surprisal_N = candidates["sum_surprisal"] - candidates["end_surprisal"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(surprisal_N > 0, -(clipped_N - end_rank_N) / surprisal_N, np.nan)
+        return -_quotient(candidates[_clipped(self.clip)] - end_rank_N, surprisal_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropFirst:
+    """Mean log-probability (nats/token) without the first `skip` tokens of every step (arXiv 2604.06834).
+
+    The end-of-turn token belongs to no step and stays in, so that skip=0 is `Likelihood`. `skip` must be `probe.skip`,
+    at which the statistics tell first tokens apart. NaN if no token is left.
+    """
+
+    skip: int
+    needs = (Statistics(),)
+
+    def __post_init__(self) -> None:
+        if self.skip < 0:
+            raise ValueError(f"selector.score.skip={self.skip} is no number of tokens; set it to ${{probe.skip}}")
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        tokens_S, steps = _steps(candidates["step_tokens"])
+        first_S = _end_to_end(candidates["step_first_surprisal"])
+        left_N = candidates["num_tokens"] - steps.sum(np.minimum(tokens_S, self.skip))
+        return -_quotient(candidates["sum_surprisal"] - steps.sum(first_S), left_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalLikelihood:
+    """Mean over steps of the step's mean log-probability (nats/token) given the prompt and only the `steps_before`
+    steps before it; every step counts the same (LALP, "local naturalness", arXiv 2510.03988).
+
+    steps_before=0 leaves the prompt alone. The end-of-turn token belongs to no step. NaN where there is no step.
+    """
+
+    steps_before: int = 4
+
+    def __post_init__(self) -> None:
+        if self.steps_before < 0:
+            raise ValueError(f"selector.score.steps_before={self.steps_before} is no number of steps; set 0 or more")
+
+    @property
+    def _windows(self) -> LocalWindows:
+        return LocalWindows(steps_before=self.steps_before)
+
+    @property
+    def needs(self) -> tuple[Pass, ...]:
+        return (Statistics(), self._windows)
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        tokens_S, steps = _steps(candidates["step_tokens"])
+        surprisal_S = _end_to_end(candidates.of(self._windows)["window_surprisal"])
+        assert surprisal_S.shape == tokens_S.shape
+        return -_quotient(steps.sum(surprisal_S / tokens_S), steps.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionDifficulty:
+    """IFD = PPL(y given x) / PPL(y), highest first (arXiv 2402.00530): how little the prompt helps to predict the text.
+
+    Both perplexities are over the content tokens that their pass scores, the end-of-turn token excluded. Values of
+    `max` and above (the prompt does not help at all) are NaN, as in the paper; null keeps them. NaN without content.
+    """
+
+    max: float | None = 1.0
+    needs = (Statistics(), ContentAlone())
+
+    def __post_init__(self) -> None:
+        if self.max is not None and not self.max > 0:
+            raise ValueError(f"selector.score.max={self.max} drops every candidate; set it above 0 (the paper: 1)")
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        alone = candidates.of(ContentAlone())
+        surprisal_N = candidates["sum_surprisal"] - candidates["end_surprisal"]
+        given_prompt_N = _quotient(surprisal_N, candidates["num_tokens"] - candidates["has_end"])
+        difficulty_N = np.exp(given_prompt_N - _quotient(alone["alone_surprisal"], alone["alone_tokens"]))
+        return difficulty_N if self.max is None else np.where(difficulty_N < self.max, difficulty_N, np.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +218,7 @@ class Random:
     """A seeded hash of (seed, problem, candidate): uniform on [0, 1), independent of row order."""
 
     seed: int
+    needs = ()
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         return unit_hash(self.seed, candidates["problem_id"], candidates["candidate_id"], salt="random")
@@ -100,8 +228,42 @@ class Random:
 class Constant:
     """The same score for every candidate."""
 
+    needs = ()
+
     def __call__(self, candidates: Candidates) -> np.ndarray:
         return np.zeros(len(candidates))
+
+
+def _check_sign(sign: int, plus: str, minus: str) -> None:
+    if sign not in (1, -1):
+        raise ValueError(f"selector.score.sign={sign} is neither 1 ({plus}) nor -1 ({minus})")
+
+
+def _check_clip(clip: int | None) -> None:
+    if clip is not None and clip not in RANK_CLIPS:
+        known = ", ".join(map(str, RANK_CLIPS))
+        raise ValueError(f"selector.score.clip={clip} is not kept by the statistics; set {known} or null")
+
+
+def _clipped(clip: int | None) -> str:
+    """The statistic that holds sum_t min(r_t, clip)."""
+    return "sum_rank" if clip is None else f"sum_rank_{clip}"
+
+
+def _quotient(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:
+    """x / y where y > 0, else NaN."""
+    return np.divide(x_N, y_N, out=np.full(len(x_N), np.nan), where=y_N > 0)
+
+
+def _steps(tokens_N: np.ndarray) -> tuple[np.ndarray, Groups]:
+    """Tokens of every step, float64 [S], and the steps grouped by candidate, from the ragged column `step_tokens`."""
+    size_N = np.fromiter(map(len, tokens_N), np.int64, len(tokens_N))
+    return _end_to_end(tokens_N), Groups(np.repeat(np.arange(len(size_N)), size_N), len(size_N))
+
+
+def _end_to_end(column_N: np.ndarray) -> np.ndarray:
+    """The arrays of a ragged column end to end, float64 [S]."""
+    return np.concatenate([np.zeros(0), *column_N])
 
 
 def imported(path: str, setting: str) -> Callable[[Candidates], np.ndarray]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,46 @@ import numpy as np
 from lark.cache import replacing
 from lark.candidates import Candidates
 from lark.groups import Groups, tie_hash
-from lark.policies import Policy, prior_weights, take_top, weights
-from lark.scores import Score, imported
+from lark.matching import take_tokens, take_top
+from lark.passes import Pass, needs_of
+from lark.policies import Policy, prior_weights, weights
+from lark.scores import Score, imported, needs_of_column
 
 
 @dataclass(frozen=True, kw_only=True)
 class Between:
-    """A filter: min <= column <= max, for a statistic (num_tokens, loss) or a numeric column of the pool."""
+    """A filter: min <= value <= max; what has no value does not pass.
 
-    column: str
+    The value is a `column`, that is a statistic (num_tokens, loss) or a numeric column of the pool, or a `score` of all
+    candidates: exactly one of both.
+    """
+
+    column: str | None = None
+    score: Score | None = None
     min: float = -np.inf
     max: float = np.inf
 
     def __post_init__(self) -> None:
+        if (self.column is None) == (self.score is None):
+            raise ValueError(
+                f"selector.filter.column={self.column} and selector.filter.score={self.score} are "
+                f"{'neither' if self.column is None else 'both'} set; set one of them"
+            )
+        if not (self.score is None or callable(self.score)):
+            raise ValueError(f"selector.filter.score={self.score!r} is no score; set _target_ to one of lark.scores")
         if not self.min <= self.max:
             raise ValueError(f"selector.filter.min={self.min} is above selector.filter.max={self.max}; exchange them")
 
+    @property
+    def needs(self) -> tuple[Pass, ...]:
+        return needs_of(self.score) if self.column is None else needs_of_column(self.column)
+
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        values_N = _numbers(candidates[self.column], len(candidates), f"selector.filter.column={self.column}")
+        if self.column is None:
+            assert self.score is not None
+            values_N = _numbers(self.score(candidates), len(candidates), f"selector.filter.score={self.score}")
+        else:
+            values_N = _numbers(candidates[self.column], len(candidates), f"selector.filter.column={self.column}")
         return (values_N >= self.min) & (values_N <= self.max)
 
 
@@ -60,6 +82,22 @@ class Rule:
     @property
     def takes_all(self) -> bool:
         return self.policy.kind == "prior"
+
+    @property
+    def needs(self) -> tuple[Pass, ...]:
+        """The passes that score, filter and prior need; a column of the pool needs none."""
+        asked = [*needs_of(self.score), *needs_of_column(self.policy.prior)]
+        if self.filter is not None:
+            asked += needs_of_column(self.filter) if isinstance(self.filter, str) else needs_of(self.filter)
+        return tuple(dict.fromkeys(asked))
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the pool that the rule names in its settings."""
+        prior = {"uniform": None, "per_teacher": "teacher"}.get(self.policy.prior, self.policy.prior)
+        filtered = self.filter if isinstance(self.filter, str) else getattr(self.filter, "column", None)
+        named = (filtered, getattr(self.score, "column", None), prior)
+        return [name for name in named if name is not None and name != "num_tokens" and not needs_of_column(name)]
 
     def keep(self, candidates: Candidates) -> np.ndarray:
         """Mask [N] of the candidates the filter lets through; a missing value does not pass."""
@@ -115,12 +153,25 @@ class Selection:
     taken_by_problem: Mapping[str, int]
 
 
-def select(rule: Rule, candidates: Candidates, *, seed: int, like: Selection | None = None) -> Selection:
+def select(
+    rule: Rule,
+    candidates: Candidates,
+    *,
+    seed: int,
+    like: Selection | None = None,
+    match: str = "trajectories",
+    trained_tokens_N: np.ndarray | None = None,
+) -> Selection:
     """Apply `rule`; with `like` it acts as that selection's baseline: policy top_b with equal weights, taking of each
-    problem as many rows as `like` took there (a rule that takes all candidates still takes all).
+    problem as many rows as `like` took there or, with match="tokens", then more or fewer until the tokens are as many
+    (a rule that takes all candidates still takes all). `trained_tokens_N` counts the tokens that training a row means;
+    by default the candidates' own num_tokens.
 
     Raises ValueError when nothing at all can be chosen.
     """
+    tokens_N = candidates["num_tokens"] if trained_tokens_N is None else trained_tokens_N
+    if like is not None:
+        candidates = replace(candidates, like=like)
     keep_N = rule.keep(candidates)
     survivors = candidates.where(keep_N)
     score_N = np.full(len(candidates), np.nan)
@@ -137,9 +188,13 @@ def select(rule: Rule, candidates: Candidates, *, seed: int, like: Selection | N
     if like is not None and not rule.takes_all:
         first_of_group = candidates["problem_id"][np.unique(groups.index_N, return_index=True)[1]]
         wanted_G = np.array([like.taken_by_problem.get(problem, 0) for problem in first_of_group])
-        q_N, shortfall = take_top(score_N, groups, tie_N, wanted_G)
-        counts["short_of_selector"] = int(shortfall)
-        details: dict[str, Any] = {"kind": "top_b", "rows_per_problem": "as many as the selector"}
+        details: dict[str, Any] = {"kind": "top_b", "match": match}
+        if match == "tokens":
+            total = like.record["tokens"]
+            q_N, difference = take_tokens(score_N, groups, tie_N, wanted_G, tokens_N, total)
+            details["tokens_minus_selector"] = difference
+        else:
+            q_N, counts["short_of_selector"] = take_top(score_N, groups, tie_N, wanted_G)
     else:
         column = None if rule.policy.prior == "uniform" else candidates[_prior_column(rule.policy)]
         prior_N = prior_weights(rule.policy.prior, column, groups, valid_N)
@@ -166,11 +221,13 @@ def select(rule: Rule, candidates: Candidates, *, seed: int, like: Selection | N
         "matched": like is None or not rule.takes_all,
         "policy": details,
         "counts": counts,
-        "tokens": int(candidates["num_tokens"][chosen_N].sum()),
+        "tokens": int(tokens_N[chosen_N].sum()),
         "effective_sample_size": float(weight.sum() ** 2 / np.square(weight).sum()),
         "teacher_share": _shares(candidates["teacher"][chosen_N], weight),
         "within_problem_spearman": {
-            name: within_problem_spearman(score_N, candidates[name], groups) for name in ("loss", "num_tokens")
+            name: within_problem_spearman(score_N, candidates[name], groups)
+            for name in ("loss", "num_tokens")
+            if name in candidates.statistics  # a rule that needs no forward pass has none
         },
     }
     return Selection(

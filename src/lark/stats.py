@@ -1,7 +1,7 @@
-"""Token statistics from hidden states and the LM head, in chunks; sums per trajectory.
+"""Token statistics and losses from hidden states and the LM head, in chunks; sums per trajectory.
 
-Shapes: N scored tokens, D hidden size, V vocabulary, R rows (trajectories). Logits exist for one chunk of tokens at
-a time, in float32; no array grows with N x V.
+Shapes: N scored tokens, D hidden size, V vocabulary, R rows (trajectories), C sets of coefficients. Logits exist for
+one chunk of tokens at a time, in float32; no array grows with N x V.
 
 Numerics: with y the observed token, everything is computed from the *other* tokens' mass, s = softplus(lse_rest - l_y)
 and Brier = (1 - p_y)^2 + sum over v != y of p_v^2, so that confident tokens (p_y close to 1) keep their digits.
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 RANK_CLIPS = (50, 100, 500)
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time; about what a 2-core cache hierarchy likes
@@ -110,6 +111,25 @@ def _brier_top_k(logits_NV: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
     inside_N1 = place_N1 < error_NK.shape[1]
     error_NK.scatter_add_(1, place_N1.clamp(max=error_NK.shape[1] - 1), -inside_N1.float())
     return error_NK.square().sum(1) + (~inside_N1).squeeze(1)
+
+
+def weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tensor, head: Head) -> Tensor:
+    """sum_N coefficient_CN * -ln p(target_N), [C] in float32 (nats), in chunks whose logits are recomputed in the
+    backward pass: memory is one chunk's logits, whatever N and the vocabulary.
+    """
+
+    def chunk(hidden: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
+        # not a matrix product: under autocast that would round coefficients and surprisals to bfloat16
+        return (coefficient * F.cross_entropy(head.logits(hidden), target, reduction="none")).sum(-1)
+
+    size = head.chunk()
+    total_C = coefficient_CN.new_zeros(coefficient_CN.shape[0])
+    for i in range(0, len(target_N), size):
+        part = (hidden_ND[i : i + size], target_N[i : i + size], coefficient_CN[:, i : i + size])
+        total_C = total_C + (
+            checkpoint(chunk, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk(*part)  # type: ignore[operator]
+        )
+    return total_C
 
 
 def trajectory_sums(

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lark.cache import write_text
 from lark.models import Student, head_of, hidden_states
 from lark.packing import MicroBatch
-from lark.stats import Head
+from lark.stats import weighted_surprisal
+
+_NO_RESULT = ("checkpoint_every", "epochs", "steps", "lr_sweep")
+"""Settings of a recipe that change no student, or do so by the number of steps and the rate chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,8 @@ class Recipe:
     """How a student is trained; the same for every arm and independent of the number of devices.
 
     steps: optimizer steps; null = as many as `epochs` passes over the selector's choice take.
-    batch_size: trajectories of a step's global batch.  lr: peak learning rate.
+    batch_size: trajectories of a step's global batch.
+    lr: peak learning rate.  lr_sweep: null, or the rates of which every arm gets the best by final held-out loss.
     warmup: share of the steps.  schedule: cosine | constant (after the warm-up).
     weight_decay, betas: AdamW's.  clip: largest gradient norm.
     average: trajectory (sum_k q_k L_k) | token.  weighted: false trains the same rows with weights 1.
@@ -45,6 +47,7 @@ class Recipe:
     epochs: float = 3.0
     batch_size: int = 64
     lr: float = 1e-5
+    lr_sweep: tuple[float, ...] | None = None
     warmup: float = 0.05
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -74,8 +77,25 @@ class Recipe:
         for name in ("lr", "epochs", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"sft.{name}={getattr(self, name)} must be above 0; set it to a positive number")
+        if self.lr_sweep is not None and not (self.lr_sweep and all(lr > 0 for lr in self.lr_sweep)):
+            raise ValueError(
+                f"sft.lr_sweep={list(self.lr_sweep)} holds no or other than positive rates; set [1e-4, 3e-4]"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"sft.warmup={self.warmup} is no share of the steps; set it from 0 to below 1")
+
+    def identity(self) -> dict[str, Any]:
+        """What a student trained for so many steps depends on (on `micro_batch_tokens` through LoRA's dropout)."""
+        settings = {name: value for name, value in vars(self).items() if name not in _NO_RESULT}
+        return settings | {"betas": list(self.betas)}
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+        warmup = max(1, round(self.warmup * steps))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return self.lr * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
 
     def steps_for(self, trajectories: int) -> int:
         """Optimizer steps of a run whose selector chose `trajectories`."""
@@ -104,25 +124,6 @@ class Step:
             trained_tokens=self.trained_tokens,
             computed_tokens=self.computed_tokens,
         )
-
-
-def weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tensor, head: Head) -> Tensor:
-    """sum_N coefficient_CN * -ln p(target_N), [C] in float32 (nats), in chunks whose logits are recomputed in the
-    backward pass: memory is one chunk's logits, whatever N and the vocabulary.
-    """
-
-    def chunk(hidden: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
-        # not a matrix product: under autocast that would round coefficients and surprisals to bfloat16
-        return (coefficient * F.cross_entropy(head.logits(hidden), target, reduction="none")).sum(-1)
-
-    size = head.chunk()
-    total_C = coefficient_CN.new_zeros(coefficient_CN.shape[0])
-    for i in range(0, len(target_N), size):
-        part = (hidden_ND[i : i + size], target_N[i : i + size], coefficient_CN[:, i : i + size])
-        total_C = total_C + (
-            checkpoint(chunk, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk(*part)  # type: ignore[operator]
-        )
-    return total_C
 
 
 class SFTModule(LightningModule):
@@ -154,13 +155,9 @@ class SFTModule(LightningModule):
         recipe = self.recipe
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-        warmup = max(1, round(recipe.warmup * self.steps))
 
         def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            progress = (step - warmup) / max(1, self.steps - warmup)
-            return 1.0 if recipe.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+            return recipe.rate(step, self.steps) / recipe.lr
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 

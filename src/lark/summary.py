@@ -1,15 +1,17 @@
 """summary.json: the figures of one run, from its arms' folders."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lark.arms import Arm, held_out_at_start
 from lark.cache import read_json
 from lark.data import TrajectoryDataModule
 from lark.evaluate import per_problem
 from lark.inference import paired_difference, smallest_detectable_difference
+from lark.probe import COST_COLUMNS
 
 
 def read_figures(arm: Arm, sets: list[str]) -> dict[str, Any]:
@@ -23,6 +25,25 @@ def read_figures(arm: Arm, sets: list[str]) -> dict[str, Any]:
             for name in sets
         },
     }
+
+
+_ELSEWHERE = ("paths", "logger", "trainer", "stop_after", "seed")
+"""Settings that tell no two runs of a comparison apart, or have a place of their own in the summary."""
+
+
+def settings(config: DictConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting that may tell two runs apart, by its dotted name."""
+
+    def leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from leaves(f"{name}.{key}" if name else str(key), value)
+        else:
+            yield name, node
+
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    yield from leaves("", {key: value for key, value in plain.items() if key not in _ELSEWHERE})
 
 
 def summarise_run(
@@ -41,7 +62,10 @@ def summarise_run(
         "seed": config.seed,
         "selector": config.selector.name,
         "baseline": config.baseline.name,
-        "scoring": data.cost,
+        "settings": dict(settings(config)),
+        "passes": {
+            wanted.name: {k: v for k, v in cost.items() if k != "identity"} for wanted, cost in data.costs.items()
+        },
         "difference_of": [],
         "sets": {name: {} for name in sets},
         "arms": {},
@@ -55,6 +79,8 @@ def summarise_run(
             "hash": arm.folder.name,
             "action": actions[arm.name]["action"],
             "matched": record.get("matched", True),
+            "lr": arm.recipe.lr if arm.selection is not None else None,
+            "cost": data.cost_of(data.rules[arm.name]) if arm.name in data.rules else dict.fromkeys(COST_COLUMNS, 0),
             "trajectories": record["counts"]["chosen"] if record else 0,
             "tokens": record.get("tokens", 0),
             "effective_sample_size": record.get("effective_sample_size", 0.0),
@@ -75,6 +101,6 @@ def summarise_run(
         interval = paired_difference(np.array([[a[k] for k in keys]]), np.array([[b[k] for k in keys]]))
         summary["sets"][name]["difference"] = {
             **vars(interval),
-            "smallest_detectable": smallest_detectable_difference(interval.standard_error),
+            "smallest_detectable": smallest_detectable_difference(interval.standard_error, df=interval.df),
         }
     return summary

@@ -297,6 +297,9 @@ def _outcome(future: Any) -> tuple[bool, bool]:
 
 
 def _process_context(libraries: Sequence[str]) -> multiprocessing.context.BaseContext:
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        # a launcher's worker process (joblib) has a method of its own, which the processes started here do not know
+        multiprocessing.set_start_method("spawn", force=True)
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

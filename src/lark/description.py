@@ -1,0 +1,98 @@
+"""What a run says of its choices, and the table of statistics and scores that it leaves."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lark.cache import replacing
+from lark.candidates import Candidates
+from lark.data import TrajectoryDataModule
+from lark.selection import Rule, Selection
+
+LEFT_OUT = ("dropped_by_filter", "dropped_without_score", "problems_without_choice", "short_of_selector")
+
+
+def write_statistics(
+    path: Path, candidates: Candidates, selections: Mapping[str, Selection], rules: Mapping[str, Rule]
+) -> None:
+    """statistics.parquet: ids, statistics, and every score computed under its rule's name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {
+        "problem_id": candidates["problem_id"],
+        "candidate_id": candidates["candidate_id"],
+        "teacher": candidates["teacher"],
+        **candidates.statistics,
+    }
+    for name, selection in selections.items():
+        title = rules[name].name
+        if title in columns and not np.array_equal(columns[title], selection.score_N, equal_nan=True):
+            title += f" ({name})"  # two rules of one name, such as two of the user's own
+        columns[title] = selection.score_N
+    with replacing(path) as temporary:
+        pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), temporary)
+
+
+def describe_selections(selections: Mapping[str, Selection], rules: Mapping[str, Rule]) -> Iterator[str]:
+    """A line a selection, and a warning if they are the same."""
+    for name, selection in selections.items():
+        record, counts = selection.record, selection.record["counts"]
+        teachers = ", ".join(f"{teacher} {share:.0%}" for teacher, share in list(record["teacher_share"].items())[:4])
+        confounds = ", ".join(
+            f"{column} {value:+.2f}" for column, value in record["within_problem_spearman"].items() if value is not None
+        )
+        left_out = ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in LEFT_OUT if counts.get(key))
+        zero = record["policy"].get("zero_weight_in_top_b", 0)
+        against = record["policy"].get("tokens_minus_selector", 0)
+        yield (
+            f"{name:<11} {rules[name].name}: {counts['chosen']:,} of {counts['candidates']:,} trajectories, "
+            f"{record['tokens']:,} tokens, effective size {record['effective_sample_size']:,.0f}; "
+            f"teachers {teachers}"
+            + (f"; score within problems against {confounds}" if confounds else "")
+            + (f"; {left_out}" if left_out else "")
+            + (f"; {zero:,} of weight 0 left out" if zero else "")
+            + (f"; {against:+,} tokens against the selector" if against else "")
+        )
+    if len(selections) == 2 and _same(*selections.values()):
+        yield "warning     selector and baseline chose the same rows with the same weights: no difference is possible"
+
+
+def _same(a: Selection, b: Selection) -> bool:
+    return np.array_equal(a.row, b.row) and np.allclose(a.weight, b.weight)
+
+
+def describe_recipe(data: TrajectoryDataModule, steps: int, precision: str) -> str:
+    recipe, selection = data.recipe, data.selections["selector"]
+    tokens = selection.record["tokens"] / len(selection.row)
+    return (
+        f"recipe      {steps} optimizer steps x {recipe.batch_size} trajectories "
+        f"(about {recipe.batch_size * tokens:,.0f} trained tokens a step), "
+        + (f"lr {recipe.lr:g}, " if recipe.lr_sweep is None else "")
+        + f"{precision}, {'all parameters' if data.student.lora is None else 'LoRA'}, average over {recipe.average}; "
+        f"sampled in {data.dtype.removeprefix('torch.')}"
+    )
+
+
+def quiet_libraries() -> None:
+    """Library chatter would bury the dozen lines a run prints."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        import datasets
+
+        datasets.disable_progress_bars()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*num_workers.*")
