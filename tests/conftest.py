@@ -110,7 +110,7 @@ def make_trainer(tmp_path):
 @pytest.fixture
 def make_data(tmp_path, make_student, make_trainer):
     """A TrajectoryDataModule over the small pool; settings go to the part they are named after, and `selector` and
-    `baseline` may be other scores than lark's and random."""
+    `baseline` may be other scores than lark's and random, `scorer` another student to ask."""
     from lark.data import TrajectoryDataModule
     from lark.policies import Policy
     from lark.probe import Probe
@@ -127,6 +127,7 @@ def make_data(tmp_path, make_student, make_trainer):
         return TrajectoryDataModule(
             task=Task(**fixed | (task or {})),
             student=make_student(**student or {}),
+            scorer=rules.get("scorer"),
             selector=Rule(name="lark", score=rules.get("selector", Lark()), policy=Policy(kind="chi2", budget=2)),
             baseline=Rule(
                 name="random", score=rules.get("baseline", Random(seed=0)), policy=Policy(kind="top_b", budget=2)

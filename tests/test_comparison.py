@@ -110,6 +110,12 @@ def test_unmatched_baselines_are_marked() -> None:
     assert (arms["lark"].matched, arms["all"].matched) == (True, False)
 
 
+def test_a_rule_named_like_the_untrained_student_is_trained() -> None:
+    rule = f"{UNTRAINED} longest"
+    group = group_of(run(selector=arm("lark", "a", accuracies([1.0])), baseline=arm(rule, "b", accuracies([0.0]))))
+    assert [(one.label, one.trained) for one in group.arms] == [(UNTRAINED, False), (rule, True), ("lark", True)]
+
+
 # ---- differences
 
 

@@ -1,5 +1,7 @@
 """Coverage: lazy greedy in blocks against a naive greedy that computes everything anew at each step."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -165,6 +167,16 @@ def test_the_seed_draws_another_reference():
     rows = candidates(list("abcdefgh"), np.random.default_rng(0).normal(size=(8, 3)))
     orders = {tuple(order_of(Coverage(budget=1, reference=2, seed=seed)(rows))) for seed in range(8)}
     assert len(orders) > 1
+
+
+def test_memory_beside_the_vectors_is_that_of_the_unit_vectors():
+    vectors = np.random.default_rng(0).normal(size=(2000, 1024)).astype(np.float32)
+    rows = candidates([str(i) for i in range(2000)], vectors)
+    tracemalloc.start()
+    Coverage(budget=1, reference=10, seed=0)(rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * vectors.nbytes
 
 
 @pytest.mark.parametrize("wrong", [{"method": "k_means"}, {"budget": 0}, {"reference": 0}])

@@ -8,16 +8,27 @@ import pytest
 import torch
 from conftest import rows_of_a_pool
 
+from lark.chat import load_template
+from lark.coverage import Coverage
 from lark.gradient_scores import GradNorm, LarkExact, LarkHead, LossDrop
-from lark.passes import LocalWindows, Statistics
+from lark.passes import Gradients, LocalWindows, MeanHidden, Statistics
 from lark.policies import Policy
 from lark.pool import held_out
 from lark.probe import PassModule, ProbeModule, read_columns, rows_done
-from lark.scores import Length, LocalLikelihood, Random
+from lark.scores import InstructionDifficulty, Length, LocalLikelihood, Random
 from lark.selection import Rule
 from lark.student import SFTModule
 
 POLICY = Policy(kind="top_b", budget=2)
+KINDS = [
+    LarkExact(),
+    LossDrop(),
+    GradNorm(dimensions=16),
+    LarkHead(),
+    LocalLikelihood(),
+    InstructionDifficulty(),
+    Coverage(budget=2, seed=0),
+]
 
 
 def ready(data):
@@ -248,27 +259,79 @@ def test_what_choosing_costs(make_data):
     assert data.cost_of(data.rules["baseline"])["forward_tokens"] == 0
 
 
-def test_another_students_choice(make_data, make_student, student_folder, tmp_path):
-    """The scorer's statistics decide, the trained student's tokens are what is trained."""
-    other = tmp_path / "other"
-    shutil.copytree(student_folder, other)
-    model = make_student(path=str(other)).load_model(torch.float32)
+@pytest.fixture
+def other_student(make_student, student_folder, tmp_path):
+    """One with other weights, whose template makes every row ten tokens longer."""
+    folder, template = tmp_path / "other", tmp_path / "other.jinja"
+    shutil.copytree(student_folder, folder)
+    model = make_student(path=str(folder)).load_model(torch.float32)
     torch.manual_seed(5)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(other)
-    own = ready(make_data(cache="own"))
-    scorer = make_student(path=str(other))
-    theirs = ready(make_data(cache="theirs", student={"path": str(other)}))
-    mixed = make_data(cache="mixed")
-    mixed.scorer = scorer
-    ready(mixed)
+    model.save_pretrained(folder)
+    template.write_text("0123456789" + load_template("chatml", None))  # type: ignore[arg-type]
+    return make_student(path=str(folder), template=str(template), name="other")
+
+
+@pytest.mark.parametrize("max_length", [256, 75])
+def test_another_students_choice(max_length, make_data, other_student):
+    """The one that is asked decides, by its own tokens; what is trained and counted are the trained student's."""
+    task = {"max_length": max_length}
+    said = []
+    own = ready(make_data(cache="own", task=task))
+    settings = {"path": other_student.path, "template": other_student.template}
+    theirs = ready(make_data(cache="theirs", task=task, student=settings))
+    mixed = ready(make_data(cache="mixed", task=task, scorer=other_student, say=said.append))
+    np.testing.assert_array_equal(mixed.scored, theirs.scored)
     np.testing.assert_array_equal(mixed.candidates["loss"], theirs.candidates["loss"])
-    assert chosen(mixed) == chosen(theirs) != chosen(own)
-    assert mixed.student is not scorer
+    assert chosen(mixed) == chosen(theirs)
+    assert max_length == 75 or chosen(theirs) != chosen(own)  # two candidates a problem leave no choice
+    too_long = len(own.scored) - len(theirs.scored)
+    assert (too_long > 0) == (max_length == 75) and mixed.dropped["overlong_for_scorer"] == too_long
+    assert any(line.startswith(f"asked       other, whose choice small gets; {too_long:,} ") for line in said)
+    assert sum(line.startswith("pool ") for line in said) == 1
+    row = mixed.selections["selector"].row
+    np.testing.assert_array_equal(mixed.trajectories.length[row] + 10, mixed.scored_trajectories.length[row])
+    step = mixed.use("selector").step(0)
+    assert sum(m.tokens for m in step.micro) == step.computed_tokens
+    trained = {tuple(ids[ids > 0].tolist()) for m in step.micro for ids in m.input_ids_RL}
+    assert trained <= {tuple(i for i in one.input_ids if i) for one in mixed.trajectories.encoded(row)}
 
 
-@pytest.mark.parametrize("score", [LarkExact(), LossDrop(), GradNorm(dimensions=16), LarkHead(), LocalLikelihood()])
+def test_the_trained_students_tokens_are_what_is_matched(make_data, other_student):
+    data = make_data(scorer=other_student, selector=Length(sign=1), baseline=Length(sign=-1))
+    data.match = "tokens"
+    ready(data)
+    rows = {name: selection.row for name, selection in data.selections.items()}
+    tokens = {name: data.trajectories.span_tokens[row].sum() for name, row in rows.items()}
+    assert {name: s.record["tokens"] for name, s in data.selections.items()} == tokens
+    assert data.selections["baseline"].record["policy"]["tokens_minus_selector"] == (
+        tokens["baseline"] - tokens["selector"]
+    )
+    assert len(rows["baseline"]) > len(rows["selector"])
+
+
+def test_a_pass_is_shared_by_whoever_asks_the_same_student(make_data, other_student):
+    settings = {"path": other_student.path, "template": other_student.template}
+    one = ready(make_data(student=settings))
+    other = make_data(scorer=other_student)
+    other.prepare_data()
+    assert other.statistics_folder == one.statistics_folder
+    assert other.statistics_folder != ready(make_data()).statistics_folder
+
+
+def test_what_steps_are_matters_to_passes_that_ask_for_them_only(make_data):
+    folders = {}
+    for splitter in ("sentences", "blank_lines"):
+        data = make_data(probe={"step_splitter": splitter})
+        data.prepare_data()
+        wanted = (Statistics(), LocalWindows(), MeanHidden(), Gradients())
+        folders[splitter] = [data.pass_folder(one) for one in wanted]
+    same = [a == b for a, b in zip(*folders.values(), strict=True)]
+    assert same == [False, False, True, True]
+
+
+@pytest.mark.parametrize("score", KINDS)
 def test_a_killed_pass_of_any_kind_goes_on(score, make_data, monkeypatch):
     """Cut off after some units and started again it gives what it would have given."""
 

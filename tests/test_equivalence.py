@@ -12,6 +12,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import rows_of_a_pool, write_pool
@@ -183,6 +185,22 @@ def test_two_ranks_of_torchrun_equal_one(uninterrupted, start, tmp_path):
     )
     assert output.count("statistics  cache miss") == 1, "one rank speaks"
     assert_same(tmp_path, uninterrupted, tolerance=1e-5)
+
+
+def test_two_ranks_choose_by_gradients_as_one_does(start, tmp_path):
+    """Passes of several kinds, and a warm-up arm that is trained before one of them."""
+    words = ("selector=lark_exact", "baseline=grad_match", "baseline.score.validation_problems=4")
+    columns = {}
+    for name, ranks in (("one", ()), ("two", TWO_RANKS)):
+        finish(start(tmp_path / name, *words, *ranks, "stop_after=selection"))
+        (folder,) = (path.parent for path in tmp_path.glob(f"{name}/runs/**/statistics.parquet"))
+        table = pq.read_table(folder / "statistics.parquet")
+        columns[name] = [np.array(table[rule].to_pylist()) for rule in ("lark_exact", "grad_match")]
+        assert len(list(tmp_path.glob(f"{name}/arms/*/epochs/*.ckpt"))) == 4
+    spread = np.ptp(columns["one"][1])
+    assert spread > 0.1 * np.abs(columns["one"][1]).mean() > 0
+    np.testing.assert_allclose(columns["two"][0], columns["one"][0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(columns["two"][1], columns["one"][1], rtol=0, atol=1e-3 * spread)
 
 
 def test_killed_while_scoring_and_while_training_it_goes_on(uninterrupted, start, tmp_path):

@@ -4,6 +4,7 @@ Shapes: K candidates of one problem, k projected dimensions.
 """
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -213,6 +214,20 @@ def test_grace_prefers_gradients_that_share_directions():
     doubled = graced(teacher, problem_id, [*(2 * aligned), *scattered], dimensions=8)
     np.testing.assert_allclose(doubled[:20], 4 * score_N[:20], rtol=1e-10)
     np.testing.assert_allclose(doubled[20:], score_N[20:], rtol=1e-10)
+
+
+def test_grace_holds_the_vectors_of_one_teacher_at_a_time():
+    teachers, rows, k = 40, 8000, 64
+    vectors = np.random.default_rng(0).normal(size=(rows, k)).astype(np.float32)
+    teacher, problem_id = [str(i % teachers) for i in range(rows)], [str(i % 37) for i in range(rows)]
+    columns = {"teacher": teacher, "problem_id": problem_id}
+    wanted = ProjectedGradients(dimensions=k)
+    all_rows = candidates(**columns, passes={wanted: {"vector": arrays(vectors)}})
+    tracemalloc.start()
+    Grace(seed=0, dimensions=k)(all_rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < vectors.nbytes
 
 
 def test_teachers_with_too_few_problems_and_rows_without_teacher_have_no_value():

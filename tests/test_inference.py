@@ -166,13 +166,45 @@ def test_sign_flip_of_many_problems():
     difference_P = rng.normal(0.3, 1, 60)
     normal = 2 * stats.norm.sf(abs(difference_P.sum()) / np.sqrt((difference_P**2).sum()))
     assert sign_flip_p(difference_P) == pytest.approx(normal, abs=0.02)
-    assert sign_flip_p(np.ones(40), resamples=999) == pytest.approx(2 / 1000)  # twice one tail, never 0
+    assert sign_flip_p(np.ones(40), resamples=999) == 1 / 1000  # never 0
+    assert sign_flip_p(difference_P, seed=1) == sign_flip_p(difference_P, seed=1) != sign_flip_p(difference_P, seed=2)
+
+
+@pytest.mark.parametrize("samples", [1, 3, 12])
+def test_sums_that_are_equal_but_for_rounding_are_ties(samples):
+    """Accuracies are multiples of 1 / samples; convolving over problems gives the exact null distribution of sums."""
+    count_P = np.random.default_rng(12).integers(-2, 4, 60)
+    null = np.ones(1)  # of the sum plus the magnitudes' so far
+    for count in np.abs(count_P):
+        null = (np.pad(null, (0, 2 * count)) + np.pad(null, (2 * count, 0))) / 2
+    total = np.abs(count_P).sum()
+    exact = null[np.abs(np.arange(-total, total + 1)) >= abs(count_P.sum())].sum()
+    p = sign_flip_p(count_P / samples, resamples=99_999)
+    assert p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 99_999))
+    assert p == sign_flip_p(count_P.astype(float), resamples=99_999)
+
+
+def test_all_sign_flips_are_as_far_from_a_mean_of_0_as_rounding_puts_it():
+    difference_P = np.array([0.1, 0.2, -0.3])
+    assert difference_P.sum() != 0
+    assert sign_flip_p(difference_P) == sign_flip_p(np.repeat(difference_P, 10)) == 1
+
+
+def test_blocks_of_sign_flips_are_all_counted(monkeypatch):
+    """Of 12 problems every flip by itself, of 40 at least one in each of many blocks."""
+    difference_P = np.random.default_rng(13).normal(0.2, 1, 40)
+    exact, drawn = sign_flip_p(difference_P[:12]), sign_flip_p(difference_P)
+    monkeypatch.setattr("lark.inference._CELLS", 1000)
+    assert sign_flip_p(difference_P[:12]) == exact
+    assert sign_flip_p(difference_P) == pytest.approx(drawn, abs=0.02)
 
 
 def test_problems_without_a_difference_do_not_change_the_sign_flip_p():
     difference_P = np.array([0.25, -0.5, 0.75, 0.25, 0.5])
     assert sign_flip_p(np.concatenate([difference_P, np.zeros(100)])) == sign_flip_p(difference_P)
     assert sign_flip_p(np.array([0.25, *np.zeros(20)])) == 1
+    rounded_P = np.full(100, 0.1 + 0.2 - 0.3)  # not 0
+    assert sign_flip_p(np.concatenate([difference_P, rounded_P])) == sign_flip_p(difference_P)
 
 
 def test_holm_by_hand():

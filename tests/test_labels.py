@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from summaries import accuracies, arm, run
@@ -81,6 +83,27 @@ def test_the_seed_is_no_part_of_a_label_unless_it_was_set_by_itself() -> None:
     assert labels(runs((0, 0), (1, 1), (2, 2))) == {"lark", "random"}
     set_apart = {"lark", "random baseline.score.seed=0", "random baseline.score.seed=5"}
     assert labels(runs((0, 0), (0, 5), (1, 0), (1, 5))) == set_apart
+
+
+def test_a_seed_set_for_one_rule_is_none_of_another_s() -> None:
+    """Random follows the run's seed, coverage keeps one; for a baseline both its own and its selector's count."""
+    runs = [
+        run(
+            selector=student(selector, f"{selector}{seed}"),
+            baseline=student(baseline, f"{baseline} for {selector}{seed}"),
+            seed=seed,
+            settings={
+                f"{role}.score.seed": 0 if rule == "coverage" else seed
+                for role, rule in (("selector", selector), ("baseline", baseline))
+            },
+        )
+        for seed in (0, 1, 2)
+        for selector, baseline in (("lark", "random"), ("lark", "coverage"), ("coverage", "random"))
+    ]
+    labelled = label_arms(runs)
+    expected = {UNTRAINED, "lark", "random for lark", "random for coverage", "coverage", "coverage for lark"}
+    assert set(labelled.arms) == expected
+    assert all(list(of_seed) == [0, 1, 2] for of_seed in labelled.arms.values())
 
 
 def matched_to(hashes: dict[str, str], seed: int = 0):
@@ -175,6 +198,66 @@ def test_one_student_evaluated_in_two_ways() -> None:
     assert set(label_arms(runs).arms) == {
         f"{rule} evaluation.samples={samples}" for rule in (UNTRAINED, "lark") for samples in (4, 8)
     }
+
+
+def test_one_student_whose_held_out_loss_is_of_two_spans() -> None:
+    runs = [
+        run(selector=student("lark", span), before=arm("before", span, SAME), settings={"probe.span": span})
+        for span in ("content", "authors")
+    ]
+    labelled = label_arms(runs)
+    assert set(labelled.arms) == {
+        f"{rule} probe.span={span}" for rule in (UNTRAINED, "lark") for span in ("content", "authors")
+    }
+    assert labelled.notes == ()
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_an_arm_that_may_be_either_of_two_is_neither_in_any_order(order: Sequence[int]) -> None:
+    """Of budget 1 there is but the seed in which all budgets came to one student."""
+    hashes = {1: {0: "x"}, 2: {0: "x", 1: "y"}, 3: {0: "x", 1: "z"}}
+    by_budget = [
+        [run(selector=student("lark", hash), seed=seed, settings={"budget": budget}) for seed, hash in of_seed.items()]
+        for budget, of_seed in hashes.items()
+    ]
+    arms = label_arms([one for index in order for one in by_budget[index]]).arms
+    assert {
+        label: {seed: one["hash"] for seed, one in of_seed.items()}
+        for label, of_seed in arms.items()
+        if label != UNTRAINED
+    } == {f"lark budget={budget}": of_seed for budget, of_seed in hashes.items()}
+
+
+def test_arms_linked_by_students_that_others_share_are_one() -> None:
+    """Budgets 1 and 3 have no seed in common; both share a student with budget 2."""
+    runs = [
+        run(selector=student("lark", f"a{seed}"), seed=seed, settings={"budget": budget})
+        for budget, seed in ((1, 0), (3, 1), (2, 0), (2, 1))
+    ]
+    for order in itertools.permutations(runs):
+        arms = label_arms(order).arms
+        assert set(arms) == {UNTRAINED, "lark"} and sorted(arms["lark"]) == [0, 1]
+
+
+def test_rules_named_like_labels_keep_their_own_arms() -> None:
+    runs = [
+        run(
+            selector=student("lark", f"a{budget}"),
+            baseline=student(rule, rule),
+            before=arm("before", "b", SAME),
+            settings={"budget": budget},
+        )
+        for budget, rule in ((1, UNTRAINED), (2, "lark budget=1"))
+    ]
+    labelled = label_arms(runs)
+    assert {label: of_seed[0]["hash"] for label, of_seed in labelled.arms.items()} == {
+        UNTRAINED: "b",
+        f"rule {UNTRAINED}": UNTRAINED,
+        "lark budget=1": "a1",
+        "lark budget=2": "a2",
+        "rule lark budget=1": "lark budget=1",
+    }
+    assert labelled.runs[0] == {"before": UNTRAINED, "baseline": f"rule {UNTRAINED}", "selector": "lark budget=1"}
 
 
 def test_the_last_of_two_students_that_no_setting_tells_apart_counts_and_this_is_said() -> None:

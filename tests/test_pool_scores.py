@@ -43,6 +43,13 @@ def test_correct_puts_the_unknown_between_right_and_wrong():
     assert Correct()(candidates(["p"] * 3, correct=[1.0, 0.0, math.nan])).tolist() == [1.0, 0.0, 0.5]
 
 
+def test_correct_without_any_verdict_is_an_error_and_no_random_choice():
+    with pytest.raises(
+        ValueError, match=r"^selector correct .* no candidate is known .*; fill in .* `correct` or `ans"
+    ):
+        Correct()(candidates(["p"] * 2, correct=[math.nan, math.nan]))
+
+
 # --- teacher
 
 

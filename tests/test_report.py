@@ -171,6 +171,15 @@ def test_jobs_come_in_their_order(tmp_path) -> None:
     assert [Path(one["folder"]).name for one in read_summaries([tmp_path])] == [str(job) for job in range(12)]
 
 
+def test_a_run_named_in_several_ways_is_read_once(tmp_path, monkeypatch) -> None:
+    folder = written(tmp_path / "runs", "a", summary())
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    ways = [folder, Path("runs"), Path("runs/../runs/a"), Path("link")]
+    assert len(read_summaries(ways)) == 1
+    assert [one["folder"] for one in read_summaries([Path("runs")])] == [str(Path("runs/a"))]
+
+
 def test_several_runs_are_one_comparison(tmp_path, monkeypatch, capsys):
     out, err, code = main(monkeypatch, capsys, sweep(tmp_path))
     assert "selector: lark_length" not in out  # no run's own table
@@ -261,6 +270,43 @@ def test_no_summary_is_a_sentence(tmp_path, monkeypatch, capsys):
         err
         == f"lark: no summary.json in or below {tmp_path / 'nothing'}; name the folder of a finished run or multirun\n"
     )
+
+
+NAMES_IN_A_RUN = {"before", "baseline", "selector", "eval", "avg@4", "pass@4"}
+
+
+def places(content: dict, name: str = "") -> list[str]:
+    """The dotted names of all that any summary has: its arms, sets and metrics are a run's own."""
+    found = []
+    for key, value in content.items():
+        if key not in NAMES_IN_A_RUN:
+            found.append(f"{name}{key}")
+        if isinstance(value, dict) and key not in ("settings", "per_problem"):
+            found += places(value, f"{name}{key}.")
+    return found
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_summary_of_another_version_is_a_sentence_or_does_without(runs, tmp_path, monkeypatch, capsys) -> None:
+    """Whatever it lacks."""
+    refused = set()
+    for place in places(summary()):
+        contents = [summary(seed=seed) for seed in range(runs)]
+        *parts, key = place.split(".")
+        part = contents[0]
+        for name in parts:
+            part = part[name]
+        del part[key]
+        folders = [written(tmp_path, str(seed), content) for seed, content in enumerate(contents)]
+        _, err, code = main(monkeypatch, capsys, *folders)
+        if code:
+            refused.add(place)
+            assert err == (
+                f"lark: {folders[0] / 'summary.json'} has no {place}, as another version of lark wrote it; "
+                "run it again, or leave its folder out\n"
+            )
+    assert {"settings", "arms.before.cost", "arms.selector.curve", "sets.eval.difference.low"} <= refused
+    assert "arms.selector.held_out_loss_correct" not in refused
 
 
 def test_nothing_to_write_and_nowhere_to_write_are_sentences(tmp_path, monkeypatch, capsys):

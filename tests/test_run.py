@@ -284,6 +284,27 @@ def test_no_baseline(first: Done, logs: Path) -> None:
     assert content["sets"]["eval"]["difference"]["estimate"] == pytest.approx(a - b)
 
 
+def test_two_rules_that_choose_alike_are_one_arm(first: Done, logs: Path) -> None:
+    words = ["selector=longest", "baseline=longest", "sft.lr=1.5e-4"]
+    done = small(logs, "twins", *words)
+    assert done.code == 0, done.err
+    assert "no difference is possible" in done.out
+    assert actions(done.folder) == {"before": "reuse", "baseline": "reuse", "selector": "train"}
+    again = small(logs, "twins-more", *words, "evaluation.samples=3")  # the arm is there, its evaluation is another
+    assert again.code == 0, again.err
+    arms = summary(again.folder)["arms"]
+    assert arms["selector"]["metrics"] == arms["baseline"]["metrics"] and "avg@3" in arms["selector"]["metrics"]["eval"]
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_not_tried_again(logs: Path) -> None:
+    words = ["baseline=none", "stop_after=training", "selector=shortest"]
+    done = small(logs, "diverging", *words, "sft.lr_sweep=[2e-4,1e30]")
+    assert done.code == 0, done.err
+    assert "1e+30 diverged" in done.out and "0.0002 of held-out losses" in done.out
+    assert "diverged (" not in small(logs, "diverging-again", *words, "sft.lr_sweep=[2e-4,1e30]").out
+    assert_sentence(small(logs, "all", *words, "sft.lr_sweep=[1e30]"), "sft.lr_sweep=[1e+30]", "lower ones")
+
+
 def test_a_baseline_with_as_many_tokens(first: Done, logs: Path) -> None:
     words = ["baseline=longest", "stop_after=selection"]
     tokens = {}

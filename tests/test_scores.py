@@ -65,12 +65,16 @@ def ragged(arrays) -> np.ndarray:
     return column
 
 
-def from_steps(rows, *, skip=0) -> Candidates:
+def from_steps(rows, *, skip=0, after_end=()) -> Candidates:
     """Candidates of one problem from (the surprisals of each step, the end-of-turn token's or None if it is cut off),
-    with the statistics and step statistics that the probe stores.
+    with the statistics and step statistics that the probe stores. `after_end` are the surprisals of what probe.span
+    adds after the end-of-turn token.
     """
     contents = [[s for step in steps for s in step] for steps, _ in rows]
-    surprisal = [content if end is None else [*content, end] for content, (_, end) in zip(contents, rows, strict=True)]
+    surprisal = [
+        content if end is None else [*content, end, *after_end]
+        for content, (_, end) in zip(contents, rows, strict=True)
+    ]
     ends = [-1 if end is None else len(content) for content, (_, end) in zip(contents, rows, strict=True)]
     starts = [np.cumsum([0, *map(len, steps[:-1])]).tolist() for steps, _ in rows]
     columns = zip(
@@ -337,6 +341,13 @@ def test_candidates_that_the_prompt_does_not_help_are_dropped():
         InstructionDifficulty(max=0)
 
 
+@given(rows=step_values, newline=surprisals)
+def test_instruction_difficulty_leaves_out_what_comes_after_the_end_of_turn(rows, newline):
+    alone = [[1.0, 2.0]] * len(rows)
+    content, authors = (with_content_alone(from_steps(rows, after_end=after), alone) for after in ((), (newline,)))
+    np.testing.assert_array_equal(InstructionDifficulty(max=None)(authors), InstructionDifficulty(max=None)(content))
+
+
 # --- what scores need
 
 
@@ -430,8 +441,10 @@ def test_a_function_is_imported_from_the_working_folder(tmp_path, monkeypatch):
         (".relative:score", "names no function"),
         ("no such module:score", "names no function"),
         ("no_such_module:score", "could not be imported .No module named 'no_such_module'.; is its folder"),
-        ("math:no_such_function", "could not be imported .module 'math' has no attribute 'no_such_function'"),
-        ("broken_rule:score", "could not be imported .*broken_rule.py, line 1"),
+        ("no_such_package.rules:score", "could not be imported .No module named 'no_such_package'.; is its folder"),
+        ("math.rules:score", "could not be imported .No module named 'math.rules'"),
+        ("math:no_such_function", "names no function: the module has no 'no_such_function'; set one that it defines"),
+        ("broken_rule:score", "could not be imported .*broken_rule.py, line 1..; correct that line"),
         ("math:pi", "is a float, not a function of the candidates"),
     ],
 )
@@ -441,3 +454,21 @@ def test_what_cannot_be_imported_is_an_error_that_names_the_setting(path, messag
     monkeypatch.setattr(sys, "path", sys.path.copy())
     with pytest.raises(ValueError, match=f"selector.score='{path}' {message}"):
         imported(path, "selector.score")
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("math.no_such_name", AttributeError, "module 'math' has no attribute 'no_such_name'"),
+        ("from math import no_such_name", ImportError, "cannot import name 'no_such_name'"),
+        ("import no_such_package", ModuleNotFoundError, "No module named 'no_such_package'"),
+        ("raise ValueError('my own')", ValueError, "^my own$"),
+    ],
+)
+def test_what_a_module_raises_while_it_is_imported_passes_through(line, error, message, tmp_path, monkeypatch):
+    (tmp_path / "raising_rule.py").write_text(f"import math\n{line}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    with pytest.raises(error, match=message) as raised:
+        imported("raising_rule:score", "selector.score")
+    assert raised.type is error

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lark_command import SMALL, Done, lark
@@ -71,6 +72,9 @@ def test_rules_that_need_no_student_get_none(seen: list, tmp_path: Path) -> None
     sweep(tmp_path, *SELECTION, "selector=longest", f"baseline={','.join(FREE)}")
     assert seen == []
     assert not (tmp_path / "cache" / "statistics").exists()
+    for job, rule in enumerate(FREE):  # every score under its rule's name, also beside a column of that name
+        columns = pq.read_table(next(tmp_path.glob(f"multiruns/*/{job}/statistics.parquet"))).column_names
+        assert {"longest", "teacher (score)" if rule == "teacher" else rule} <= set(columns)
 
 
 def test_each_further_pass_runs_once(tmp_path: Path) -> None:

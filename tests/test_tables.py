@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import math
 import re
 
 import pytest
 from summaries import accuracies, arm, run
 
 from lark.comparison import Comparison, compare
-from lark.tables import LEGEND, WIDTH, print_runs, texts
+from lark.tables import LEGEND, WIDTH, number, print_runs, texts
 
 SEEDS = (0, 1, 2)
 
@@ -138,6 +139,26 @@ def test_names_are_no_markup(capsys) -> None:
         assert name in out
 
 
+def test_what_rounds_to_0_has_no_minus(capsys) -> None:
+    """A hair less accurate, and its loss a hair below; of the interval's ends, too."""
+    values = [0.5] * 40
+    for hair, loss in ((1e-6, 2.0), (-1e-6, 1.9999)):
+        behind = arm("lark", "a", accuracies([value + hair for value in values]), held_out_loss=loss)
+        comparison = compare([run(selector=behind, baseline=arm("rsr", "b", accuracies(values)), task=t) for t in "uv"])
+        out = printed(capsys, comparison)
+        assert row(out, "lark - rsr")[1:6] == ["+0.000", "+0.000", "+0.0", "[+0.0,", "+0.0]"]
+        assert "-0.0" not in out + texts(comparison)["comparison.tex"]
+    assert [number(x, "{:.1f}") for x in (-0.04, -0.0, 0.04, -0.06, math.nan, None)] == [
+        "0.0",
+        "0.0",
+        "0.0",
+        "-0.1",
+        "",
+        "",
+    ]
+    assert [number(x, "{:+.1f}") for x in (-0.04, 0.04, -0.06)] == ["+0.0", "+0.0", "-0.1"]
+
+
 # ---- files
 
 
@@ -211,5 +232,20 @@ def test_latex_is_booktabs_with_every_character_escaped() -> None:
     assert " ".join(cells(first)[0].split()) == escaped
     assert cells(first)[4] == "+25.0 [+25.0, +25.0]"
     assert cells(first)[5] == r"\textless{}.001"
+    assert all(name in tabulars[1][1] for name in ("problems", "detectable")) and "trajectories" in tabulars[0][1]
     comments = [line for line in text.splitlines() if line.startswith("%")]
     assert comments == ["% a b · tiny: student", "% a b · tiny: selector - baseline"]
+
+
+@pytest.mark.parametrize("name", ["[1em] rule", "* rule", " [x]"])
+def test_latex_takes_no_label_for_an_argument_of_the_line_above(name: str) -> None:
+    selector = arm(name, "a", accuracies([0.5] * 40))
+    text = texts(compare([run(selector=selector, baseline=arm("rsr", "b", accuracies([0.5] * 40)))]))["comparison.tex"]
+    of_rule = [line for line in text.splitlines() if name in line]
+    assert len(of_rule) == 2
+    assert all(line.startswith("{}" + name) for line in of_rule)
+
+
+def test_a_set_s_hyphen_is_no_division_of_its_name() -> None:
+    text = texts(compare(sweep(sets=("pre-",))))["comparison.tex"]
+    assert "pre- avg@4" in text

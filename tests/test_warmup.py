@@ -7,7 +7,8 @@ import torch
 from lark.arms import train
 from lark.gradient_scores import GradMatch
 from lark.passes import GradientMatches
-from lark.warmup import EpochSaver, checkpoints, epoch_ends, warm_up_arm
+from lark.student import SFTModule
+from lark.warmup import EpochSaver, checkpoints, epoch_ends, warm_up_arm, warmed_up
 
 WANTED = GradientMatches(warmup_share=0.5, epochs=3, validation_problems=4)
 
@@ -84,8 +85,36 @@ def test_rates_are_the_means_over_the_epochs(warm_up):
     assert expected[0] > expected[1] > expected[2] > 0
 
 
+def test_killed_and_gone_on_it_keeps_the_same_checkpoints(warm_up, monkeypatch):
+    class KillError(Exception):
+        pass
+
+    whole = [torch.load(path, weights_only=True) for path, _ in checkpoints(warm_up()[2]())]
+    _, arm, trained = warm_up(cache="killed", recipe={"checkpoint_every": 3, "lr": 1e-3 + 1e-12})
+    step = SFTModule.training_step
+
+    def killing(self, batch, batch_idx):
+        if self.global_step == epoch_ends(arm)[1]:
+            raise KillError
+        step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTModule, "training_step", killing)
+        with pytest.raises(KillError):
+            trained()
+    assert not warmed_up(arm) and checkpoints(arm)[0][0].is_file()
+    parts = [torch.load(path, weights_only=True) for path, _ in checkpoints(trained())]
+    assert warmed_up(arm)
+    for a, b in zip(whole, parts, strict=True):
+        assert a["global_step"] == b["global_step"]
+        for name in a["state_dict"]:
+            torch.testing.assert_close(a["state_dict"][name], b["state_dict"][name], rtol=0, atol=1e-7)
+    checkpoints(arm)[1][0].unlink()
+    assert arm.trained and not warmed_up(arm), "without its checkpoints it is trained again"
+
+
 def test_the_rule_without_a_warm_up_says_who_trains_one(make_data):
     data = make_data(selector=GradMatch(validation_problems=4))
     data.prepare_data()
-    with pytest.raises(ValueError, match=r"gradient_matches needs a warm-up arm .*python -m lark\.run"):
+    with pytest.raises(ValueError, match=r"gradient_matches needs a warm-up arm, which python -m lark\.run"):
         data.score()

@@ -10,6 +10,7 @@ arm.json                          written last: its presence means the folder is
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +73,13 @@ def make_arm(
     """
     selection = data.selections.get(name)
     student = data.student
+    verdicts = hashlib.sha256(data.trajectories.correct[data.trajectories.is_held_out].tobytes()).hexdigest()
     identity: dict[str, Any] = {
         "student": student.identity() | {"lora": student.lora, "dtype": student.dtype, "attention": student.attention},
-        "chat": data.trajectories.chat.identity,
+        "chat": data.trajectories.chat.span_identity,
         "max_length": [data.task.max_length, data.task.overlong],
-        "held_out": [data.trajectories.fingerprint, data.task.held_out],
-        "sources": source_hash(f"lark.{module}" for module in _SOURCES),
+        "held_out": [data.trajectories.fingerprint, data.task.held_out, verdicts],
+        "sources": source_hash(f"lark.{module}" for module in (*_SOURCES, *(["warmup"] if kept else []))),
     }
     if selection is None:
         identity["evaluation"] = evaluation
@@ -102,9 +104,10 @@ def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Pa
     needs = data.rules[name].needs if name in data.rules else ()
     inputs = {
         "pool": data.trajectories.fingerprint,
-        "passes": {need.name: data.pass_folder(need).name for need in needs},
+        "asked": data.scorer.name,
+        "passes": {data.pass_folder(need).name: need.name for need in needs},
         "seed": data.seed,
-        "dropped_rows": data.trajectories.dropped,
+        "dropped_rows": data.dropped,
     }
     write_json(folder / "selection.json", {"inputs": inputs, **selection.record})
 
@@ -140,17 +143,17 @@ def train(
         log_every_n_steps=1,
     )
     resume = last if last.exists() else None
+    start = time.monotonic()
     if resume:
         say(f"{arm.name:<11} goes on from {resume}")
-    trainer.fit(module, datamodule=data.use(arm.name), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, datamodule=data.use(arm.name, arm.recipe), ckpt_path=resume, weights_only=True)
     assert trainer.global_step == steps, f"{trainer.global_step} of {steps} optimizer steps done"
     if module.curve and module.curve[-1]["step"] != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     if is_main():
         save_student(module.student_model, data.trajectories.chat, arm.checkpoint)
-        write_json(
-            arm.folder / "trained.json", {"name": arm.name, "steps": steps, "curve": module.curve, **_cost(arm, data)}
-        )
+        figures = {"steps": steps, "seconds": time.monotonic() - start, "curve": module.curve, **_cost(arm, data)}
+        write_json(arm.folder / "trained.json", {"name": arm.name, **figures})
         shutil.rmtree(arm.folder / "training", ignore_errors=True)
     barrier()
 

@@ -70,6 +70,12 @@ class Candidates:
             raise ValueError(f"the rule asks for {wanted} but does not name it in `needs`; add it there")
         return self.passes[wanted]
 
+    def as_baseline_for(self, like: "Selection") -> "Candidates":
+        """The same candidates, to be chosen from as that selection's baseline; what has been read is not read again."""
+        same = replace(self, like=like)
+        same.__dict__.update({name: getattr(self, name) for name in ("groups", "_columns")})
+        return same
+
     def where(self, keep_N: np.ndarray) -> "Candidates":
         """The candidates with keep_N true; what a filter leaves."""
         if keep_N.all():

@@ -77,13 +77,17 @@ class Chat:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a cache of tokens depends on besides the rows."""
+        """What a cache of tokens and steps depends on besides the rows."""
+        return {**self.span_identity, "step_splitter": self.step_splitter}
+
+    @property
+    def span_identity(self) -> dict[str, str]:
+        """What tokens and spans depend on; where steps begin is another matter."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
         return {
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
             "template": hashlib.sha256(self.template.encode()).hexdigest()[:16],
             "span": self.span,
-            "step_splitter": self.step_splitter,
         }
 
     def encode(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[Encoded]:

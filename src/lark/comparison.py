@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lark.inference import Interval, holm, paired_difference, sign_flip_p, smallest_detectable_difference
-from lark.labels import UNTRAINED, Figures, Summary, label_arms
+from lark.labels import Figures, Summary, label_arms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,7 @@ def compare(summaries: Sequence[Summary]) -> Comparison:
 
 def _group(task: str, model: str, runs: Sequence[Summary]) -> Group:
     labelled = label_arms(runs)
+    untrained = {labels["before"] for labels in labelled.runs}
     sets: dict[str, tuple[str, ...]] = {}
     pairs: dict[tuple[str, str], dict[str, str]] = {}
     for run, labels in zip(runs, labelled.runs, strict=True):
@@ -159,8 +160,8 @@ def _group(task: str, model: str, runs: Sequence[Summary]) -> Group:
         model=model,
         sets=sets,
         arms=tuple(
-            _pooled(label, labelled.arms[label])
-            for label in sorted(labelled.arms, key=lambda label: not label.startswith(UNTRAINED))
+            _pooled(label, labelled.arms[label], trained=label not in untrained)
+            for label in sorted(labelled.arms, key=lambda label: label not in untrained)
         ),
         differences=_adjusted(
             [
@@ -176,10 +177,10 @@ def _group(task: str, model: str, runs: Sequence[Summary]) -> Group:
 
 def _rates_differ(runs: Sequence[Summary]) -> bool:
     rates = [
-        (arm["lr"], run.get("settings", {}).get("sft.lr", arm["lr"]))
+        (arm["lr"], run["settings"].get("sft.lr", arm["lr"]))
         for run in runs
         for arm in run["arms"].values()
-        if arm.get("lr") is not None
+        if arm["lr"] is not None
     ]
     return len({rate for rate, _ in rates}) > 1 or any(rate != setting for rate, setting in rates)
 
@@ -203,7 +204,7 @@ def _mean(values: Iterable[float | None]) -> float:
     return float(np.mean(present)) if present else math.nan
 
 
-def _pooled(label: str, by_seed: Mapping[int, Figures]) -> PooledArm:
+def _pooled(label: str, by_seed: Mapping[int, Figures], *, trained: bool) -> PooledArm:
     arms = list(by_seed.values())
     metrics = {
         name: dict.fromkeys(metric for arm in arms for metric in arm["metrics"].get(name, {}))
@@ -213,17 +214,17 @@ def _pooled(label: str, by_seed: Mapping[int, Figures]) -> PooledArm:
     costs = ("forward_tokens", "backward_tokens", "seconds")
     return PooledArm(
         label=label,
-        trained=not label.startswith(UNTRAINED),
+        trained=trained,
         matched=all(arm["matched"] for arm in arms),
         seeds=tuple(sorted(by_seed)),
         **{key: _mean(arm[key] for arm in arms) for key in sizes},
         mean_loss=_mean(curve_mean(arm["curve"]) for arm in arms),
-        lr=tuple(sorted({arm["lr"] for arm in arms if arm.get("lr") is not None})),
+        lr=tuple(sorted({arm["lr"] for arm in arms if arm["lr"] is not None})),
         metrics={
             name: {metric: _mean(arm["metrics"].get(name, {}).get(metric) for arm in arms) for metric in of_set}
             for name, of_set in metrics.items()
         },
-        **{key: _mean(arm.get("cost", {}).get(key) for arm in arms) for key in costs},
+        **{key: _mean(arm["cost"][key] for arm in arms) for key in costs},
     )
 
 

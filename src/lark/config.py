@@ -102,13 +102,6 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"probe.model={scorer} is unknown; set it to null or one of {', '.join(options('model'))}")
     if isinstance(config.budget, bool) or not isinstance(config.budget, int) or config.budget < 1:
         raise ValueError(f"budget={config.budget} is no number of trajectories a problem; set it to 1 or more")
-    for group in ("selector", "baseline"):
-        skip = OmegaConf.select(config, f"{group}.score.skip")
-        if skip is not None and skip != config.probe.get("skip"):
-            raise ValueError(
-                f"{group}.score.skip={skip} is not what the statistics tell apart (probe.skip={config.probe.skip}); "
-                "set probe.skip instead, which it follows"
-            )
     for name, path in config.paths.items():
         if not isinstance(path, str) or not path:
             raise ValueError(f"paths.{name}={path} is no folder; set it to one you may write to")

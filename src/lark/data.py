@@ -1,5 +1,6 @@
 """TrajectoryDataModule: from the pool to batches. Scoring and selection happen in `setup("fit")`."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -34,8 +35,10 @@ from lark.passes import (
     ProjectedGradients,
     Statistics,
 )
+from lark.pool_scores import TeacherMatched
 from lark.probe import COST_COLUMNS, PassModule, Probe, ProbeModule, Work, measure, read_columns, read_statistics
-from lark.selection import Rule, Selection, select
+from lark.scores import DropFirst
+from lark.selection import Rule, Selection, select, speaking_of
 from lark.student import Recipe, Step
 from lark.tasks.files import Task
 from lark.trajectories import Say, Trajectories
@@ -53,8 +56,8 @@ MODULES: dict[type[Pass], type[PassModule]] = {
 }
 _SOURCES = ("chat", "models", "packing", "passes", "probe", "trajectories")
 
-WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[Path, float], ...]]
-"""Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates."""
+WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[Path, float], ...], dict[str, float]]]
+"""Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates, and what they cost."""
 
 
 class TrajectoryDataModule(LightningDataModule):
@@ -97,8 +100,29 @@ class TrajectoryDataModule(LightningDataModule):
         self.make_trainer, self.precision = make_trainer, precision
         self.selections: dict[str, Selection] = {}
         self.costs: dict[Pass, dict[str, Any]] = {}
-        self.arm = "selector"
+        self.arm, self.recipe_in_use = "selector", recipe
         self._pools: dict[str, Trajectories] = {}
+        self._check_rules()
+
+    def _check_rules(self) -> None:
+        """What a rule cannot know by itself. Raises ValueError."""
+        for name, rule in self.rules.items():
+            for score in (rule.score, getattr(rule.filter, "score", None)):
+                if isinstance(score, DropFirst) and score.skip != self.probe.skip:
+                    raise ValueError(
+                        f"{name}: skip={score.skip} of DropFirst is not what the statistics tell apart, "
+                        f"probe.skip={self.probe.skip}; set both to the same"
+                    )
+        if isinstance(self.rules["selector"].score, TeacherMatched):
+            raise ValueError(
+                f"selector={self.rules['selector'].name} copies the teachers of a selector's choice and is none; set "
+                "baseline=teacher_matched_random and another selector"
+            )
+        if self.scorer is not self.student and any(isinstance(need, GradientMatches) for need in self.needs):
+            raise ValueError(
+                f"probe.model={self.probe.model} asks another student, but a rule needs a warm-up arm of the student "
+                "that is trained; set probe.model=null or choose another rule"
+            )
 
     @property
     def trajectories(self) -> Trajectories:
@@ -113,12 +137,17 @@ class TrajectoryDataModule(LightningDataModule):
     def _pool(self, name: str, student: Student) -> Trajectories:
         if name not in self._pools:
             chat = student.load_chat(span=self.probe.span, step_splitter=self.probe.step_splitter)
-            self._pools[name] = Trajectories(self.task, chat, cache=self.cache, say=self.say)
+            say = self.say if student is self.student else lambda text: None  # it is the same pool
+            self._pools[name] = Trajectories(self.task, chat, cache=self.cache, say=say)
         return self._pools[name]
 
     def prepare_data(self) -> None:
         assert self.trajectories
-        assert self.scored_trajectories
+        if self.scorer is not self.student:
+            self.say(
+                f"asked       {self.scorer.name}, whose choice {self.student.name} gets; "
+                f"{self.dropped['overlong_for_scorer']:,} further rows are too long for it"
+            )
 
     @property
     def dtype(self) -> str:
@@ -130,6 +159,12 @@ class TrajectoryDataModule(LightningDataModule):
         """Rows of the pool that rules choose from."""
         rows = self.trajectories.scored
         return rows[self.scored_trajectories.fits[rows]]  # in another student's tokens a row may be too long
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows of the pool that are not chosen from, by reason."""
+        overlong = len(self.trajectories.scored) - len(self.scored)
+        return {**self.trajectories.dropped, "overlong_for_scorer": overlong}
 
     def _work(self, warmup: tuple[tuple[Path, float], ...] = ()) -> Work:
         return Work(
@@ -144,17 +179,19 @@ class TrajectoryDataModule(LightningDataModule):
     def pass_identity(self, wanted: Pass) -> dict[str, Any]:
         """All that a pass's columns depend on."""
         module, device = MODULES[type(wanted)], self.make_trainer("").strategy.root_device
-        rows = self.trajectories.identity if self.scorer is not self.student else {}
-        return {
+        identity = {
             "student": self.scorer.identity(),
             "dtype": str(self.scorer.resolve_dtype(device)),
             "attention": self.scorer.attention,
             **self.scored_trajectories.identity,
             **module.identity(wanted, self._work()),
             "sources": source_hash([*_SOURCES, *module.SOURCES]),
-            **({"rows": rows} if rows else {}),
-            **({"warm_up": [self.recipe.identity(), self.precision]} if isinstance(wanted, GradientMatches) else {}),
         }
+        if not np.array_equal(self.scored, self.scored_trajectories.scored):  # the trained student drops rows too
+            identity["rows"] = hashlib.sha256(self.scored.tobytes()).hexdigest()
+        if isinstance(wanted, GradientMatches):
+            identity["warm_up"] = [self.recipe.for_epochs(wanted.epochs).identity(), self.precision]
+        return identity
 
     def pass_folder(self, wanted: Pass) -> Path:
         return self.cache / "statistics" / identity_hash(self.pass_identity(wanted))
@@ -182,18 +219,15 @@ class TrajectoryDataModule(LightningDataModule):
         if cached:
             self.say(f"{label:<11} cache hit ({folder.name})")
         else:
-            warmup: tuple[tuple[Path, float], ...] = ()
+            warmup, before = (), {}
             if isinstance(wanted, GradientMatches):
-                if self.warm_up is None or self.scorer is not self.student:
-                    raise ValueError(
-                        f"{wanted.name} needs a warm-up arm of the student that is asked, which python -m lark.run "
-                        "trains with probe.model=null; use that"
-                    )
-                warmup = self.warm_up(self, wanted)
+                if self.warm_up is None:
+                    raise ValueError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
+                warmup, before = self.warm_up(self, wanted)
             work = self._work(warmup)
             module = MODULES[type(wanted)](wanted=wanted, work=work, folder=folder)
             self.say(f"{label:<11} cache miss ({folder.name}): scoring {len(work.rows):,} trajectories")
-            measure(self.make_trainer(label), module, self.pass_identity(wanted))
+            measure(self.make_trainer(label), module, self.pass_identity(wanted), before=before)
         self.costs[wanted] = read_json(folder / "manifest.json")
 
     def cost_of(self, rule: Rule) -> dict[str, float]:
@@ -230,35 +264,36 @@ class TrajectoryDataModule(LightningDataModule):
             return
         like = None
         for name, rule in self.rules.items():
-            self.selections[name] = select(
-                rule,
-                self.candidates,
-                seed=self.seed,
-                like=like,
-                match=self.match,
-                trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
-            )
+            with speaking_of(name):
+                self.selections[name] = select(
+                    rule,
+                    self.candidates,
+                    seed=self.seed,
+                    like=like,
+                    match=self.match,
+                    trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
+                )
             like = self.selections["selector"]
 
-    def use(self, arm: str) -> "TrajectoryDataModule":
-        """Draw training batches from `arm`'s selection ("selector" or "baseline")."""
+    def use(self, arm: str, recipe: Recipe | None = None) -> "TrajectoryDataModule":
+        """Draw training batches from `arm`'s selection ("selector" or "baseline"), by its recipe if it has its own."""
         assert arm in self.selections or not self.selections
-        self.arm = arm
+        self.arm, self.recipe_in_use = arm, recipe or self.recipe
         return self
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
-        if self.recipe.batch_size < trainer.world_size:
+        if self.recipe_in_use.batch_size < trainer.world_size:
             raise ValueError(
-                f"sft.batch_size={self.recipe.batch_size} gives {trainer.world_size} ranks nothing to do each step; "
-                "set it to at least the number of devices"
+                f"sft.batch_size={self.recipe_in_use.batch_size} gives {trainer.world_size} ranks nothing to do each "
+                "step; set it to at least the number of devices"
             )
         return DataLoader(_Steps(self, trainer), batch_size=None)
 
     def step(self, number: int, *, rank: int = 0, world: int = 1) -> Step:
         """Optimizer step `number` as this rank computes it: a pure function of its arguments and the seed."""
-        recipe, selection = self.recipe, self.selections[self.arm]
+        recipe, selection = self.recipe_in_use, self.selections[self.arm]
         weights = selection.weight if recipe.weighted else np.ones(len(selection.row))
         batch = step_rows(len(selection.row), recipe.batch_size, seed=self.seed, step=number)
         lengths = self.trajectories.length[selection.row]
@@ -275,7 +310,7 @@ class TrajectoryDataModule(LightningDataModule):
         return self._laid_out(rows, coefficient_R[None], budget=recipe.micro_batch_tokens)
 
     def _laid_out(self, rows: np.ndarray, coefficient_CR: np.ndarray, *, budget: int) -> Step:
-        packed = self.recipe.layout == "packed"
+        packed = self.recipe_in_use.layout == "packed"
         cuts = micro_batches(self.trajectories.length[rows], budget=budget, packed=packed)
         micro = [collate(self.trajectories.encoded(rows[cut]), rows[cut].tolist(), packed=packed) for cut in cuts]
         pool = self.trajectories

@@ -31,17 +31,20 @@ def write_statistics(
         "teacher": candidates["teacher"],
         **candidates.statistics,
     }
+    scores: dict[str, np.ndarray] = {}
     for name, selection in selections.items():
         title = rules[name].name
-        if title in columns and not np.array_equal(columns[title], selection.score_N, equal_nan=True):
+        if title in scores and not np.array_equal(scores[title], selection.score_N, equal_nan=True):
             title += f" ({name})"  # two rules of one name, such as two of the user's own
-        columns[title] = selection.score_N
+        scores[title] = selection.score_N
+    columns |= {f"{title} (score)" if title in columns else title: score_N for title, score_N in scores.items()}
     with replacing(path) as temporary:
         pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), temporary)
 
 
-def describe_selections(selections: Mapping[str, Selection], rules: Mapping[str, Rule]) -> Iterator[str]:
+def describe_selections(data: TrajectoryDataModule) -> Iterator[str]:
     """A line a selection, and a warning if they are the same."""
+    selections = data.selections
     for name, selection in selections.items():
         record, counts = selection.record, selection.record["counts"]
         teachers = ", ".join(f"{teacher} {share:.0%}" for teacher, share in list(record["teacher_share"].items())[:4])
@@ -52,16 +55,23 @@ def describe_selections(selections: Mapping[str, Selection], rules: Mapping[str,
         zero = record["policy"].get("zero_weight_in_top_b", 0)
         against = record["policy"].get("tokens_minus_selector", 0)
         yield (
-            f"{name:<11} {rules[name].name}: {counts['chosen']:,} of {counts['candidates']:,} trajectories, "
+            f"{name:<11} {data.rules[name].name}: {counts['chosen']:,} of {counts['candidates']:,} trajectories, "
             f"{record['tokens']:,} tokens, effective size {record['effective_sample_size']:,.0f}; "
             f"teachers {teachers}"
             + (f"; score within problems against {confounds}" if confounds else "")
+            + "".join(f"; {decided} {', '.join(map(str, value))}" for decided, value in record["decisions"].items())
             + (f"; {left_out}" if left_out else "")
             + (f"; {zero:,} of weight 0 left out" if zero else "")
             + (f"; {against:+,} tokens against the selector" if against else "")
+            + (f"; choosing cost {_cost(data.cost_of(data.rules[name]))}" if data.rules[name].needs else "")
         )
     if len(selections) == 2 and _same(*selections.values()):
         yield "warning     selector and baseline chose the same rows with the same weights: no difference is possible"
+
+
+def _cost(cost: Mapping[str, float]) -> str:
+    backward = f", {cost['backward_tokens']:,.0f} backward" if cost["backward_tokens"] else ""
+    return f"{cost['forward_tokens']:,.0f} tokens forward{backward}, {cost['seconds']:,.1f} s"
 
 
 def _same(a: Selection, b: Selection) -> bool:

@@ -1,9 +1,10 @@
 """One run, from a composed configuration to its table: score, select, train and evaluate the arms, compare."""
 
+import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,13 @@ from lark.evaluate import read_problems
 from lark.passes import GradientMatches, Statistics
 from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_size
 from lark.report import print_comparison
-from lark.selection import Rule
+from lark.selection import Rule, speaking_of
+from lark.student import DivergedError
 from lark.summary import read_figures, summarise_run
+from lark.tracking import log_arm
 from lark.trainer import trainer_of
 from lark.verify import Checker
-from lark.warmup import EpochSaver, checkpoints, warm_up_arm
+from lark.warmup import EpochSaver, checkpoints, training_cost, warm_up_arm, warmed_up
 
 
 def run(config: DictConfig, folder: Path, *, group: str) -> float:
@@ -47,7 +50,8 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
             "sampling": "evaluation.batch_size",
         }
         shown = ", ".join(f"{OmegaConf.select(config, key)} {key} ({what})" for what, key in cuts.items())
-        raise ValueError(f"the device ran out of memory; lower the one at work of {shown}") from error
+        gradients = "; for a rule that takes gradients set its score.parameters=last:<layers> or score.dimensions"
+        raise ValueError(f"the device ran out of memory; lower the one at work of {shown}{gradients}") from error
     finally:
         leave_ranks()
 
@@ -65,7 +69,9 @@ class _Run:
         config = OmegaConf.create(_plain(config))  # every interpolation resolved
         self.config, self.folder, self.logs, self.group = config, folder, logs, group
         seed_everything(config.seed, verbose=False)
-        parts = {name: build(config[name]) for name in ("task", "model", "selector", "baseline")}
+        parts = {name: build(config[name]) for name in ("task", "model", "selector")}
+        with speaking_of("baseline"):
+            baseline = build(config.baseline)
         probe = build(config.probe)
         self.recipe = build(config.sft)
         self.sampling = build(config.evaluation)
@@ -76,7 +82,7 @@ class _Run:
             student=parts["model"],
             scorer=model_option(probe.model) if probe.model is not None else None,
             selector=parts["selector"],
-            baseline=parts["baseline"] if isinstance(parts["baseline"], Rule) else None,
+            baseline=baseline if isinstance(baseline, Rule) else None,
             recipe=self.recipe,
             probe=probe,
             seed=config.seed,
@@ -110,11 +116,8 @@ class _Run:
         self.data.prepare_data()
         for column in {name for rule in self.rules.values() for name in rule.columns}:
             self.data.trajectories.column(column, self.data.scored[:1])  # is it there? Before anything is computed
-        if self.recipe.lr_sweep and not self.data.trajectories.is_held_out.any():
-            raise ValueError(
-                f"sft.lr_sweep={list(self.recipe.lr_sweep)} chooses by held-out loss, but task.held_out="
-                f"{self.data.task.held_out} holds nothing out; raise it, or set sft.lr_sweep=null"
-            )
+        if self.recipe.lr_sweep and self.config.stop_after in (None, "training"):
+            self._check_held_out()
         self.problems = {  # likewise: their faults are cheap to find now
             name: read_problems(path, limit=self.data.task.eval_limit)
             for name, path in self.data.trajectories.evaluation_files.items()
@@ -128,7 +131,7 @@ class _Run:
             return self._stop(f"statistics  {self.folder / 'statistics.parquet'}")
         self.data.select()
         self._keep_statistics()
-        for line in describe_selections(self.data.selections, self.rules):
+        for line in describe_selections(self.data):
             say(line)
         if self.config.stop_after == "selection":
             for name in self.rules if is_main() else ():
@@ -137,50 +140,57 @@ class _Run:
             return self._stop(f"selection   {self.folder / 'selector' / 'selection.jsonl'}")
         return self._arms()
 
+    def _check_held_out(self) -> None:
+        """A sweep of learning rates chooses by held-out loss."""
+        if len(self.data.held_out_coefficients()[0]) == 0:
+            raise ValueError(
+                f"sft.lr_sweep={list(self.recipe.lr_sweep or ())} chooses by held-out loss, but task.held_out="
+                f"{self.data.task.held_out} holds nothing out; raise it, or set sft.lr_sweep=null"
+            )
+
     def _score(self) -> None:
         """The passes that the rules need, each under its lock; ranks obey the plan on which of them run."""
         for wanted in self.data.needs:
             folder = self.data.pass_folder(wanted)
-            with ExitStack() as held:
-                if is_main() and not complete(folder):
-                    held.enter_context(lock(folder))
-                key = f"{wanted.name} {folder.name}"
-                self.plan.share(**{key: "reuse" if complete(folder) else "run"})
-                self.data.run_pass(wanted, cached=self.plan[key] == "reuse")
+            with self._claim(wanted.name, folder, partial(complete, folder)) as to_do:
+                self.data.run_pass(wanted, cached=not to_do)
         self._keep_statistics()
 
-    def _warm_up(self, data: TrajectoryDataModule, wanted: GradientMatches) -> tuple[tuple[Path, float], ...]:
-        """The checkpoints of a warm-up arm, which is trained if no other job has done so."""
+    @contextmanager
+    def _claim(self, name: str, folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
+        """Whether a piece of work is to be done, which rank 0 finds and the others obey; if so, rank 0 holds the
+        folder's lock until the block ends.
+        """
+        with ExitStack() as held:
+            if is_main() and not done():
+                held.enter_context(lock(folder))
+            key = f"{name} {folder.name}"
+            self.plan.share(**{key: "reuse" if is_main() and done() else "do"})
+            yield self.plan[key] == "do"
+
+    def _warm_up(
+        self, data: TrajectoryDataModule, wanted: GradientMatches
+    ) -> tuple[tuple[tuple[Path, float], ...], dict[str, float]]:
+        """The checkpoints of a warm-up arm and their cost; it is trained if no other job has done so."""
         arm = warm_up_arm(data, wanted, precision=self.precision, arms=self.logs / "arms")
         assert arm.selection is not None
         steps = arm.recipe.steps_for(len(arm.selection.row))
-        with ExitStack() as held:
-            if is_main() and not arm.trained:
-                held.enter_context(lock(arm.folder))
-            key = f"{arm.name} {arm.folder.name}"
-            self.plan.share(**{key: "reuse" if arm.trained else "train"})
+        with self._claim(arm.name, arm.folder, partial(warmed_up, arm)) as to_do:
             say(
-                f"warm-up     {self.plan[key]} {arm.folder}: {len(arm.selection.row):,} trajectories, "
+                f"warm-up     {'train' if to_do else 'reuse'} {arm.folder}: {len(arm.selection.row):,} trajectories, "
                 f"{wanted.epochs} epochs, {steps} optimizer steps"
             )
-            if self.plan[key] == "train":
-                train(
-                    arm,
-                    data,
-                    steps=steps,
-                    make_trainer=partial(self.trainer, progress="warm-up"),
-                    logger=None,
-                    say=say,
-                    callbacks=[EpochSaver(arm)],
-                )
+            if to_do:
+                make_trainer = partial(self.trainer, progress="warm-up")
+                saver = EpochSaver(arm)
+                train(arm, data, steps=steps, make_trainer=make_trainer, logger=None, say=say, callbacks=[saver])
         del data.selections[arm.name]
         data.use("selector")
-        return checkpoints(arm)
+        return checkpoints(arm), training_cost(arm, data) if is_main() else {}
 
     def _arms(self) -> float:
         steps = self.recipe.steps_for(len(self.data.selections["selector"].row))
-        problems = self.problems
-        identity = evaluation_identity(self.data, problems, self.sampling)
+        identity = evaluation_identity(self.data, self.problems, self.sampling)
         make = partial(
             make_arm,
             data=self.data,
@@ -193,6 +203,7 @@ class _Run:
         before = make("before", "before", recipe=self.recipe)
         training_only = self.config.stop_after == "training"
         everything = arms if training_only else [before, *arms]
+        everything.sort(key=lambda arm: arm.name == "baseline")  # last: what other jobs may wait for comes first
         with ExitStack() as held, Checker(self.data.task.checker, pattern=self.data.task.pattern) as checker:
             locks = self._locked(everything, identity, training_only, held)
             actions: dict[str, str] = {}
@@ -203,39 +214,43 @@ class _Run:
             for arm in everything:
                 say(f"arm         {arm.name} ({arm.rule}): {self.plan['arms'][arm.name]['action']} {arm.folder}")
             say(describe_recipe(self.data, steps, self.precision))
-            for arm in sorted(everything, key=lambda arm: arm.name == "baseline"):  # what other jobs may wait for first
-                self._finish(arm, self.plan["arms"][arm.name]["action"], steps, problems, checker)
+            for arm in everything:
+                self._finish(arm, self.plan["arms"][arm.name]["action"], steps, self.problems, checker)
                 if release := locks.get(arm.name):
                     release.close()
         barrier()
         if not is_main():
             return float("nan")
-        return self._report(everything, problems, training_only)
+        everything.sort(key=lambda arm: ("before", "baseline", "selector").index(arm.name))
+        return self._report(everything, training_only)
 
     def _best_rate(self, name: str, make: Callable[..., Arm], steps: int) -> Arm:
         """The arm of one rule; with sft.lr_sweep the one of its rates that ends with the lowest held-out loss."""
         rule, rates = self.rules[name].name, self.recipe.lr_sweep
         if rates is None:
             return make(name, rule, recipe=self.recipe)
-        tries = {rate: make(name, rule, recipe=replace(self.recipe, lr=rate)) for rate in rates}
-        for rate, arm in tries.items():
-            key = f"{name} lr {rate:g}"
-            with ExitStack() as held:
-                if is_main() and not arm.trained:
-                    held.enter_context(lock(arm.folder))
-                self.plan.share(**{key: "reuse" if arm.trained else "train"})
-                if self.plan[key] == "train":
-                    self._finish(arm, "train", steps, None, None)
-        losses = {rate: self._final_loss(arm) for rate, arm in tries.items()} if is_main() else {}
-        self.plan.share(**{f"{name} lr": min(losses, key=lambda rate: losses[rate], default=None)})
-        best = self.plan[f"{name} lr"]
-        shown = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in losses.items())
-        say(f"rate        {name} ({rule}): {best:g} of held-out losses {shown}")
-        return tries[best]
+        tries = [make(name, rule, recipe=replace(self.recipe, lr=rate)) for rate in rates]
+        for arm in tries:
+            with self._claim(f"{name} lr {arm.recipe.lr:g}", arm.folder, partial(_tried, arm)) as to_do:
+                if to_do:
+                    self._try(arm, steps)
+        losses = [_final_loss(arm) for arm in tries] if is_main() else []
+        self.plan.share(**{f"{name} lr": losses.index(min(losses)) if losses else None})
+        best = tries[self.plan[f"{name} lr"]]
+        shown = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in zip(rates, losses, strict=False))
+        say(f"rate        {name} ({rule}): {best.recipe.lr:g} of held-out losses {shown}")
+        if not best.trained:
+            raise ValueError(f"sft.lr_sweep={list(rates)}: training diverged at every rate; set lower ones")
+        return best
 
-    @staticmethod
-    def _final_loss(arm: Arm) -> float:
-        return read_json(arm.folder / "trained.json")["curve"][-1]["held_out/loss"]
+    def _try(self, arm: Arm, steps: int) -> None:
+        """Train an arm of which only the held-out loss may count; a rate that diverges is remembered."""
+        try:
+            self._finish(arm, "train", steps, None, None)
+        except DivergedError as error:
+            say(f"rate        {arm.name} ({arm.rule}): {arm.recipe.lr:g} diverged ({error})")
+            if is_main():
+                write_json(arm.folder / "diverged.json", {"error": str(error)})
 
     def _locked(
         self, arms: list[Arm], identity: dict[str, Any], training_only: bool, held: ExitStack
@@ -301,10 +316,8 @@ class _Run:
                     world=world,
                 )
             if logger is not None:
-                _log_arm(logger, arm, reused=action == "reuse")
-                if arm.name in self.rules:
-                    cost = self.data.cost_of(self.rules[arm.name])
-                    logger.log_metrics({f"cost/{name}": value for name, value in cost.items()})
+                cost = self.data.cost_of(self.rules[arm.name]) if arm.name in self.rules else {}
+                log_arm(logger, arm, cost=cost, reused=action == "reuse")
                 self.tracker.keep(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("*.jsonl")))
                 if (
                     self.config.stop_after != "training" and problems is not None
@@ -325,7 +338,7 @@ class _Run:
         say(text)
         return float("nan")
 
-    def _report(self, arms: list[Arm], problems: dict[str, Any], training_only: bool) -> float:
+    def _report(self, arms: list[Arm], training_only: bool) -> float:
         for arm in arms:
             link = self._free(self.folder / arm.name)
             link.symlink_to(os.path.relpath(arm.folder, self.folder), target_is_directory=True)
@@ -363,24 +376,22 @@ class _Run:
         self.tracker.finish()
 
 
+def _tried(arm: Arm) -> bool:
+    return arm.trained or complete(arm.folder, "diverged.json")
+
+
+def _final_loss(arm: Arm) -> float:
+    """Held-out loss at the end (nats/token), infinite if training diverged."""
+    loss = read_json(arm.folder / "trained.json")["curve"][-1]["held_out/loss"] if arm.trained else None
+    return math.inf if loss is None else loss
+
+
 def _action(arm: Arm, identity: dict[str, Any], training_only: bool) -> str:
     if not arm.trained:
         return "train"
     if not training_only and not evaluated(arm, identity):
         return "evaluate"
     return "reuse"
-
-
-def _log_arm(logger: Any, arm: Arm, *, reused: bool) -> None:
-    """Final figures; a reused arm's held-out curve too, since this group has not seen it."""
-    if reused and arm.selection is not None:
-        for point in read_json(arm.folder / "trained.json")["curve"]:
-            logger.log_metrics({k: v for k, v in point.items() if k != "step"}, step=int(point["step"]))
-    path = arm.folder / "metrics.json"
-    if path.exists():
-        for name, metrics in read_json(path)["sets"].items():
-            logger.log_metrics({f"evaluation/{name}/{key}": value for key, value in metrics.items()})
-    logger.save()
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

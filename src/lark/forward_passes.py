@@ -15,8 +15,8 @@ import torch
 from lark.chat import Encoded
 from lark.models import head_of, hidden_states
 from lark.packing import MicroBatch, collate, micro_batches
-from lark.passes import LocalWindows
-from lark.probe import PassModule
+from lark.passes import LocalWindows, Pass
+from lark.probe import PassModule, Work
 from lark.stats import step_sums, token_statistics
 
 
@@ -29,6 +29,10 @@ class LocalWindowsModule(PassModule):
     """
 
     SOURCES = ("forward_passes", "stats")
+
+    @classmethod
+    def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
+        return wanted.identity() | {"step_splitter": work.probe.step_splitter}
 
     def batch(self, rows: np.ndarray) -> Any:
         return rows, self.work.pool.encoded(rows)

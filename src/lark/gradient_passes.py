@@ -3,7 +3,8 @@
 Dropout is off, layers that recompute their activations to save memory do so, and gradients are taken one trajectory at
 a time. Units are whole problems where a row's columns depend on the problem's other rows.
 
-Shapes: K candidates of one problem, d parameters, J sub-tasks, k dimensions of a projection, or d without one.
+Shapes: K candidates of one problem, M trajectories whose gradients are held together, d parameters, J sub-tasks, k
+dimensions of a projection, or d without one.
 """
 
 import hashlib
@@ -42,9 +43,7 @@ BUFFER_BYTES = 2**30  # of gradients that wait to be projected together
 
 def problem_units(pool: Trajectories, rows: np.ndarray) -> list[np.ndarray]:
     """`rows` by problem, the one with most tokens first."""
-    groups = Groups.from_ids(pool.problem_id[rows])
-    order = np.argsort(groups.index_N, kind="stable")
-    units = np.split(rows[order], np.cumsum(groups.size)[:-1])
+    units = [rows[of_problem] for of_problem in Groups.from_ids(pool.problem_id[rows]).split()]
     return sorted(units, key=lambda unit: -int(pool.length[unit].sum()))
 
 
@@ -221,9 +220,11 @@ class GradientMatchesModule(GradientModule):
     """Every rank adds up the validation examples' unit gradients of every checkpoint by itself, before its first unit.
 
     An example of the candidate's own problem is taken out again: its gradient is computed with the problem's others.
-    Memory: on the host (3 d + J k) floats a checkpoint, on the device the weights and three times the float32 gradients
-    of one problem's candidates. A gradient of norm 0 has cosine 0 with all others. Where all validation examples are of
-    the candidate's own problem there is no match (NaN).
+    Memory: on the host (3 d + J k) floats a checkpoint; on the device, besides the weights and 2 d floats of moments,
+    a few blocks of gradients (each BUFFER_BYTES, or 4 d bytes where one gradient is more) and the (K + J) k floats of
+    what is compared. With `dimensions` k is small; without, k = d, and a problem's K directions are there together.
+    A gradient of norm 0 has cosine 0 with all others. Where all validation examples are of the candidate's own problem
+    there is no match (NaN).
     """
 
     SOURCES = (*GradientModule.SOURCES, "arms", "data", "packing", "student", "warmup")
@@ -264,14 +265,11 @@ class GradientMatchesModule(GradientModule):
             self.checkpoints = [self._read(path, rate) for path, rate in self.work.warmup]
             tokens = len(self.checkpoints) * int(self.work.pool.length[self.examples].sum())
             before = {"forward_tokens": tokens, "backward_tokens": tokens}
-        rows = [micro.rows[0] for micro in batch]
-        own = [i for i, row in enumerate(rows) if row in self.task_of]
-        own_J = torch.tensor([self.task_of[rows[i]] for i in own], dtype=torch.int64)
-        count_J = self.count_J - torch.bincount(own_J, minlength=len(self.count_J))
+        own = [self.task_of[micro.rows[0]] for micro in batch if micro.rows[0] in self.task_of]
+        count_J = self.count_J - torch.bincount(torch.tensor(own, dtype=torch.int64), minlength=len(self.count_J))
         match_KJ = torch.zeros(len(batch), len(count_J), dtype=torch.float64)
         for checkpoint in self.checkpoints:
-            target_KJ = self._cosine_sums(checkpoint, batch, own, own_J)
-            match_KJ += checkpoint.rate * target_KJ / count_J
+            match_KJ += checkpoint.rate * self._cosine_sums(checkpoint, batch) / count_J
         match_K = match_KJ.masked_fill(count_J == 0, -torch.inf).amax(1)
         count = len(self.checkpoints)
         measured = [
@@ -282,17 +280,29 @@ class GradientMatchesModule(GradientModule):
             measured[0][name] += value
         return measured
 
-    def _cosine_sums(
-        self, checkpoint: Checkpoint, batch: Sequence[MicroBatch], own: list[int], own_J: Tensor
-    ) -> Tensor:
+    def _cosine_sums(self, checkpoint: Checkpoint, batch: Sequence[MicroBatch]) -> Tensor:
         """Each candidate's sum of cosines with a sub-task's examples of other problems, float64 [K, J]."""
         self._set_weights(checkpoint.weights)
-        gradient_Kd = flat_gradients(self.student_model, batch, self.chosen())
-        example_k = self._unit(gradient_Kd[own])
-        moments = (checkpoint.first_d.to(self.device), checkpoint.second_d.to(self.device))
-        direction_Kk = self._unit(adam_direction(gradient_Kd, *moments, betas=checkpoint.betas, eps=checkpoint.eps))
-        sum_KJ = inner_products(direction_Kk, checkpoint.target_Jk.to(self.device))
-        return sum_KJ.index_add_(1, own_J, inner_products(direction_Kk, example_k), alpha=-1)
+        first_d, second_d = checkpoint.first_d.to(self.device), checkpoint.second_d.to(self.device)
+        others_Jk = checkpoint.target_Jk.to(self.device, copy=True)
+        direction_Kk = others_Jk.new_empty(len(batch), others_Jk.shape[1])
+        together = _rows_together(self.chosen())
+        for i in range(0, len(batch), together):
+            block = batch[i : i + together]
+            gradient_Md = flat_gradients(self.student_model, block, self.chosen())
+            self._add_units(others_Jk, block, gradient_Md, sign=-1)
+            gradient_Md = adam_direction(gradient_Md, first_d, second_d, betas=checkpoint.betas, eps=checkpoint.eps)
+            direction_Kk[i : i + together] = self._unit(gradient_Md)
+        return inner_products(direction_Kk, others_Jk)
+
+    def _add_units(self, sum_Jk: Tensor, block: Sequence[MicroBatch], gradient_Md: Tensor, *, sign: int) -> None:
+        """Adds the unit gradients of those of the trajectories that are examples to their sub-tasks' sums, or takes
+        them away.
+        """
+        examples = [i for i, micro in enumerate(block) if micro.rows[0] in self.task_of]
+        if examples:
+            task = torch.tensor([self.task_of[block[i].rows[0]] for i in examples], device=sum_Jk.device)
+            sum_Jk.index_add_(0, task, self._unit(gradient_Md[examples]), alpha=sign)
 
     def _unit(self, gradient_Md: Tensor) -> Tensor:
         """The gradients, projected if they are to be, over their norms."""
@@ -327,14 +337,10 @@ class GradientMatchesModule(GradientModule):
 
     def _targets(self) -> Tensor:
         """The sums of the examples' unit gradients at the present weights, by sub-task, float32 [J, k]."""
-        together, target_Jk = _rows_together(self.chosen()), None
+        chosen, together = self.chosen(), _rows_together(self.chosen())
+        size = self.matching.dimensions or sum(p.numel() for _, p in chosen)
+        target_Jk = torch.zeros(len(self.count_J), size, device=self.device)
         for i in range(0, len(self.examples), together):
-            rows = self.examples[i : i + together]
-            batch = [micro.to(self.device) for micro in self.batch(rows)]
-            unit_Mk = self._unit(flat_gradients(self.student_model, batch, self.chosen()))
-            if target_Jk is None:
-                target_Jk = unit_Mk.new_zeros(len(self.count_J), unit_Mk.shape[1])
-            task_M = torch.tensor([self.task_of[row] for row in rows.tolist()], device=unit_Mk.device)
-            target_Jk.index_add_(0, task_M, unit_Mk)
-        assert target_Jk is not None
+            block = [micro.to(self.device) for micro in self.batch(self.examples[i : i + together])]
+            self._add_units(target_Jk, block, flat_gradients(self.student_model, block, chosen), sign=1)
         return target_Jk.cpu()

@@ -6,13 +6,13 @@ sums over the valid candidates of one problem.
 Shapes: N candidates, K valid candidates of one problem, k dimensions of a projection.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from lark.candidates import Candidates
-from lark.groups import Groups, unit_hash
+from lark.groups import unit_hash
 from lark.passes import (
     GradientMatches,
     Gradients,
@@ -82,7 +82,7 @@ class LarkHead:
 
 def _gram_gain(candidates: Candidates, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     loss_N, gain_N = candidates["loss"], np.full(len(candidates), np.nan)
-    for rows in _by_group(candidates.groups):
+    for rows in candidates.groups.split():
         gram_KK = _gram(candidates.row_N[rows], columns["gram"][rows], columns["gram_rows"][rows])
         valid_K = (loss_N[rows] > 0) & np.isfinite(loss_N[rows]) & np.isfinite(gram_KK.diagonal())
         rows, gram_KK = rows[valid_K], gram_KK[valid_K][:, valid_K]
@@ -98,11 +98,6 @@ def _gram(row_K: np.ndarray, gram: np.ndarray, gram_rows: np.ndarray) -> np.ndar
     assert all(np.array_equal(rows, gram_rows[0]) for rows in gram_rows)
     place = {row: i for i, row in enumerate(gram_rows[0].tolist())}
     return np.stack(list(gram))[:, [place[row] for row in row_K.tolist()]]
-
-
-def _by_group(groups: Groups) -> Iterator[np.ndarray]:
-    """The rows of each group."""
-    yield from np.split(np.argsort(groups.index_N, kind="stable"), np.cumsum(groups.size)[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +130,10 @@ class LossDrop:
 class GradNorm:
     """-||grad L||: the smallest gradient first (arXiv 2601.14249, B.4).
 
-    dimensions: null takes the norm itself; a number that of a random projection, seeded by `projection_seed`, which
-    needs no memory for a whole problem's gradients. parameters: trained | all | last:<n>.
+    dimensions: null takes the norm itself, from the pass that `LarkExact` shares, which holds the float32 gradients of
+    a problem's candidates together (4 K d bytes for d parameters). Where that is too much memory, set a number, such as
+    512: the norm of a random projection, seeded by `projection_seed`, whose pass holds a few gradients at a time.
+    parameters: trained | all | last:<n>.
     """
 
     parameters: str = "trained"
@@ -157,15 +154,17 @@ class GradNorm:
         columns = candidates.of(self.needs[0])
         if self.dimensions is None:
             return -np.sqrt(columns["squared_norm"])
-        return -np.linalg.norm(_stacked(columns["vector"], self.dimensions), axis=1)
+        return -_norms(columns["vector"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradMatch:
     """LESS (arXiv 2402.04333): how well a candidate's gradient, as Adam would follow it, points the way of correct
     trajectories of other problems, at the checkpoints of a warm-up arm. The fields are those of
-    `lark.passes.GradientMatches`; LESS projects to 8,192 dimensions, null compares the gradients themselves.
+    `lark.passes.GradientMatches`. The warm-up arm trains what the arms train; LESS takes LoRA.
 
+    dimensions: null compares the gradients themselves, all of a problem's candidates in memory together. For a large
+    student set a number, which is what bounds memory; LESS projects to 8,192 dimensions.
     NaN where there is no validation example of another problem.
     """
 
@@ -210,6 +209,7 @@ class Grace:
     so that teachers who solved the same problems are tested on the same. The absolute value depends on the gradients'
     scale; only differences between teachers mean something. Fewer than two problems: no value (NaN).
     dimensions, projection_seed: of the projection. parameters: trained | all | last:<n>.
+    Memory: a few float64 copies of one teacher's vectors.
     Raises ValueError where no candidate has a teacher, or no teacher has candidates of two problems.
     """
 
@@ -227,8 +227,8 @@ class Grace:
         return (_projected(self.parameters, self.dimensions, self.projection_seed),)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        vector_Nk = _stacked(candidates.of(self.needs[0])["vector"], self.dimensions)
-        norm_N = np.linalg.norm(vector_Nk, axis=1)
+        vectors = candidates.of(self.needs[0])["vector"]
+        norm_N = _norms(vectors)
         has_direction_N = np.isfinite(norm_N) & (norm_N > 0)
         teacher_N, problem_N = candidates["teacher"], candidates["problem_id"].astype(str)
         teachers = sorted({teacher for teacher in teacher_N if teacher is not None})
@@ -238,7 +238,7 @@ class Grace:
         for teacher in teachers:
             his_N = teacher_N == teacher
             rows = his_N & has_direction_N
-            score_N[his_N] = -grace(vector_Nk[rows], problem_N[rows], seed=self.seed)
+            score_N[his_N] = -grace(_stacked(vectors[rows], self.dimensions), problem_N[rows], seed=self.seed)
         if np.isnan(score_N).all():
             raise ValueError(
                 f"selector grace splits each teacher's problems, but none of {len(teachers)} teachers has gradients of "
@@ -273,9 +273,17 @@ def _projected(parameters: str, dimensions: int, seed: int) -> ProjectedGradient
     return ProjectedGradients(parameters=parameters, dimensions=dimensions, projection_seed=seed)
 
 
+def _norms(vectors: np.ndarray) -> np.ndarray:
+    """Of an array a row, float64 [N]."""
+    return np.fromiter((np.linalg.norm(vector_k.astype(np.float64)) for vector_k in vectors), np.float64, len(vectors))
+
+
 def _stacked(vectors: np.ndarray, dimensions: int) -> np.ndarray:
     """An array a row as float64 [N, k]."""
-    return np.stack(list(vectors)).astype(np.float64) if len(vectors) else np.zeros((0, dimensions))
+    vector_Nk = np.empty((len(vectors), dimensions))
+    for i, vector_k in enumerate(vectors):
+        vector_Nk[i] = vector_k
+    return vector_Nk
 
 
 def _check_dimensions(dimensions: int | None) -> None:

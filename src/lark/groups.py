@@ -46,6 +46,10 @@ class Groups:
         assert x_G.shape == (self.count,)
         return x_G[self.index_N]
 
+    def split(self) -> list[np.ndarray]:
+        """The rows of each group, ascending."""
+        return np.split(np.argsort(self.index_N, kind="stable"), np.cumsum(self.size)[:-1])
+
     def rank(self, score_N: np.ndarray, tie_N: np.ndarray, valid_N: np.ndarray) -> "Ranking":
         """The valid rows, group by group, by descending score and, among equal scores, ascending tie hash.
 

@@ -5,15 +5,15 @@ name and the fewest settings that tell the rule's arms apart: "lark budget=1", "
 of it.
 """
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 UNTRAINED = "before training"
-_OF_AN_UNTRAINED_STUDENT = ("task.", "model.", "evaluation.")
-"""The settings that can tell two untrained students, and what is measured of them, apart."""
+_OF_AN_UNTRAINED_STUDENT = ("task.", "model.", "evaluation.", "probe.span")
+"""Beginnings of the settings that can tell two untrained students, and what is measured of them, apart."""
 
 Summary = Mapping[str, Any]
 """A run's summary.json."""
@@ -37,29 +37,30 @@ class Labelled:
 def label_arms(runs: Sequence[Summary]) -> Labelled:
     """Label the arms of runs of one task and model.
 
-    Two sets of settings are the same arm if they came to the same student wherever both have a seed, and there is such
-    a seed. So a setting that had no effect on an arm is no part of its label. If the same rule, settings and seed came
-    to two students (the code or the data changed in between), the last one given counts, and a note says so.
+    Sets of settings that share a student of some seed are the same arm, unless they came to different students of
+    another. So a setting that had no effect on an arm is no part of its label. If the same rule, settings and seed came
+    to two students (the code or the data changed in between), the last one given counts, and a note says so. Otherwise
+    the order of the runs does not matter.
     """
     follows_seed = _following_the_seed(runs)
-    seen: dict[str, list[_Appearance]] = {}
+    seen: dict[tuple[str, bool], list[_Appearance]] = {}  # by rule and whether trained: any rule may be named UNTRAINED
     for number, run in enumerate(runs):
         for name, arm in run["arms"].items():
             rule = UNTRAINED if name == "before" else arm["rule"]
             settings = _settings(run, name, follows_seed)
             one = _Appearance(run=number, name=name, seed=run["seed"], arm=arm, settings=settings)
-            seen.setdefault(rule, []).append(one)
+            seen.setdefault((rule, name != "before"), []).append(one)
 
     arms: dict[str, dict[int, Figures]] = {}
     labels: tuple[dict[str, str], ...] = tuple({} for _ in runs)
     notes = []
-    for rule, appearances in seen.items():
+    for (rule, _), appearances in seen.items():
         names = _varying(appearances)
         last: dict[_Values, dict[int, _Appearance]] = {}
         replaced: dict[int, None] = {}
         for one in appearances:
             of_seed = last.setdefault(one.values(names), {})
-            if one.seed in of_seed and of_seed[one.seed].identity != one.identity:
+            if one.seed in of_seed and of_seed[one.seed].student != one.student:
                 replaced[one.seed] = None
             of_seed[one.seed] = one
         notes += [
@@ -69,6 +70,8 @@ def label_arms(runs: Sequence[Summary]) -> Labelled:
         ]
         role = "selector" if any(one.name == "selector" for one in appearances) else "baseline"
         label_of = _labels(rule, [name.replace("own.", f"{role}.", 1) for name in names], _same_arms(last))
+        while not arms.keys().isdisjoint(label_of.values()):  # a rule may be named like the label of another's arm
+            label_of = {values: f"rule {label}" for values, label in label_of.items()}
         for one in appearances:
             label = label_of[one.values(names)]
             arms.setdefault(label, {})[one.seed] = last[one.values(names)][one.seed].arm
@@ -77,6 +80,7 @@ def label_arms(runs: Sequence[Summary]) -> Labelled:
 
 
 _Values = tuple[str | None, ...]  # of the settings that vary; None where an arm does not have one
+_Student = tuple[int, str, str]  # seed, hash and accuracies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,28 +93,41 @@ class _Appearance:
     arm: Figures
     settings: Mapping[str, str]
 
-    @property
-    def identity(self) -> tuple[Any, ...]:
+    @cached_property
+    def student(self) -> _Student:
         """The same for the same student, evaluated in the same way."""
-        return self.arm["hash"], self.arm["per_problem"]
+        return self.seed, self.arm["hash"], json.dumps(self.arm["per_problem"], sort_keys=True)
 
     def values(self, names: Sequence[str]) -> _Values:
         return tuple(self.settings.get(name) for name in names)
 
 
-def _following_the_seed(runs: Sequence[Summary]) -> set[str]:
-    """Settings such as selector.score.seed that are the run's seed wherever they are set."""
-    pairs = [(name, value == run["seed"]) for run in runs for name, value in run.get("settings", {}).items()]
-    return {name for name, _ in pairs if name.endswith("seed")} - {name for name, same in pairs if not same}
+def _following_the_seed(runs: Sequence[Summary]) -> set[tuple[str, str]]:
+    """Settings such as selector.score.seed, after the rule they belong to, that are the run's seed wherever that rule
+    has them.
+    """
+    follows: dict[tuple[str, str], bool] = {}
+    for run in runs:
+        for name, value in run["settings"].items():
+            if name.endswith("seed"):
+                setting = _with_its_rule(run, name)
+                follows[setting] = follows.get(setting, True) and value == run["seed"]
+    return {setting for setting, always in follows.items() if always}
 
 
-def _settings(run: Summary, arm: str, ignored: set[str]) -> dict[str, str]:
+def _with_its_rule(run: Summary, name: str) -> tuple[str, str]:
+    """A setting after the rule it belongs to; after "" if it belongs to none."""
+    group = name.partition(".")[0]
+    return (run["arms"][group]["rule"] if group in run["arms"] else ""), name
+
+
+def _settings(run: Summary, arm: str, ignored: set[tuple[str, str]]) -> dict[str, str]:
     """The settings that an arm may depend on. Its own rule's are called own.*, those of the selector that a baseline is
     matched to for.*.
     """
     found = {"for.name": str(run["arms"]["selector"]["rule"])} if arm == "baseline" else {}
-    for name, value in run.get("settings", {}).items():
-        if name in ignored or (arm == "before" and not name.startswith(_OF_AN_UNTRAINED_STUDENT)):
+    for name, value in run["settings"].items():
+        if _with_its_rule(run, name) in ignored or (arm == "before" and not name.startswith(_OF_AN_UNTRAINED_STUDENT)):
             continue
         group, _, rest = name.partition(".")
         if group == arm:
@@ -131,19 +148,23 @@ def _varying(appearances: Sequence[_Appearance]) -> list[str]:
 
 
 def _same_arms(appearances: Mapping[_Values, Mapping[int, _Appearance]]) -> list[list[_Values]]:
-    """Which settings are the same arm, from the arms by settings and seed."""
-    classes = [([values], {s: one.identity for s, one in of_seed.items()}) for values, of_seed in appearances.items()]
+    """Which settings are the same arm, from the arms by settings and seed.
 
-    def same(pair: tuple[int, int]) -> bool:
-        a, b = (classes[i][1] for i in pair)
-        common = a.keys() & b.keys()
-        return bool(common) and all(a[seed] == b[seed] for seed in common)
-
-    while pair := next(filter(same, itertools.combinations(range(len(classes)), 2)), None):
-        members, of_seed = classes.pop(pair[1])
-        classes[pair[0]][0].extend(members)
-        classes[pair[0]][1].update(of_seed)
-    return [members for members, _ in classes]
+    Those linked by students they share, if that gives no seed two students. Else it is open which of them belong
+    together, and only those with the same students of the same seeds do.
+    """
+    students = {values: frozenset(one.student for one in of_seed.values()) for values, of_seed in appearances.items()}
+    linked: dict[frozenset[_Student], list[_Values]] = {}
+    for values, of_values in students.items():
+        sharing = [others for others in linked if not others.isdisjoint(of_values)]
+        members = [values, *(member for others in sharing for member in linked.pop(others))]
+        linked[of_values.union(*sharing)] = members
+    classes: dict[frozenset[_Student], list[_Values]] = {}
+    for of_all, members in linked.items():
+        one_a_seed = len({seed for seed, *_ in of_all}) == len(of_all)
+        for values in members:
+            classes.setdefault(of_all if one_a_seed else students[values], []).append(values)
+    return list(classes.values())
 
 
 def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]]) -> dict[_Values, str]:
@@ -161,7 +182,7 @@ def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]
     fixed = [[i for i in kept if len({values[i] for values in members}) == 1] for members in classes]
     short = [text(members[0], indices) for members, indices in zip(classes, fixed, strict=True)]
     labels = [
-        label if short.count(label) == 1 else " or ".join(dict.fromkeys(text(values, kept) for values in members))
+        label if short.count(label) == 1 else " or ".join(sorted({text(values, kept) for values in members}))
         for label, members in zip(short, classes, strict=True)
     ]
     assert len(set(labels)) == len(classes), f"labels of {rule} do not tell its arms apart: {labels}"

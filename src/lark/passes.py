@@ -131,8 +131,15 @@ DEFAULT = (Statistics(),)
 
 
 def needs_of(function: Any) -> tuple[Pass, ...]:
-    """The passes a score or filter declares; one that declares nothing gets the statistics."""
-    return tuple(getattr(function, "needs", DEFAULT))
+    """The passes a score or filter declares; one that declares nothing gets the statistics.
+
+    Raises ValueError where `needs` is no tuple of passes of this module.
+    """
+    needs = getattr(function, "needs", DEFAULT)
+    if not (isinstance(needs, tuple | list) and all(type(need) in Pass.__subclasses__() for need in needs)):
+        known = ", ".join(f"{one.__name__}()" for one in Pass.__subclasses__())
+        raise ValueError(f"needs={needs!r} of {function!r} is no tuple of passes; name some of lark.passes: {known}")
+    return tuple(needs)
 
 
 def check_parameters(value: str, setting: str) -> None:

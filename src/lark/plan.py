@@ -33,7 +33,9 @@ def barrier() -> None:
 
 
 class Plan:
-    """plan.json: `score` (whether the probe runs) and, once known, `arms` (name -> hash and action)."""
+    """plan.json: whether each pass and arm is run, trained or reused, by name and hash, and `arms` (name -> hash and
+    action) once they are known.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / "plan.json"

@@ -25,12 +25,21 @@ DONORS = 16  # problems whose teachers TeacherMatched copies to one problem, at 
 
 @dataclass(frozen=True, kw_only=True)
 class Correct:
-    """1 for a correct candidate, 0 for a wrong one, 0.5 where it is not known (arXiv 2601.14249, E.3.1)."""
+    """1 for a correct candidate, 0 for a wrong one, 0.5 where it is not known (arXiv 2601.14249, E.3.1).
+
+    Raises ValueError if it is known of none, as the choice would be a random one.
+    """
 
     needs = ()
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return np.nan_to_num(_verdicts(candidates), nan=0.5)
+        correct_N = _verdicts(candidates)
+        if np.isnan(correct_N).all():
+            raise ValueError(
+                "selector correct puts correct candidates before wrong ones, but no candidate is known to be either; "
+                "fill in the pool's `correct` or `answer`, or set another selector"
+            )
+        return np.nan_to_num(correct_N, nan=0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +63,15 @@ class Teacher:
             twice = ", ".join(name for name, count in Counter(self.order).items() if count > 1)
             raise ValueError(f"selector.score.order={self.order} names {twice} more than once; name each teacher once")
 
+    def decisions(self, candidates: Candidates) -> dict[str, list[str]]:
+        """The order in force, for the selection's record."""
+        if self.order is not None:
+            return {"order": self.order}
+        return {"order": _by_share_of_correct(candidates["teacher"].tolist(), _verdicts(candidates))}
+
     def __call__(self, candidates: Candidates) -> np.ndarray:
         teachers = candidates["teacher"].tolist()
-        order = _by_share_of_correct(teachers, _verdicts(candidates)) if self.order is None else self.order
+        order = self.decisions(candidates)["order"]
         there = set(teachers) - {None}
         if unknown := [name for name in order if name not in there]:
             raise ValueError(

@@ -6,7 +6,7 @@ cache is complete once its manifest is there; a killed pass goes on with the row
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,11 +226,13 @@ def rows_done(folder: Path) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def measure(trainer: Trainer, module: PassModule, identity: dict[str, Any]) -> None:
+def measure(
+    trainer: Trainer, module: PassModule, identity: dict[str, Any], *, before: Mapping[str, float] | None = None
+) -> None:
     """Run the pass over every row under `trainer` and complete the cache folder (rank 0 merges).
 
     The manifest says what it cost: tokens through the student forwards and backwards, and device-seconds at work (model
-    loading and waiting not counted), those of an interrupted pass included.
+    loading and waiting not counted), those of an interrupted pass included, and what had to be done `before`.
     """
     module.folder.mkdir(parents=True, exist_ok=True)
     resumed = len(rows_done(module.folder))
@@ -238,6 +240,7 @@ def measure(trainer: Trainer, module: PassModule, identity: dict[str, Any]) -> N
     trainer.strategy.barrier("probe-written")
     if trainer.is_global_zero:
         cost = _merge(module.folder, module.work.rows)
+        cost = {name: value + (before or {}).get(name, 0) for name, value in cost.items()}
         counts = {"rows": len(module.work.rows), "resumed_rows": resumed}
         write_json(module.folder / "manifest.json", {"identity": identity, **counts, **cost})
         for part in module.folder.glob("part-*.parquet"):  # not before the folder is complete
@@ -246,8 +249,8 @@ def measure(trainer: Trainer, module: PassModule, identity: dict[str, Any]) -> N
 
 
 def _merge(folder: Path, wanted: np.ndarray) -> dict[str, Any]:
-    """All shards into statistics.parquet, ordered by row, and the sums of their costs; memory grows with rows times
-    columns, not with tokens.
+    """All shards into statistics.parquet, ordered by row, and the sums of their costs. Memory grows with the rows times
+    what is kept of each: some 30 numbers, and as many arrays as a pass has (steps, a vector, tokens if asked for).
     """
     parts = sorted(folder.glob("part-*.parquet"))
     table = pa.concat_tables([pq.read_table(path) for path in parts], promote_options="permissive")

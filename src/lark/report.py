@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from lark.cache import read_json, writable, write_text
 from lark.tables import (
     FEW_PROBLEMS,
+    FORM,
     TOO_FEW,
     estimate,
     form_of_samples,
@@ -33,19 +34,53 @@ if TYPE_CHECKING:
 SETS_BESIDE_EACH_OTHER = 2
 FORMATS = {"csv": ("arms.csv", "differences.csv"), "latex": ("comparison.tex",), "json": ("comparison.json",)}
 """What can be printed instead of the table, as it is in these files."""
+_ARM = ("rule", "hash", "matched", "lr", "trajectories", "tokens", "effective_sample_size", "held_out_loss", "curve")
+_DIFFERENCE = ("estimate", "low", "high", "level", "problems", "label", "smallest_detectable")
+_FIGURES = {
+    **dict.fromkeys(("status", "task", "model", "seed", "settings", "difference_of")),
+    "arms": {
+        "*": {
+            **dict.fromkeys((*_ARM, "per_problem")),
+            "cost": dict.fromkeys(("forward_tokens", "backward_tokens", "seconds")),
+            "metrics": {"*": dict.fromkeys(figure for figure, _, _ in FORM)},
+        }
+    },
+    "sets": {"*": {"metrics": None, "difference": dict.fromkeys(_DIFFERENCE)}},
+}
+"""What is reported of a finished run's summary; * stands for every key there is."""
 
 
 def read_summaries(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Every summary.json in or below the folders, by path, numbered jobs of a multirun in their order.
+    """Every summary.json in or below the folders, once, by path, numbered jobs of a multirun in their order.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is none, or one of a finished run lacks what is reported.
     """
-    paths = {path for folder in folders for path in folder.rglob("summary.json")}
+    paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
     if not paths:
         shown = ", ".join(map(str, folders))
         raise ValueError(f"no summary.json in or below {shown}; name the folder of a finished run or multirun")
     in_order = sorted(paths, key=lambda path: (str(path.parent.parent), path.parent.name.zfill(8)))
-    return [read_json(path) | {"folder": str(path.parent)} for path in in_order]
+    return [_read_summary(paths[path]) for path in in_order]
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = read_json(path)
+    if summary.get("status") != "failed" and "stopped_after" not in summary:
+        missing = next(_missing(summary, _FIGURES), None)
+        if missing:
+            raise ValueError(
+                f"{path} has no {missing}, as another version of lark wrote it; run it again, or leave its folder out"
+            )
+    return summary | {"folder": str(path.parent)}
+
+
+def _missing(part: Mapping[str, Any], figures: Mapping[str, Any], within: str = "") -> Iterator[str]:
+    for key, inner in figures.items():
+        for found in part if key == "*" else [key]:
+            if found not in part:
+                yield f"{within}{found}"
+            elif inner:
+                yield from _missing(part[found], inner, f"{within}{found}.")
 
 
 def report(folders: Sequence[Path], *, form: str, output: Path | None) -> None:

@@ -124,7 +124,8 @@ class Rank:
 class RankSurprisal:
     """RSR: -(sum_t min(r_t, clip) / sum_t s_t), the end-of-turn token excluded (arXiv 2601.14249, eq. 7).
 
-    `clip` is one of the clips the statistics keep (50, 100, 500) or null for none. NaN where sum s_t = 0.
+    `clip` is one of the clips the statistics keep (50, 100, 500) or null for none. NaN where sum s_t = 0. With
+    probe.span=authors the newline after the end-of-turn token counts: no statistic tells its rank apart.
     """
 
     clip: int | None = 100
@@ -194,8 +195,9 @@ class LocalLikelihood:
 class InstructionDifficulty:
     """IFD = PPL(y given x) / PPL(y), highest first (arXiv 2402.00530): how little the prompt helps to predict the text.
 
-    Both perplexities are over the content tokens that their pass scores, the end-of-turn token excluded. Values of
-    `max` and above (the prompt does not help at all) are NaN, as in the paper; null keeps them. NaN without content.
+    Both perplexities are over the content tokens that their pass scores: given the prompt the steps' tokens, which
+    leave out the end-of-turn token and what probe.span=authors adds after it. Values of `max` and above (the prompt
+    does not help at all) are NaN, as in the paper; null keeps them. NaN without content.
     """
 
     max: float | None = 1.0
@@ -207,8 +209,8 @@ class InstructionDifficulty:
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         alone = candidates.of(ContentAlone())
-        surprisal_N = candidates["sum_surprisal"] - candidates["end_surprisal"]
-        given_prompt_N = _quotient(surprisal_N, candidates["num_tokens"] - candidates["has_end"])
+        tokens_S, steps = _steps(candidates["step_tokens"])
+        given_prompt_N = _quotient(steps.sum(_end_to_end(candidates["step_surprisal"])), steps.sum(tokens_S))
         difficulty_N = np.exp(given_prompt_N - _quotient(alone["alone_surprisal"], alone["alone_tokens"]))
         return difficulty_N if self.max is None else np.where(difficulty_N < self.max, difficulty_N, np.nan)
 
@@ -269,8 +271,8 @@ def _end_to_end(column_N: np.ndarray) -> np.ndarray:
 def imported(path: str, setting: str) -> Callable[[Candidates], np.ndarray]:
     """The function a user names as `module:function`, found as Python finds modules and in the working folder.
 
-    Raises ValueError naming `setting` when there is no such function. What else a module raises while it is imported
-    is its author's and passes through.
+    Raises ValueError naming `setting` when there is no such function or its source is no Python. What else a module
+    raises while it is imported, a module that it misses itself included, is its author's and passes through.
     """
     module, _, name = path.partition(":")
     if not name or not all(part.isidentifier() for part in module.split(".")):
@@ -278,9 +280,16 @@ def imported(path: str, setting: str) -> Callable[[Candidates], np.ndarray]:
     if os.getcwd() not in sys.path:  # an installed command starts without it, `python -m` with it
         sys.path.append(os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
         raise ValueError(f"{setting}={path!r} could not be imported ({error}); is its folder on PYTHONPATH?") from error
+    except SyntaxError as error:
+        raise ValueError(f"{setting}={path!r} could not be imported ({error}); correct that line") from error
+    if not hasattr(found, name):
+        raise ValueError(f"{setting}={path!r} names no function: the module has no {name!r}; set one that it defines")
+    function = getattr(found, name)
     if not callable(function):
         raise ValueError(f"{setting}={path!r} is a {type(function).__name__}, not a function of the candidates")
     return function  # type: ignore[return-value]

@@ -1,8 +1,9 @@
 """Rules (filter, score, policy) -> Selection: which rows, with which weights, and how that came about."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ class Rule:
     def columns(self) -> list[str]:
         """Columns of the pool that the rule names in its settings."""
         prior = {"uniform": None, "per_teacher": "teacher"}.get(self.policy.prior, self.policy.prior)
-        filtered = self.filter if isinstance(self.filter, str) else getattr(self.filter, "column", None)
-        named = (filtered, getattr(self.score, "column", None), prior)
+        filtered = [self.filter] if isinstance(self.filter, str) else [getattr(self.filter, "column", None)]
+        scores = (self.score, getattr(self.filter, "score", None))
+        named = [prior, *filtered, *(getattr(score, of, None) for score in scores for of in ("column", "subtask"))]
         return [name for name in named if name is not None and name != "num_tokens" and not needs_of_column(name)]
 
     def keep(self, candidates: Candidates) -> np.ndarray:
@@ -153,6 +155,17 @@ class Selection:
     taken_by_problem: Mapping[str, int]
 
 
+@contextmanager
+def speaking_of(group: str) -> Iterator[None]:
+    """Rules and their parts speak of `selector.<setting>`; an error of the rule of another group names that one's."""
+    try:
+        yield
+    except ValueError as error:
+        if group == "selector" or "selector." not in str(error):
+            raise
+        raise ValueError(str(error).replace("selector.", f"{group}.")) from error
+
+
 def select(
     rule: Rule,
     candidates: Candidates,
@@ -171,7 +184,7 @@ def select(
     """
     tokens_N = candidates["num_tokens"] if trained_tokens_N is None else trained_tokens_N
     if like is not None:
-        candidates = replace(candidates, like=like)
+        candidates = candidates.as_baseline_for(like)
     keep_N = rule.keep(candidates)
     survivors = candidates.where(keep_N)
     score_N = np.full(len(candidates), np.nan)
@@ -216,8 +229,10 @@ def select(
         "problems": groups.count,
         "problems_without_choice": groups.count - len(problems),
     }
+    decide = getattr(rule.score, "decisions", None)  # what a score chose by itself, such as an order of teachers
     record = {
         "rule": rule.name,
+        "decisions": decide(survivors) if decide and len(survivors) else {},
         "matched": like is None or not rule.takes_all,
         "policy": details,
         "counts": counts,

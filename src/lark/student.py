@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,10 @@ class Recipe:
         progress = min(1.0, (step - warmup) / max(1, steps - warmup))
         return self.lr * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
 
+    def for_epochs(self, epochs: int) -> "Recipe":
+        """The same recipe for so many epochs, all rows alike, without a held-out curve: that of a warm-up arm."""
+        return replace(self, steps=None, epochs=float(epochs), validations=1, weighted=False, lr_sweep=None)
+
     def steps_for(self, trajectories: int) -> int:
         """Optimizer steps of a run whose selector chose `trajectories`."""
         return self.steps or max(1, math.ceil(self.epochs * trajectories / self.batch_size))
@@ -124,6 +128,10 @@ class Step:
             trained_tokens=self.trained_tokens,
             computed_tokens=self.computed_tokens,
         )
+
+
+class DivergedError(ValueError):
+    """Training came to a loss or gradient that is no number."""
 
 
 class SFTModule(LightningModule):
@@ -183,7 +191,7 @@ class SFTModule(LightningModule):
         loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             names = ", ".join(batch.names[:20]) + (" ..." if len(batch.names) > 20 else "")
-            raise ValueError(
+            raise DivergedError(
                 f"training stopped at optimizer step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; "
                 f"lower sft.lr={self.recipe.lr:g} or look at this step's trajectories (problem/candidate): {names}"
             )

@@ -64,7 +64,8 @@ def summarise_run(
         "baseline": config.baseline.name,
         "settings": dict(settings(config)),
         "passes": {
-            wanted.name: {k: v for k, v in cost.items() if k != "identity"} for wanted, cost in data.costs.items()
+            data.pass_folder(wanted).name: {"pass": wanted.name} | {k: v for k, v in cost.items() if k != "identity"}
+            for wanted, cost in data.costs.items()
         },
         "difference_of": [],
         "sets": {name: {} for name in sets},

@@ -5,6 +5,7 @@ Imports nothing heavy at the top: lark.report is imported before every run.
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ FORM = (
     ("boxed", 0.2, "box their answer (task.system can ask for it, or task.pattern)"),
 )
 """Shares of samples, what they should at least be, and what they are shares of."""
+UNHYPHENATED = {"trajec-\ntories": "trajectories", "prob-\nlems": "problems", "detect-\nable": "detectable"}
+"""Headers that are divided to make columns narrow, as a file has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +54,18 @@ class Sheet:
 
 
 def number(value: float | None, form: str) -> str:
-    """Formatted; empty for NaN, and for the null that JSON has in its place."""
-    return "" if value is None or math.isnan(value) else form.format(value)
+    """Formatted, with no minus before what rounds to 0; empty for NaN, and for the null that JSON has in its place."""
+    if value is None or math.isnan(value):
+        return ""
+    text = form.format(value)
+    return form.format(0.0) if text == form.format(-0.0) else text
 
 
 def estimate(difference: Mapping[str, float | None], separator: str = " ") -> str:
     """A difference in points with its interval; `difference` holds estimate, low and high as fractions."""
-    mean, low, high = (math.nan if x is None else 100 * x for x in map(difference.get, ("estimate", "low", "high")))
-    return number(mean, "{:+.1f}") + ("" if math.isnan(low) else f"{separator}[{low:+.1f}, {high:+.1f}]")
+    figures = (difference[key] for key in ("estimate", "low", "high"))
+    mean, low, high = (number(None if x is None else 100 * x, "{:+.1f}") for x in figures)
+    return mean + (f"{separator}[{low}, {high}]" if low else "")
 
 
 def form_of_samples(metrics: Mapping[str, float]) -> str:
@@ -263,12 +270,13 @@ def _latex(sheet: Sheet) -> str:
 
     columns = [(sheet.header, sheet.labels), *(column for block in sheet.blocks for column in block.items())]
     frame = pd.DataFrame(list(zip(*(cells for _, cells in columns), strict=True)))
-    headers = [" ".join(header.replace("-\n", "").split()) for header, _ in columns]
+    headers = [" ".join(UNHYPHENATED.get(header, header).split()) for header, _ in columns]
     tabular = frame.set_axis(headers, axis=1).to_latex(
         index=False, escape=True, column_format="l" + "r" * (len(columns) - 1)
     )
     for character, command in (("<", r"\textless{}"), (">", r"\textgreater{}"), ("|", r"\textbar{}")):
         tabular = tabular.replace(character, command)  # other characters in the default font encoding
+    tabular = re.sub(r"^(?=[ \t]*[\[*])", "{}", tabular, flags=re.MULTILINE)  # else an argument of the rule or \\ above
     return f"% {' '.join(f'{sheet.title}: {sheet.header}'.split())}\n{tabular}"
 
 

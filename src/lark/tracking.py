@@ -1,11 +1,15 @@
 """Where a run's figures go: W&B (online, or offline when there is no key) or CSV files. One logger an arm."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from lark.arms import Arm
+from lark.cache import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +108,17 @@ class Csv:
 
     def finish(self) -> None:
         """Nothing is open between runs."""
+
+
+def log_arm(logger: Any, arm: Arm, *, cost: Mapping[str, float], reused: bool) -> None:
+    """Final figures and what choosing cost; a reused arm's held-out curve too, since this group has not seen it."""
+    if reused and arm.selection is not None:
+        for point in read_json(arm.folder / "trained.json")["curve"]:
+            logger.log_metrics({k: v for k, v in point.items() if k != "step"}, step=int(point["step"]))
+    path = arm.folder / "metrics.json"
+    if path.exists():
+        for name, metrics in read_json(path)["sets"].items():
+            logger.log_metrics({f"evaluation/{name}/{key}": value for key, value in metrics.items()})
+    if cost:
+        logger.log_metrics({f"cost/{name}": value for name, value in cost.items()})
+    logger.save()

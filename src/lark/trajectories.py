@@ -75,14 +75,14 @@ class Trajectories:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What statistics of these rows depend on, besides the student."""
+        """What a pass over these rows depends on, besides the student and, if it asks for steps, the step splitter."""
         task = self.task
         return {
             "pool": self.fingerprint,
             "held_out": task.held_out,
             "max_length": task.max_length,
             "overlong": task.overlong,
-            **self.chat.identity,
+            **self.chat.span_identity,
         }
 
     def _tokenised(self) -> datasets.Dataset:
@@ -191,9 +191,10 @@ class Trajectories:
         if name == "correct":
             return self.correct[rows]
         if name in ("teacher", "answer"):
-            return np.array(self.rows[rows.tolist()][name], dtype=object)
+            return np.array(self.rows.select_columns([name])[rows.tolist()][name], dtype=object)
         if name == "text":
-            return np.array([m[-1]["content"] for m in self.rows[rows.tolist()]["messages"]], dtype=object)
+            messages = self.rows.select_columns(["messages"])[rows.tolist()]["messages"]
+            return np.array([turns[-1]["content"] for turns in messages], dtype=object)
         return extra_column(self.rows, name)[rows]
 
     def overlap(self, problems: list[dict[str, Any]]) -> int:

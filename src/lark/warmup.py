@@ -5,7 +5,6 @@ warm-up arm is cached like any other.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lark.arms import Arm, make_arm
+from lark.cache import read_json
 from lark.data import TrajectoryDataModule
 from lark.groups import unit_hash
 from lark.passes import GradientMatches
 from lark.selection import Selection
-from lark.student import Recipe
 
 NAME = "warm_up"
 
@@ -26,7 +25,7 @@ NAME = "warm_up"
 def warm_up_arm(data: TrajectoryDataModule, wanted: GradientMatches, *, precision: str, arms: Path) -> Arm:
     """The arm, not yet trained; its selection joins `data.selections` until it is."""
     data.selections[NAME] = _random_share(data, wanted.warmup_share)
-    recipe = warm_up_recipe(data.recipe, wanted)
+    recipe = data.recipe.for_epochs(wanted.epochs)
     return make_arm(
         NAME,
         NAME,
@@ -38,11 +37,6 @@ def warm_up_arm(data: TrajectoryDataModule, wanted: GradientMatches, *, precisio
         kept=wanted.epochs,
         arms=arms,
     )
-
-
-def warm_up_recipe(recipe: Recipe, wanted: GradientMatches) -> Recipe:
-    """The arms' recipe for `wanted.epochs` epochs; its held-out loss is of no interest."""
-    return replace(recipe, steps=None, epochs=float(wanted.epochs), validations=1, lr_sweep=None)
 
 
 def _random_share(data: TrajectoryDataModule, share: float) -> Selection:
@@ -80,6 +74,19 @@ def checkpoints(arm: Arm) -> tuple[tuple[Path, float], ...]:
         )
         for epoch, (start, end) in enumerate(zip(starts, ends, strict=True), start=1)
     )
+
+
+def warmed_up(arm: Arm) -> bool:
+    """Whether it is trained and all its checkpoints are still there."""
+    return arm.trained and all(path.is_file() for path, _ in checkpoints(arm))
+
+
+def training_cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, float]:
+    """What the trained arm cost: tokens forwards and backwards, and seconds."""
+    assert arm.selection is not None
+    tokens = int(arm.recipe.epochs * data.trajectories.length[arm.selection.row].sum())
+    seconds = read_json(arm.folder / "trained.json")["seconds"]
+    return {"forward_tokens": tokens, "backward_tokens": tokens, "seconds": seconds}
 
 
 class EpochSaver(Callback):
