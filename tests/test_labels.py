@@ -165,7 +165,7 @@ def test_a_label_names_what_all_runs_of_its_arm_share() -> None:
         )
         for budget in (1, 2)
     ]
-    assert labels(runs) == {"lark budget=1", "lark budget=2", "lark budget=2 for lark"}
+    assert labels(runs) == {"lark budget=1", "lark budget=2", "lark budget=2 with equal weights"}
 
 
 def test_seeds_that_are_missing_here_and_there_do_not_split_an_arm() -> None:

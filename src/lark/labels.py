@@ -177,7 +177,7 @@ def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]
             kept = fewer
 
     def text(values: _Values, indices: Sequence[int]) -> str:
-        return " ".join([rule, *(_text(names[i], values[i]) for i in indices if values[i] is not None)])
+        return " ".join([rule, *(_text(rule, names[i], values[i]) for i in indices if values[i] is not None)])
 
     fixed = [[i for i in kept if len({values[i] for values in members}) == 1] for members in classes]
     short = [text(members[0], indices) for members, indices in zip(classes, fixed, strict=True)]
@@ -189,7 +189,9 @@ def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]
     return {values: label for label, members in zip(labels, classes, strict=True) for values in members}
 
 
-def _text(name: str, value: str | None) -> str:
+def _text(rule: str, name: str, value: str | None) -> str:
+    if name == "for.name" and value == rule:  # the rule as its own baseline: the same rows, but for their weights
+        return "with equal weights"
     if name == "for.name":
         return f"for {value}"
     return f"for selector.{name.removeprefix('for.')}={value}" if name.startswith("for.") else f"{name}={value}"
