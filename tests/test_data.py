@@ -199,6 +199,17 @@ def test_columns_of_the_pool(make_data):
         pool.column("level", rows)
 
 
+def test_columns_that_the_statistics_hide_are_named(make_data):
+    said = []
+    data = make_data([row | {"loss": 1.0, "level": 3} for row in rows_of_a_pool()], say=said.append)
+    data.prepare_data()
+    (line,) = (line for line in said if line.startswith("warning"))
+    assert "columns loss are hidden" in line and "level" not in line
+    plain = []
+    make_data(cache="plain", say=plain.append).prepare_data()
+    assert not any(line.startswith("warning") for line in plain)
+
+
 def test_a_batch_smaller_than_the_number_of_ranks(make_data):
     class TwoRanks:
         world_size = 2
@@ -273,7 +284,7 @@ def other_student(make_student, student_folder, tmp_path):
     return make_student(path=str(folder), template=str(template), name="other")
 
 
-@pytest.mark.parametrize("max_length", [256, 75])
+@pytest.mark.parametrize("max_length", [256, 85])
 def test_another_students_choice(max_length, make_data, other_student):
     """The one that is asked decides, by its own tokens; what is trained and counted are the trained student's."""
     task = {"max_length": max_length}
@@ -285,9 +296,9 @@ def test_another_students_choice(max_length, make_data, other_student):
     np.testing.assert_array_equal(mixed.scored, theirs.scored)
     np.testing.assert_array_equal(mixed.candidates["loss"], theirs.candidates["loss"])
     assert chosen(mixed) == chosen(theirs)
-    assert max_length == 75 or chosen(theirs) != chosen(own)  # two candidates a problem leave no choice
+    assert max_length == 85 or chosen(theirs) != chosen(own)  # two candidates a problem leave no choice
     too_long = len(own.scored) - len(theirs.scored)
-    assert (too_long > 0) == (max_length == 75) and mixed.dropped["overlong_for_scorer"] == too_long
+    assert (too_long > 0) == (max_length == 85) and mixed.dropped["overlong_for_scorer"] == too_long
     assert any(line.startswith(f"asked       other, whose choice small gets; {too_long:,} ") for line in said)
     assert sum(line.startswith("pool ") for line in said) == 1
     row = mixed.selections["selector"].row

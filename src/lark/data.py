@@ -1,6 +1,7 @@
 """TrajectoryDataModule: from the pool to batches. Scoring and selection happen in `setup("fit")`."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ from lark.passes import (
 )
 from lark.pool_scores import TeacherMatched
 from lark.probe import COST_COLUMNS, PassModule, Probe, ProbeModule, Work, measure, read_columns, read_statistics
-from lark.scores import DropFirst
+from lark.scores import STATISTICS, DropFirst
 from lark.selection import Rule, Selection, select, speaking_of
 from lark.student import Recipe, Step
 from lark.tasks.files import Task
@@ -142,7 +143,13 @@ class TrajectoryDataModule(LightningDataModule):
         return self._pools[name]
 
     def prepare_data(self) -> None:
-        assert self.trajectories
+        first = self.trajectories.rows.select_columns(["extra"])[:100]["extra"]
+        hidden = {name for extra in first for name in json.loads(extra)} & {*STATISTICS, "num_tokens"}
+        if hidden:
+            self.say(
+                f"warning     the pool's columns {', '.join(sorted(hidden))} are hidden by the student's statistics of "
+                "that name; rename them to use them"
+            )
         if self.scorer is not self.student:
             self.say(
                 f"asked       {self.scorer.name}, whose choice {self.student.name} gets; "

@@ -165,8 +165,8 @@ class _Run:
             if is_main() and not done():
                 held.enter_context(lock(folder))
             key = f"{name} {folder.name}"
-            self.plan.share(**{key: "reuse" if is_main() and done() else "do"})
-            yield self.plan[key] == "do"
+            self.plan.share(**{key: "reuse" if is_main() and done() else "run"})
+            yield self.plan[key] == "run"
 
     def _warm_up(
         self, data: TrajectoryDataModule, wanted: GradientMatches
