@@ -126,6 +126,7 @@ def test_a_baseline_that_runs_out_of_rows_counts_how_many():
     short = sum(max(0, number - passing[problem]) for problem, number in selector.taken_by_problem.items())
     assert short > 0
     assert counts(baseline)["short_of_selector"] == short == len(selector.row) - len(baseline.row)
+    assert short > 0 and not baseline.record["matched"]
 
 
 def test_all_takes_every_candidate_with_one_over_k_and_is_unmatched():

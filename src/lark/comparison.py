@@ -24,7 +24,7 @@ class PooledArm:
     label: str
     trained: bool
     matched: bool
-    """False if it did not take as many trajectories of each problem as the selector."""
+    """False if it did not take as many trajectories of each problem as the selector, or as many tokens."""
     seeds: tuple[int, ...]
     trajectories: float
     tokens: float

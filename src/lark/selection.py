@@ -233,7 +233,7 @@ def select(
     record = {
         "rule": rule.name,
         "decisions": decide(survivors) if decide and len(survivors) else {},
-        "matched": like is None or not rule.takes_all,
+        "matched": like is None or (not rule.takes_all and _is_matched(counts, details, tokens_N)),
         "policy": details,
         "counts": counts,
         "tokens": int(tokens_N[chosen_N].sum()),
@@ -254,6 +254,13 @@ def select(
         score_N=score_N,
         taken_by_problem=dict(zip(problems.tolist(), taken.tolist(), strict=True)),
     )
+
+
+def _is_matched(counts: dict[str, int], details: dict[str, Any], tokens_N: np.ndarray) -> bool:
+    """Whether a baseline has as many rows, or tokens to within a row, as the selector: its rule may score too few."""
+    if details["match"] == "tokens":
+        return abs(details["tokens_minus_selector"]) <= tokens_N.max()
+    return counts["short_of_selector"] == 0
 
 
 def _prior_column(policy: Policy) -> str:
