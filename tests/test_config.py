@@ -50,7 +50,7 @@ DEFECTS = [  # overrides; what the one sentence has to hold
     (["sft.lr_sweep=[]"], ["sft.lr_sweep=[]", "positive"]),
     (["sft.lr_sweep=[0.1,-1]"], ["sft.lr_sweep=[0.1, -1]", "positive"]),
     (["sft.lr_sweep=[1e-4]", "task.held_out=0"], ["sft.lr_sweep=[0.0001]", "task.held_out=0", "raise it"]),
-    (["baseline=judge"], ["no column judge"]),
+    (["baseline=judge"], ["baseline=judge", "no column judge", "baseline.score"]),
     (["selector=teacher_matched_random"], ["baseline=teacher_matched_random"]),
     (["selector=lark_exact", "selector.score.parameters=some"], ["selector.score.parameters='some'", "last:<layers>"]),
     (["baseline=entropy", "baseline.score.sign=3"], ["baseline.score.sign=3", "lowest entropy first"]),

@@ -168,6 +168,19 @@ def test_a_label_names_what_all_runs_of_its_arm_share() -> None:
     assert labels(runs) == {"lark budget=1", "lark budget=2", "lark budget=2 with equal weights"}
 
 
+def test_two_rules_of_one_name_are_not_taken_for_one() -> None:
+    runs = [
+        run(
+            selector=student("custom", "a"),
+            baseline=student("custom", "b"),
+            settings={"selector.score": "mine:first", "baseline.score": second},
+        )
+        for second in ("mine:second", "mine:first")
+    ]
+    assert labels(runs[:1]) == {"custom", "custom for custom"}
+    assert labels(runs[1:]) == {"custom", "custom with equal weights"}
+
+
 def test_seeds_that_are_missing_here_and_there_do_not_split_an_arm() -> None:
     runs = matched_to({"lark": "r", "rsr": "r"}, seed=0) + matched_to({"lark": "r"}, seed=1)
     runs += matched_to({"rsr": "r"}, seed=2)

@@ -56,6 +56,8 @@ class Candidates:
             try:
                 self._columns[name] = self.read_column(name, self.row_N)
             except ValueError as error:
+                if name.startswith("token_"):
+                    raise ValueError(f"{error}; values a token are kept with probe.keep=tokens") from error
                 if "loss" in self.statistics:
                     raise
                 raise ValueError(f"{error}; a statistic is there if the rule's `needs` name Statistics()") from error

@@ -23,7 +23,14 @@ from lark.gradient_passes import (
     ProjectedGradientsModule,
 )
 from lark.models import Student
-from lark.packing import coefficients, collate, micro_batches, rank_share, step_rows
+from lark.packing import (
+    coefficients,
+    collate,
+    micro_batches,
+    problem_mean_coefficients,
+    rank_share,
+    step_rows,
+)
 from lark.passes import (
     ContentAlone,
     GradientMatches,
@@ -155,6 +162,18 @@ class TrajectoryDataModule(LightningDataModule):
                 f"asked       {self.scorer.name}, whose choice {self.student.name} gets; "
                 f"{self.dropped['overlong_for_scorer']:,} further rows are too long for it"
             )
+
+    def check_columns(self) -> None:
+        """Whether the pool has the columns that the rules name. Raises ValueError."""
+        for name, rule in self.rules.items():
+            for column in rule.columns:
+                try:
+                    self.trajectories.column(column, self.scored[:1])
+                except ValueError as error:
+                    raise ValueError(
+                        f"{name}={rule.name} reads the column {column}, but {error}; add it to the pool, or name "
+                        f"another in {name}.score, {name}.filter or {name}.policy.prior"
+                    ) from error
 
     @property
     def dtype(self) -> str:
@@ -337,7 +356,7 @@ class TrajectoryDataModule(LightningDataModule):
         pool = self.trajectories
         row = np.flatnonzero(pool.fits & pool.is_held_out)
         sets = [np.ones(len(row), bool), pool.correct[row] == 1]
-        means = [_mean_of_problem_means(pool.problem_id[row], mask) for mask in sets]
+        means = [problem_mean_coefficients(pool.problem_id[row], mask) for mask in sets]
         return row, np.array(means) / pool.span_tokens[row]
 
     def val_dataloader(self) -> Any:
@@ -378,11 +397,3 @@ class _HeldOut(IterableDataset):
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
-
-
-def _mean_of_problem_means(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Coefficients [R] that average a row's value over its problem's masked rows, then over problems."""
-    _, problem, rows = np.unique(problem_id[mask].astype(str), return_inverse=True, return_counts=True)
-    result = np.zeros(len(problem_id))
-    result[mask] = 1 / (rows[problem] * len(rows))
-    return result

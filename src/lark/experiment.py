@@ -114,8 +114,7 @@ class _Run:
         say(f"run         {self.folder}")
         say(f"logging     {self.tracker.describe()}")
         self.data.prepare_data()
-        for column in {name for rule in self.rules.values() for name in rule.columns}:
-            self.data.trajectories.column(column, self.data.scored[:1])  # is it there? Before anything is computed
+        self.data.check_columns()  # before anything is computed
         if self.recipe.lr_sweep and self.config.stop_after in (None, "training"):
             self._check_held_out()
         self.problems = {  # likewise: their faults are cheap to find now

@@ -15,6 +15,8 @@ UNTRAINED = "before training"
 _OF_AN_UNTRAINED_STUDENT = ("task.", "model.", "evaluation.", "probe.span")
 """Beginnings of the settings that can tell two untrained students, and what is measured of them, apart."""
 
+_ITSELF = "itself"  # in place of the selector's name, where a baseline is the same rule
+
 Summary = Mapping[str, Any]
 """A run's summary.json."""
 Figures = Mapping[str, Any]
@@ -125,7 +127,8 @@ def _settings(run: Summary, arm: str, ignored: set[tuple[str, str]]) -> dict[str
     """The settings that an arm may depend on. Its own rule's are called own.*, those of the selector that a baseline is
     matched to for.*.
     """
-    found = {"for.name": str(run["arms"]["selector"]["rule"])} if arm == "baseline" else {}
+    found = {"for.name": _ITSELF if _chooses_as_its_selector(run) else run["arms"]["selector"]["rule"]}
+    found = found if arm == "baseline" else {}
     for name, value in run["settings"].items():
         if _with_its_rule(run, name) in ignored or (arm == "before" and not name.startswith(_OF_AN_UNTRAINED_STUDENT)):
             continue
@@ -138,6 +141,17 @@ def _settings(run: Summary, arm: str, ignored: set[tuple[str, str]]) -> dict[str
             continue
         found[name] = value if isinstance(value, str) else json.dumps(value)
     return found
+
+
+def _chooses_as_its_selector(run: Summary) -> bool:
+    """Whether selector and baseline are the same rule but for the policy, which a baseline does not have."""
+
+    def of(group: str) -> dict[str, Any]:
+        named = {name.removeprefix(f"{group}."): value for name, value in run["settings"].items()}
+        return {name: value for name, value in named.items() if name.partition(".")[0] in ("score", "filter")}
+
+    rules = {run["arms"][group]["rule"] for group in ("selector", "baseline") if group in run["arms"]}
+    return len(rules) == 1 and of("selector") == of("baseline")
 
 
 def _varying(appearances: Sequence[_Appearance]) -> list[str]:
@@ -177,7 +191,7 @@ def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]
             kept = fewer
 
     def text(values: _Values, indices: Sequence[int]) -> str:
-        return " ".join([rule, *(_text(rule, names[i], values[i]) for i in indices if values[i] is not None)])
+        return " ".join([rule, *(_text(names[i], values[i]) for i in indices if values[i] is not None)])
 
     fixed = [[i for i in kept if len({values[i] for values in members}) == 1] for members in classes]
     short = [text(members[0], indices) for members, indices in zip(classes, fixed, strict=True)]
@@ -189,8 +203,8 @@ def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]
     return {values: label for label, members in zip(labels, classes, strict=True) for values in members}
 
 
-def _text(rule: str, name: str, value: str | None) -> str:
-    if name == "for.name" and value == rule:  # the rule as its own baseline: the same rows, but for their weights
+def _text(name: str, value: str | None) -> str:
+    if name == "for.name" and value == _ITSELF:  # the same rows, but for their weights
         return "with equal weights"
     if name == "for.name":
         return f"for {value}"

@@ -131,3 +131,11 @@ def coefficients(
     if average == "token":
         return weights / total_weighted_tokens
     raise ValueError(f"sft.average={average!r} is unknown; set it to trajectory or token")
+
+
+def problem_mean_coefficients(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Coefficients [R] that average a row's value over its problem's masked rows, then over problems."""
+    _, problem, rows = np.unique(problem_id[mask].astype(str), return_inverse=True, return_counts=True)
+    result = np.zeros(len(problem_id))
+    result[mask] = 1 / (rows[problem] * len(rows))
+    return result

@@ -25,8 +25,9 @@ TOO_FEW = "too few problems for a bootstrap interval to be trusted"
 LEGEND = (
     "Means over seeds. Held-out loss and its mean over training: nats/token, lower is better (a difference below 0 "
     "favours the selector). Tokens and seconds: what choosing cost. Accuracies: differences in points with 95% crossed "
-    "bootstrap intervals over seeds and problems; p by sign flips over problems, for the seeds at hand; Holm over the "
-    "rows; detectable: what would be found with 80% power."
+    "bootstrap intervals over problems and, from 3 on, seeds; p by sign flips over problems, for the seeds at hand; "
+    "Holm over the rows; detectable: what would be found with 80% power. Labels name the fewest settings that tell "
+    "arms apart."
 )
 FORM = (
     ("stop", 0.5, "end by themselves (task.max_new_tokens, model.template)"),
