@@ -318,6 +318,7 @@ def test_a_baseline_with_as_many_tokens(first: Done, logs: Path) -> None:
     difference = tokens["tokens"]["baseline"] - tokens["tokens"]["selector"]
     assert records["baseline"]["policy"]["tokens_minus_selector"] == difference
     assert f"{difference:+,} tokens against the selector" in done.out or difference == 0
+    assert records["baseline"]["matched"] is True
 
 
 def test_the_learning_rate_of_each_arm_is_chosen_by_held_out_loss(first: Done, logs: Path) -> None:

@@ -259,7 +259,7 @@ def select(
 def _is_matched(counts: dict[str, int], details: dict[str, Any], tokens_N: np.ndarray) -> bool:
     """Whether a baseline has as many rows, or tokens to within a row, as the selector: its rule may score too few."""
     if details["match"] == "tokens":
-        return abs(details["tokens_minus_selector"]) <= tokens_N.max()
+        return abs(details["tokens_minus_selector"]) <= int(tokens_N.max())
     return counts["short_of_selector"] == 0
 
 
