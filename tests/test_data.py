@@ -14,9 +14,10 @@ from lark.gradient_scores import GradNorm, LarkExact, LarkHead, LossDrop
 from lark.passes import Gradients, LocalWindows, MeanHidden, Statistics
 from lark.policies import Policy
 from lark.pool import held_out
-from lark.probe import PassModule, ProbeModule, read_columns, rows_done
+from lark.probe import PassModule, ProbeModule
 from lark.scores import InstructionDifficulty, Length, LocalLikelihood, Random
 from lark.selection import Rule
+from lark.shards import read_columns, rows_done
 from lark.student import SFTModule
 
 POLICY = Policy(kind="top_b", budget=2)

@@ -9,8 +9,9 @@ from lark.cache import read_json
 from lark.chat import Encoded
 from lark.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule, local_windows
 from lark.passes import ContentAlone, LocalWindows, MeanHidden
-from lark.probe import Work, measure, read_columns
+from lark.probe import Work, measure
 from lark.scores import InstructionDifficulty, Likelihood, LocalLikelihood
+from lark.shards import read_columns
 
 
 def pool_rows():

@@ -10,7 +10,8 @@ import torch
 from lark.cache import complete
 from lark.models import Student
 from lark.passes import Statistics
-from lark.probe import STEP_COLUMNS, TOKEN_COLUMNS, Probe, ProbeModule, read_statistics, rows_done
+from lark.probe import STEP_COLUMNS, TOKEN_COLUMNS, Probe, ProbeModule
+from lark.shards import read_statistics, rows_done
 
 SCALARS = (
     "num_tokens",

@@ -31,7 +31,7 @@ from lark.selection import Selection, export
 from lark.student import Recipe, SFTModule
 from lark.verify import Checker
 
-_SOURCES = ("chat", "packing", "stats", "models", "student", "data", "trajectories", "arms")
+_SOURCES = ("chat", "packing", "stats", "models", "student", "batches", "trajectories", "arms")
 
 
 @dataclass(frozen=True, kw_only=True)

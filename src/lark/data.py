@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from lark.batches import held_out_coefficients, held_out_steps, training_step
 from lark.cache import complete, identity_hash, read_json, source_hash
 from lark.candidates import Candidates
 from lark.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
@@ -23,14 +23,6 @@ from lark.gradient_passes import (
     ProjectedGradientsModule,
 )
 from lark.models import Student
-from lark.packing import (
-    coefficients,
-    collate,
-    micro_batches,
-    problem_mean_coefficients,
-    rank_share,
-    step_rows,
-)
 from lark.passes import (
     ContentAlone,
     GradientMatches,
@@ -44,9 +36,10 @@ from lark.passes import (
     Statistics,
 )
 from lark.pool_scores import TeacherMatched
-from lark.probe import COST_COLUMNS, PassModule, Probe, ProbeModule, Work, measure, read_columns, read_statistics
+from lark.probe import PassModule, Probe, ProbeModule, Work, measure
 from lark.scores import STATISTICS, DropFirst
 from lark.selection import Rule, Selection, select, speaking_of
+from lark.shards import COST_COLUMNS, read_columns, read_statistics
 from lark.student import Recipe, Step
 from lark.tasks.files import Task
 from lark.trajectories import Say, Trajectories
@@ -62,7 +55,7 @@ MODULES: dict[type[Pass], type[PassModule]] = {
     ProjectedGradients: ProjectedGradientsModule,
     GradientMatches: GradientMatchesModule,
 }
-_SOURCES = ("chat", "models", "packing", "passes", "probe", "trajectories")
+_SOURCES = ("chat", "models", "packing", "passes", "probe", "shards", "trajectories")
 
 WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[Path, float], ...], dict[str, float]]]
 """Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates, and what they cost."""
@@ -318,46 +311,14 @@ class TrajectoryDataModule(LightningDataModule):
         return DataLoader(_Steps(self, trainer), batch_size=None)
 
     def step(self, number: int, *, rank: int = 0, world: int = 1) -> Step:
-        """Optimizer step `number` as this rank computes it: a pure function of its arguments and the seed."""
-        recipe, selection = self.recipe_in_use, self.selections[self.arm]
-        weights = selection.weight if recipe.weighted else np.ones(len(selection.row))
-        batch = step_rows(len(selection.row), recipe.batch_size, seed=self.seed, step=number)
-        lengths = self.trajectories.length[selection.row]
-        trained = self.trajectories.span_tokens[selection.row].astype(np.float64)
-        mine = rank_share(batch, lengths, rank=rank, world=world)
-        coefficient_R = coefficients(
-            trained[mine],
-            weights[mine],
-            average=recipe.average,
-            total_rows=len(batch),
-            total_weighted_tokens=float((weights[batch] * trained[batch]).sum()),
-        )
-        rows = selection.row[mine]
-        return self._laid_out(rows, coefficient_R[None], budget=recipe.micro_batch_tokens)
-
-    def _laid_out(self, rows: np.ndarray, coefficient_CR: np.ndarray, *, budget: int) -> Step:
-        packed = self.recipe_in_use.layout == "packed"
-        cuts = micro_batches(self.trajectories.length[rows], budget=budget, packed=packed)
-        micro = [collate(self.trajectories.encoded(rows[cut]), rows[cut].tolist(), packed=packed) for cut in cuts]
-        pool = self.trajectories
-        return Step(
-            micro=micro,
-            names=tuple(f"{pool.problem_id[row]}/{pool.candidate_id[row]}" for row in rows.tolist()),
-            coefficients_CR=[torch.tensor(coefficient_CR[:, cut], dtype=torch.float32) for cut in cuts],
-            trained_tokens=sum(len(m.target_N) for m in micro),
-            computed_tokens=sum(m.tokens for m in micro),
+        """Optimizer step `number` of the arm in use, as this rank computes it."""
+        selection, recipe = self.selections[self.arm], self.recipe_in_use
+        return training_step(
+            self.trajectories, selection, recipe, seed=self.seed, number=number, rank=rank, world=world
         )
 
     def held_out_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
-        """Held-out rows [R] that fit, and coefficients [C, R] whose sums of coefficient * surprisal are the held-out
-        losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over their
-        correct candidates (zeros when none is known to be correct).
-        """
-        pool = self.trajectories
-        row = np.flatnonzero(pool.fits & pool.is_held_out)
-        sets = [np.ones(len(row), bool), pool.correct[row] == 1]
-        means = [problem_mean_coefficients(pool.problem_id[row], mask) for mask in sets]
-        return row, np.array(means) / pool.span_tokens[row]
+        return held_out_coefficients(self.trajectories)
 
     def val_dataloader(self) -> Any:
         trainer = self.trainer
@@ -365,14 +326,14 @@ class TrajectoryDataModule(LightningDataModule):
         row, coefficients_CR = self.held_out_coefficients()
         if len(row) == 0:
             return []
-        cuts = micro_batches(self.trajectories.length[row], budget=self.probe.batch_tokens)
-        steps = [
-            self._laid_out(row[cut], coefficients_CR[:, cut], budget=self.probe.batch_tokens)
-            for cut in cuts[trainer.global_rank :: trainer.world_size]
-        ]
-        # data-parallel wrappers synchronise at every batch: all ranks need the same number
-        missing = -(-len(cuts) // trainer.world_size) - len(steps)
-        steps += [Step(micro=[], coefficients_CR=[], trained_tokens=0, computed_tokens=0)] * missing
+        steps = held_out_steps(
+            self.trajectories,
+            row,
+            coefficients_CR,
+            recipe=self.recipe_in_use,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
         return DataLoader(_HeldOut(steps), batch_size=None)
 
 

@@ -227,7 +227,7 @@ class GradientMatchesModule(GradientModule):
     there is no match (NaN).
     """
 
-    SOURCES = (*GradientModule.SOURCES, "arms", "data", "packing", "student", "warmup")
+    SOURCES = (*GradientModule.SOURCES, "arms", "batches", "packing", "student", "warmup")
 
     def __init__(self, *, wanted: Pass, work: Work, folder: Path):
         super().__init__(wanted=wanted, work=work, folder=folder)

@@ -6,30 +6,27 @@ cache is complete once its manifest is there; a killed pass goes on with the row
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lark.cache import complete, replacing, write_json
+from lark.cache import write_json
 from lark.chat import SPANS, STEPS, Encoded
 from lark.models import Student, head_of, hidden_states
 from lark.packing import MicroBatch, collate, micro_batches
 from lark.passes import Pass
+from lark.shards import merge, remove_shards, rows_done, write_shard
 from lark.stats import VERSION, TokenStatistics, step_sums, token_statistics, trajectory_sums
 from lark.trajectories import Trajectories
 
 STEP_COLUMNS = ("step_tokens", "step_surprisal", "step_first_surprisal")
 TOKEN_COLUMNS = ("token_surprisal", "token_rank", "token_entropy", "token_log_sum_p2")
-COST_COLUMNS = ("forward_tokens", "backward_tokens", "seconds")
-"""Of each row while it is computed; the manifest holds their sums."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +157,7 @@ class PassModule(LightningModule):
 
     def _write(self) -> None:
         if self.buffer:
-            path = self.folder / f"part-{self.global_rank}-{min(row['row'] for row in self.buffer)}.parquet"
-            with replacing(path) as temporary:
-                pq.write_table(pa.Table.from_pylist(self.buffer), temporary)
+            write_shard(self.folder, self.global_rank, self.buffer)
             self.buffer = []
 
 
@@ -220,12 +215,6 @@ def _table_rows(
     return rows
 
 
-def rows_done(folder: Path) -> np.ndarray:
-    """Row numbers that the shards in `folder` hold."""
-    parts = [pq.read_table(path, columns=["row"])["row"].to_numpy() for path in sorted(folder.glob("part-*.parquet"))]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
 def measure(
     trainer: Trainer, module: PassModule, identity: dict[str, Any], *, before: Mapping[str, float] | None = None
 ) -> None:
@@ -239,45 +228,9 @@ def measure(
     trainer.predict(module, return_predictions=False)
     trainer.strategy.barrier("probe-written")
     if trainer.is_global_zero:
-        cost = _merge(module.folder, module.work.rows)
+        cost = merge(module.folder, module.work.rows)
         cost = {name: value + (before or {}).get(name, 0) for name, value in cost.items()}
         counts = {"rows": len(module.work.rows), "resumed_rows": resumed}
         write_json(module.folder / "manifest.json", {"identity": identity, **counts, **cost})
-        for part in module.folder.glob("part-*.parquet"):  # not before the folder is complete
-            part.unlink()
+        remove_shards(module.folder)  # not before the folder is complete
     trainer.strategy.barrier("probe-complete")
-
-
-def _merge(folder: Path, wanted: np.ndarray) -> dict[str, Any]:
-    """All shards into statistics.parquet, ordered by row, and the sums of their costs. Memory grows with the rows times
-    what is kept of each: some 30 numbers, and as many arrays as a pass has (steps, a vector, tokens if asked for).
-    """
-    parts = sorted(folder.glob("part-*.parquet"))
-    table = pa.concat_tables([pq.read_table(path) for path in parts], promote_options="permissive")
-    cost = {name: sum(table[name].to_pylist()) for name in COST_COLUMNS}
-    order = np.argsort(table["row"].to_numpy(), kind="stable")
-    rows = table["row"].to_numpy()[order]
-    assert np.array_equal(rows, np.sort(wanted)), "the probe's shards do not hold every row exactly once"
-    with replacing(folder / "statistics.parquet") as temporary:
-        pq.write_table(table.drop_columns(list(COST_COLUMNS)).take(order), temporary)
-    return cost
-
-
-def read_columns(folder: Path) -> dict[str, np.ndarray]:
-    """The columns of a complete cache folder, [N] each and ordered by row; lists are object arrays of arrays."""
-    assert complete(folder)
-    table = pq.read_table(folder / "statistics.parquet")
-    return {name: _numpy(table[name]) for name in table.column_names}
-
-
-def read_statistics(folder: Path) -> dict[str, np.ndarray]:
-    """`read_columns` of the statistics, with the means derived from the sums: loss, brier, entropy."""
-    columns = read_columns(folder)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for mean, total in (("loss", "sum_surprisal"), ("brier", "sum_brier"), ("entropy", "sum_entropy")):
-            columns[mean] = columns[total] / columns["num_tokens"]
-    return columns
-
-
-def _numpy(column: Iterable[Any]) -> np.ndarray:
-    return column.to_numpy()  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from lark.cache import read_json
 from lark.data import TrajectoryDataModule
 from lark.evaluate import per_problem
 from lark.inference import paired_difference, smallest_detectable_difference
-from lark.probe import COST_COLUMNS
+from lark.shards import COST_COLUMNS
 
 
 def read_figures(arm: Arm, sets: list[str]) -> dict[str, Any]:
