@@ -1,7 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
+import lark.candidates
 from lark.candidates import Candidates
+from lark.columns import Columns
+from lark.passes import LocalWindows
 
 
 def candidates(read_column=None) -> Candidates:
@@ -46,6 +52,37 @@ def test_where_keeps_every_column_of_the_rows_it_keeps():
     assert rows.groups.count == 2
     nothing = candidates().where(np.zeros(4, bool))
     assert len(nothing) == nothing.groups.count == len(nothing.row_N) == 0
+
+
+def test_statistics_are_read_when_asked_for_by_all_views():
+    read = []
+    lazy = Columns({name: lambda name=name: read.append(name) or np.arange(4.0) for name in ("loss", "brier")})
+    windows = Columns({"window_surprisal": lambda: read.append("windows") or np.arange(4.0)})
+    rows = replace(candidates(), statistics=lazy, passes={LocalWindows(): windows})
+    some = rows.where(np.array([True, False, False, True])).as_baseline_for(None)  # type: ignore[arg-type]
+    assert read == []
+    assert some["brier"].tolist() == [0, 3] and rows["brier"].tolist() == [0, 1, 2, 3]
+    assert read == ["brier"]
+    assert some.of(LocalWindows())["window_surprisal"].tolist() == [0, 3] and "loss" in some.statistics
+    assert read == ["brier", "windows"]
+
+
+def test_a_column_of_another_length_is_an_error_of_ours():
+    with pytest.raises(AssertionError, match="3 values of loss for 4 candidates"):
+        replace(candidates(), statistics={"loss": np.zeros(3)})["loss"]
+    with pytest.raises(AssertionError, match="2 values of quality for 4 candidates"):
+        candidates(lambda name, row_N: row_N[:2])["quality"]
+
+
+def test_blocks_of_statistics_from_memory_and_from_a_file(monkeypatch):
+    monkeypatch.setattr(lark.candidates, "BLOCK_ROWS", 3)
+    rows = candidates()
+    assert [block["loss"].tolist() for block in rows.blocks()] == [[0.1, 0.2, 0.3], [0.4]]
+    tables = [pa.table({"loss": [0.1, 0.2, 0.3]}), pa.table({"loss": [0.4]})]
+    rows = replace(rows, read_blocks=lambda: iter(tables))
+    assert [block["loss"].to_pylist() for block in rows.blocks()] == [[0.1, 0.2, 0.3], [0.4]]
+    (block,) = rows.where(np.array([False, True, True, False])).blocks()
+    assert block["loss"].tolist() == [0.2, 0.3], "the file holds other rows"
 
 
 def test_an_unknown_column_is_an_error():

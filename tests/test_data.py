@@ -256,7 +256,7 @@ def test_only_the_passes_that_the_rules_need_are_run(make_data, monkeypatch):
     assert data.needs == [] and data.costs == {}
     assert set(data.candidates.statistics) == {"num_tokens"}
     np.testing.assert_array_equal(data.candidates["num_tokens"], data.trajectories.span_tokens[data.scored])
-    assert data.cost_of(data.rules["selector"]) == {"forward_tokens": 0, "backward_tokens": 0, "seconds": 0}
+    assert not any(data.cost_of(data.rules["selector"]).values())
     with pytest.raises(ValueError, match="no column loss"):
         _ = data.candidates["loss"]
 

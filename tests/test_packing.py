@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lark.chat import Encoded
-from lark.packing import coefficients, collate, micro_batches, rank_share, step_rows
+from lark.packing import coefficients, collate, collate_shared, micro_batches, prefix_units, rank_share, step_rows
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40).map(np.array)
 
@@ -58,6 +58,51 @@ def test_micro_batches_cover_each_row_once_within_the_budget(lengths, budget, pa
     if packed:  # any two bins together overflow, or one of them would not have been opened
         bins = sorted(int(lengths[cut].sum()) for cut in cuts)
         assert len(bins) < 2 or bins[0] + bins[1] > budget
+
+
+@settings(deadline=None)
+@given(
+    problems=st.lists(
+        st.tuples(st.integers(0, 20), st.lists(st.integers(1, 40), min_size=1, max_size=6)), min_size=1, max_size=8
+    ),
+    budget=st.integers(1, 150),
+    seed=st.integers(0, 99),
+)
+def test_prefix_units_cover_each_row_once_within_the_budget(problems, budget, seed):
+    rows = [(i, prompt, span) for i, (prompt, spans) in enumerate(problems) for span in spans]
+    problem, prompt, span = np.random.default_rng(seed).permutation(np.array(rows)).T
+    cuts = prefix_units(problem, prompt + span, span, budget=budget)
+    assert sorted(np.concatenate(cuts)) == list(range(len(rows)))
+    for cut in cuts:
+        distinct = span[cut].sum() + sum(prompt[problem == i][0] for i in set(problem[cut]))
+        assert distinct <= budget or len(cut) == 1
+    whole = [i for i, (prompt_i, spans) in enumerate(problems) if prompt_i + sum(spans) <= budget]
+    for i in whole:  # a problem that fits is not divided, so that its prompt is computed once
+        assert sum(bool((problem[cut] == i).any()) for cut in cuts) == 1
+
+
+def test_collate_shared_against_collate():
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(1, 1000, 9).tolist() for _ in range(2))
+    tails = [rng.integers(1, 1000, length).tolist() for length in (4, 6, 3)]
+    rows = [first + tails[0], second + tails[1], first + tails[2], first + tails[0]]
+    encoded_rows = [Encoded(input_ids=ids, prompt_tokens=9, end_of_turn=len(ids) - 10, steps=[0]) for ids in rows]
+    apart, shared = collate(encoded_rows, [7, 8, 9, 4]), collate_shared(encoded_rows, [7, 8, 9, 4])
+    assert shared.tree is not None and shared.tokens == 9 + 9 + 4 + 6 + 3
+    assert shared.rows == apart.rows
+    for name in ("target_N", "row_N", "position_N"):
+        assert torch.equal(getattr(shared, name), getattr(apart, name)), name
+    flat = shared.input_ids_RL.view(-1)
+    assert torch.equal(flat[shared.observed_N], shared.target_N)
+    assert torch.equal(flat[shared.predict_N], apart.input_ids_RL.view(-1)[apart.predict_N])
+    depths = shared.position_ids_RL.view(-1)
+    assert torch.equal(depths[shared.observed_N], shared.position_N + 9)
+    assert torch.equal(depths[shared.predict_N], shared.position_N + 8)
+
+
+def test_rows_that_share_little_are_padded():
+    rng = np.random.default_rng(0)
+    assert collate_shared([encoded(rng, 40, 3), encoded(rng, 40, 3)], [0, 1]).tree is None
 
 
 @pytest.mark.parametrize("packed", [False, True])

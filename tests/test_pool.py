@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -18,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lark.pool
+import lark.progress
 from lark.cache import lock
-from lark.pool import PoolError, extra_column, held_out, read_pool
+from lark.pool import PoolError, extra_column, held_out, read_pool, text_column
 
 
 def make_row(problem: int | None = 0, candidate: int | str = 0, **fields):
@@ -135,6 +137,79 @@ def test_a_list_a_folder_and_a_glob_read_the_same(read, tmp_path):  # problem 1 
     listed = read_pool([folder / "deep", str(folder / "a.jsonl"), folder / "[ab].*"], cache=tmp_path / "cache")
     assert ids(listed) == ids(read(ROWS[8:] + ROWS[:8])), "in the order of the list, and a.jsonl once"
     assert listed.rows["source"][0] == "deep/c.json:2" and listed.rows["source"][4] == "a.jsonl:1"
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_a_folder_of_shards_is_the_pool_of_one_file(read, tmp_path, ending):
+    rows = [*ROWS[::2], *ROWS[1::2]]  # the rows of a problem stand in several files
+    (tmp_path / "shards").mkdir()
+    for number, start in enumerate(range(0, len(rows), 5)):
+        write(tmp_path / "shards" / f"{number}.{ending}", rows[start : start + 5])
+    one, many = read(rows), read(tmp_path / "shards")
+    assert many.fingerprint == one.fingerprint and ids(many) == ids(one)
+    assert [{**row, "source": None} for row in many.rows] == [{**row, "source": None} for row in one.rows]
+    assert many.rows["source"][:6] == [*(f"0.{ending}:{line}" for line in range(1, 6)), f"1.{ending}:1"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_contradictions_across_files_name_the_first_row(read, tmp_path, ending):
+    write(tmp_path / f"a.{ending}", [make_row(0, 0), make_row(1, 0)])
+    write(tmp_path / f"b.{ending}", [make_row(2, 0), make_row(1, 0, answer="9", messages=make_row(2)["messages"])])
+    faults = read_faults(read, tmp_path / f"[ab].{ending}")
+    assert [(fault.file, fault.line, fault.reason) for fault in faults] == [
+        (f"b.{ending}", 2, reason) for reason in ("duplicate candidate_id", "different prompt", "different answer")
+    ]
+    assert all(f"of problem 1 in a.{ending}:2" in fault.message for fault in faults[1:])
+
+
+def test_a_row_group_is_not_read_whole(tmp_path):
+    """What Arrow allocates at most, by its own count, for one row group of 32 MB."""
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(2**11).hex() for _ in range(8192)]
+    messages = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in texts]
+    columns = {"problem_id": range(8192), "candidate_id": [0] * 8192, "messages": messages}
+    pq.write_table(pa.table(columns), tmp_path / "pool.parquet", use_dictionary=False)
+    assert pq.read_metadata(tmp_path / "pool.parquet").num_row_groups == 1
+    script = (
+        "import sys, pyarrow as pa, lark.rows; from pathlib import Path\n"
+        "assert sum(1 for _ in lark.rows.read_rows(Path(sys.argv[1]))) == 8192\n"
+        "print(pa.default_memory_pool().max_memory())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(tmp_path / "pool.parquet")]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 2**24
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "json"])
+def test_progress_estimates_the_rows_from_what_has_been_read(read, tmp_path, monkeypatch, ending):
+    totals = []
+
+    class Line(lark.progress.tqdm):
+        def update(self, n=1):
+            if self.unit == " rows":
+                totals.append(self.total)
+            super().update(n)
+
+    monkeypatch.setattr(lark.progress, "tqdm", Line)
+    rows = [make_row(100 + problem) for problem in range(40)]
+    for number in range(2):
+        write(tmp_path / f"pool-{number}.{ending}", rows[20 * number : 20 * number + 20])
+    read(tmp_path / f"pool-*.{ending}")
+    assert len(totals) == 40 and all(abs(total - 40) <= 4 for total in totals) and totals[-1] in range(40, 42)
+    read(tmp_path / f"pool-*.{ending}")
+    assert len(totals) == 40, "it was cached"
+
+
+def test_equal_texts_of_a_column_are_one_object(read, monkeypatch):
+    monkeypatch.setattr(lark.pool, "BATCH_ROWS", 5)  # some texts are first seen in the second or third batch
+    rows = [make_row(row["problem_id"], row["candidate_id"], teacher=None if i % 4 == 1 else row["teacher"])
+            for i, row in enumerate(ROWS)]  # fmt: skip
+    pool = read(rows)
+    for name in ("problem_id", "candidate_id", "teacher", "answer"):
+        column = text_column(pool.rows, name)
+        assert column.dtype == object and column.tolist() == pool.rows[name][:]
+        assert len({id(text) for text in column}) == len(set(column))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +374,7 @@ def test_shuffling_changes_nothing_but_the_order(read):
     assert content(one) == content(other)
 
 
-def refuse(path):
+def refuse(path, *_):
     raise AssertionError(f"{path} is read again")
 
 
@@ -340,16 +415,14 @@ def test_faults_leave_nothing_in_the_cache(read, tmp_path):
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
-def test_a_process_killed_before_the_manifest_leaves_no_pool_and_is_recovered_from(read, tmp_path):
+def test_a_process_killed_before_the_manifest_leaves_no_pool_and_is_recovered_from(read, tmp_path, monkeypatch):
     path = write(tmp_path / "pool.jsonl", ROWS)
-    script = (
-        "import os, sys, lark.pool\n"
-        "lark.pool.write_json = lambda *_: os.kill(os.getpid(), 9)\n"
-        "lark.pool.read_pool(sys.argv[1], cache=sys.argv[2])"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run([sys.executable, "-c", script, path, tmp_path / "cache"], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setattr(lark.pool, "write_json", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        child = multiprocessing.get_context("fork").Process(target=read, args=[path])
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
     [folder] = (entry for entry in (tmp_path / "cache" / "pools").iterdir() if entry.is_dir())
     assert [entry.name for entry in folder.iterdir()] == ["pool.arrow"]
     (folder / ".pool.arrow.0.tmp").write_bytes(b"half")

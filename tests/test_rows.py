@@ -97,6 +97,20 @@ def test_rows_of_parquet_are_counted_across_batches(tmp_path):
     assert list(read_rows(tmp_path / "pool.parquet")) == [(number + 1, {"a": number}) for number in range(2500)]
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_rows_say_how_many_bytes_they_take(tmp_path, ending):
+    rows = [{"text": "x" * length} for length in range(0, 2000, 4)]
+    path = tmp_path / f"pool.{ending}"
+    if ending == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        lines = [json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines) if ending == "jsonl" else f"[{', '.join(lines)}]")
+    taken = []
+    assert [row for _, row in read_rows(path, taken.append)] == rows
+    assert len(taken) == 500 and sum(taken) == pytest.approx(path.stat().st_size, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("line", "reason", "message"),
     [

@@ -169,6 +169,7 @@ def test_wandb(first: Done, logs: Path) -> None:
     content = summary(first.folder)
     runs = wandb_runs(logs, "first")
     names = {
+        "statistics-tiny": "scoring",
         "before-before-seed0": "before",
         "baseline-random-seed0": "baseline",
         "selector-lark-seed0": "selector",
@@ -176,6 +177,9 @@ def test_wandb(first: Done, logs: Path) -> None:
     }
     assert {name: run.job_type for name, run in runs.items()} == names
     for name, arm in names.items():
+        if arm == "scoring":
+            assert runs[name].series("scoring/trajectories")[-1] > 0
+            continue
         if arm == "comparison":
             estimate = content["sets"]["eval"]["difference"]["estimate"]
             assert runs[name].series("comparison/eval/estimate") == [pytest.approx(estimate)]

@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lark.stats
-from lark.stats import RANK_CLIPS, Head, TokenStatistics, step_sums, token_statistics, trajectory_sums
+from lark.stats import (
+    RANK_CLIPS,
+    Head,
+    TokenStatistics,
+    can_compile,
+    step_sums,
+    token_statistics,
+    trajectory_sums,
+)
 
 FIELDS = ("surprisal_N", "brier_N", "entropy_N", "rank_N", "log_sum_p2_N")
 
@@ -195,6 +206,27 @@ def test_chunked_equals_dense(monkeypatch, chunk, top_k):
         np.testing.assert_allclose(chunked[name], dense[name], rtol=2e-5, atol=1e-6, err_msg=name)
     # never logits of more tokens than fit, and none twice
     assert max(asked) <= chunk and sum(asked) == len(target_N) and len(asked) == -(-len(target_N) // chunk)
+
+
+def test_compiled_equals_eager():
+    """Where there is a compiler; without one `can_compile` says so and nothing is compiled."""
+    if reason := can_compile(torch.device("cpu")):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    hidden_ND, target_N = torch.randn(97, 16), torch.randint(0, 1000, (97,))
+    head = Head(weight_VD=torch.randn(1000, 16))
+    eager = vars(token_statistics(hidden_ND, target_N, head))
+    compiled = vars(token_statistics(hidden_ND, target_N, head, compiled=True))
+    assert torch.equal(eager.pop("rank_N"), compiled.pop("rank_N"))
+    for name, values_N in eager.items():
+        torch.testing.assert_close(compiled[name], values_N, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_no_compiler_is_a_reason_not_an_error(tmp_path):
+    script = "import torch; from lark.stats import can_compile; print(can_compile(torch.device('cpu')))"
+    environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "compiler" in found.stdout
 
 
 def test_a_vocabulary_larger_than_the_chunk_still_goes_token_by_token(monkeypatch):

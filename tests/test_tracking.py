@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 import wandb
-from wandb_file import read_wandb
+from lark_command import SMALL, lark
+from wandb.proto import wandb_internal_pb2
+from wandb_file import read_wandb, records
 
+from lark import progress
+from lark.cache import read_json
+from lark.passes import Statistics
+from lark.probe import ProbeModule
+from lark.progress import PassProgress
 from lark.tracking import Csv, Wandb
 
 
@@ -77,3 +84,86 @@ def test_csv(tmp_path: Path) -> None:
         assert [float(row["train/loss"]) for row in rows if row["train/loss"]] == [2.0, 1.0, 0.0]
         assert any(row["evaluation/eval/avg@4"] == "0.25" for row in rows)
         assert "job_type: selector" in path.with_name("hparams.yaml").read_text()
+
+
+# ---- passes of the student
+
+
+def x_axes(path: Path) -> dict[str, str]:
+    """What each metric, or all, are plotted against."""
+    found = map(wandb_internal_pb2.Record.FromString, records(path.read_bytes()))  # type: ignore[attr-defined]
+    return {m.metric.glob_name: m.metric.step_metric for m in found if m.HasField("metric") and m.metric.step_metric}
+
+
+def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], dict[str, float]]:
+    """A pass whose every batch is logged: how many trajectories were done after each, and the final figures."""
+    data = make_data(probe={"batch_tokens": 300}, trainer={"callbacks": [PassProgress("statistics")]})
+    data.prepare_data()
+    done, step = [0], PassProgress.on_predict_batch_end
+
+    def counted(self, trainer, pl_module, outputs, batch, *rest):
+        done.append(done[-1] + len(batch[0]))
+        step(self, trainer, pl_module, outputs, batch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassProgress, "on_predict_batch_end", counted)
+        patch.setattr(progress, "LOGGER_SECONDS", -1.0)
+        patch.setattr(progress, "LIMIT_AFTER", -1.0)
+        logger = tracker.open(title="statistics-small", group="sweep", job_type="scoring", config={}, folder=folder)
+        data.run_pass(Statistics(), cached=False, logger=logger)
+        tracker.finish()
+    return done[1:], read_json(data.statistics_folder / "manifest.json")["throughput"]
+
+
+def test_a_pass_in_wandb(make_data, tmp_path: Path) -> None:
+    done, figures = log_pass(Wandb(name="offline", mode="offline"), make_data, tmp_path)
+    (path,) = wandb_files(tmp_path)
+    run = read_wandb(path)
+    assert (run.name, run.group, run.job_type) == ("statistics-small", "sweep", "scoring")
+    assert len(done) > 3 and run.series("scoring/trajectories") == [*done, done[-1]]
+    for name in ("trajectories_per_s", "tokens_per_s", "share_of_gemm_limit"):
+        series = run.series(f"scoring/{name}")
+        assert len(series) == len(done) + 1 and min(series) > 0
+        assert series[-1] == pytest.approx(figures[name])
+    left = run.series("scoring/seconds_left")
+    assert left[0] > 1e-6 > left[-2] >= left[-1] == 0
+    assert x_axes(path) == {"*": "scoring/trajectories"}
+
+
+def test_a_pass_in_csv(make_data, tmp_path: Path) -> None:
+    done, figures = log_pass(Csv(name="csv"), make_data, tmp_path)
+    (path,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [int(row["scoring/trajectories"]) for row in rows] == [*done, done[-1]]
+    assert {f"scoring/{name}" for name in figures if name != "pass_seconds"} < rows[0].keys()
+    assert float(rows[-1]["scoring/tokens_per_s"]) == pytest.approx(figures["tokens_per_s"])
+
+
+def test_optimizer_steps_are_the_axis_of_everything_else(tmp_path: Path) -> None:
+    log_two(Wandb(name="offline", mode="offline"), tmp_path)
+    assert [x_axes(path) for path in wandb_files(tmp_path)] == [{"*": "trainer/global_step"}] * 2
+
+
+def test_a_pass_that_runs_is_a_run_and_one_from_the_cache_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*SMALL, f"paths.logs={tmp_path}", "logger=offline", "stop_after=statistics")
+
+    def fails(*_: object) -> None:
+        raise ValueError("no such luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeModule, "measure", fails)
+        assert lark(*words, f"hydra.run.dir={tmp_path}/failed").err == "lark: no such luck\n"
+    assert wandb.run is None, "the next run would become part of this one"
+    for name in ("fresh", "cached"):
+        assert lark(*words, f"hydra.run.dir={tmp_path}/{name}").code == 0
+    runs = {run.group: run for run in map(read_wandb, wandb_files(tmp_path))}
+    assert runs.keys() == {"failed", "fresh"}
+    for run in runs.values():
+        assert (run.name, run.job_type) == ("statistics-tiny", "scoring")
+        assert run.config["pass"] == "statistics" and run.config["task"]["name"] == "arithmetic"
+    (manifest,) = tmp_path.glob("cache/statistics/*/manifest.json")
+    assert runs["fresh"].config["hash"] == manifest.parent.name
+    assert runs["fresh"].series("scoring/trajectories")[-1] == read_json(manifest)["rows"]
+    assert runs["failed"].series("scoring/trajectories") == []

@@ -3,17 +3,19 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader, IterableDataset
 
 from lark.batches import held_out_coefficients, held_out_steps, training_step
 from lark.cache import complete, identity_hash, read_json, source_hash
 from lark.candidates import Candidates
+from lark.contests import contests, raced
 from lark.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
 from lark.gradient_passes import (
     GradientMatchesModule,
@@ -37,9 +39,11 @@ from lark.passes import (
 )
 from lark.pool_scores import TeacherMatched
 from lark.probe import PassModule, Probe, ProbeModule, Work, measure
+from lark.progress import describe_pass
+from lark.race_pass import RaceModule, RaceWork, describe_race, race
 from lark.scores import STATISTICS, DropFirst
 from lark.selection import Rule, Selection, select, speaking_of
-from lark.shards import COST_COLUMNS, read_columns, read_statistics
+from lark.shards import COST_COLUMNS, read_columns, read_statistics, rows_done, statistics_blocks
 from lark.student import Recipe, Step
 from lark.tasks.files import Task
 from lark.trajectories import Say, Trajectories
@@ -94,6 +98,8 @@ class TrajectoryDataModule(LightningDataModule):
         super().__init__()
         self.task, self.student, self.recipe, self.probe = task, student, recipe, probe
         self.scorer = scorer or student
+        self.asked = self.scorer  # the same student in the dtype of its passes, once lark.agreement has settled that
+        self.agreement: dict[str, Any] = {}
         self.rules: dict[str, Rule] = {"selector": selector} | ({"baseline": baseline} if baseline else {})
         every = [*needs, *(need for rule in self.rules.values() for need in rule.needs)]
         self.needs = sorted(dict.fromkeys(every), key=lambda need: need != Statistics())  # the statistics first
@@ -104,6 +110,8 @@ class TrajectoryDataModule(LightningDataModule):
         self.arm, self.recipe_in_use = "selector", recipe
         self._pools: dict[str, Trajectories] = {}
         self._check_rules()
+        self.contests = contests(self.rules, match=match) if probe.race else ()
+        self.rules |= {contest.name: raced(contest.rule) for contest in self.contests}
 
     def _check_rules(self) -> None:
         """What a rule cannot know by itself. Raises ValueError."""
@@ -170,7 +178,7 @@ class TrajectoryDataModule(LightningDataModule):
 
     @property
     def dtype(self) -> str:
-        """What the trained student is sampled in; the dtype that a pass of its own runs in."""
+        """What the trained student is sampled in; its passes may run in another (`asked`)."""
         return str(self.student.resolve_dtype(self.make_trainer("").strategy.root_device))
 
     @property
@@ -186,28 +194,31 @@ class TrajectoryDataModule(LightningDataModule):
         return {**self.trajectories.dropped, "overlong_for_scorer": overlong}
 
     def _work(self, warmup: tuple[tuple[Path, float], ...] = ()) -> Work:
-        return Work(
-            student=self.scorer,
+        work = Work(
+            student=self.asked,
             probe=self.probe,
             pool=self.scored_trajectories,
             rows=self.scored,
             seed=self.seed,
             warmup=warmup,
         )
+        return RaceWork(**vars(work), contests=self.contests) if self.contests else work
 
-    def pass_identity(self, wanted: Pass) -> dict[str, Any]:
-        """All that a pass's columns depend on."""
-        module, device = MODULES[type(wanted)], self.make_trainer("").strategy.root_device
+    def pass_identity(self, wanted: Pass, work: Work | None = None) -> dict[str, Any]:
+        """All that the columns of a pass depend on, over all that is scored or over other `work` on the same pool."""
+        work = work or self._work()
+        is_race = wanted == Statistics() and isinstance(work, RaceWork)
+        module, device = RaceModule if is_race else MODULES[type(wanted)], self.make_trainer("").strategy.root_device
         identity = {
             "student": self.scorer.identity(),
-            "dtype": str(self.scorer.resolve_dtype(device)),
+            "dtype": str(work.student.resolve_dtype(device)),
             "attention": self.scorer.attention,
             **self.scored_trajectories.identity,
-            **module.identity(wanted, self._work()),
+            **module.identity(wanted, work),
             "sources": source_hash([*_SOURCES, *module.SOURCES]),
         }
-        if not np.array_equal(self.scored, self.scored_trajectories.scored):  # the trained student drops rows too
-            identity["rows"] = hashlib.sha256(self.scored.tobytes()).hexdigest()
+        if not np.array_equal(work.rows, self.scored_trajectories.scored):  # the trained student drops rows too
+            identity["rows"] = hashlib.sha256(work.rows.tobytes()).hexdigest()
         if isinstance(wanted, GradientMatches):
             identity["warm_up"] = [self.recipe.for_epochs(wanted.epochs).identity(), self.precision]
         return identity
@@ -230,8 +241,8 @@ class TrajectoryDataModule(LightningDataModule):
         for wanted in self.needs:
             self.run_pass(wanted, cached=complete(self.pass_folder(wanted)))
 
-    def run_pass(self, wanted: Pass, *, cached: bool) -> None:
-        """One pass, unless it is `cached` (which rank 0 finds out)."""
+    def run_pass(self, wanted: Pass, *, cached: bool, logger: Logger | None = None) -> None:
+        """One pass, unless it is `cached` (which rank 0 finds out). logger: gets its progress."""
         if wanted in self.costs:
             return
         folder, label = self.pass_folder(wanted), wanted.name.replace("_", " ")
@@ -244,10 +255,26 @@ class TrajectoryDataModule(LightningDataModule):
                     raise ValueError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
                 warmup, before = self.warm_up(self, wanted)
             work = self._work(warmup)
-            module = MODULES[type(wanted)](wanted=wanted, work=work, folder=folder)
-            self.say(f"{label:<11} cache miss ({folder.name}): scoring {len(work.rows):,} trajectories")
-            measure(self.make_trainer(label), module, self.pass_identity(wanted), before=before)
+            done = len(rows_done(folder))
+            self.say(
+                f"{label:<11} cache miss ({folder.name}): scoring {len(work.rows) - done:,} trajectories"
+                + (f", {done:,} are kept of a pass that was interrupted" if done else "")
+            )
+            identity = self.pass_identity(wanted)
+            if wanted == Statistics() and isinstance(work, RaceWork):
+                race(wanted, work, folder, identity, make_trainer=self.make_trainer, logger=logger)
+            else:
+                trainer = self.make_trainer(label)
+                trainer.logger = logger
+                measure(
+                    trainer, MODULES[type(wanted)](wanted=wanted, work=work, folder=folder), identity, before=before
+                )
         self.costs[wanted] = read_json(folder / "manifest.json")
+        if not cached and (throughput := self.costs[wanted].get("throughput")):
+            chosen = [f"{name} {value}" for name, value in self.costs[wanted]["choices"].items()]
+            self.say(f"{label:<11} {'; '.join([describe_pass(throughput), *chosen])}")
+        if "race" in self.costs[wanted]:
+            self.say(describe_race(self.costs[wanted]))
 
     def cost_of(self, rule: Rule) -> dict[str, float]:
         """What choosing by `rule` costs: tokens through the student forwards and backwards, device-seconds."""
@@ -259,13 +286,14 @@ class TrajectoryDataModule(LightningDataModule):
         """What the rules choose from: the scored rows with the columns of every pass."""
         pool, row_N = self.trajectories, self.scored
         statistics: Mapping[str, np.ndarray] = {"num_tokens": self.scored_trajectories.span_tokens[row_N]}
-        passes = {}
+        passes, read_blocks = {}, None
         for wanted in self.needs:
             folder = self.pass_folder(wanted)
             columns = read_statistics(folder) if wanted == Statistics() else read_columns(folder)
-            assert np.array_equal(columns.pop("row"), row_N)
+            assert np.array_equal(columns["row"], row_N)
+            columns = columns.without("row")
             if wanted == Statistics():
-                statistics = columns
+                statistics, read_blocks = columns, partial(statistics_blocks, folder)
             else:
                 passes[wanted] = columns
         return Candidates(
@@ -274,6 +302,7 @@ class TrajectoryDataModule(LightningDataModule):
             statistics=statistics,
             read_column=pool.column,
             row_N=row_N,
+            read_blocks=read_blocks,
             passes=passes,
         )
 

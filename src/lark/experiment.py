@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from lark.agreement import settle_dtype
 from lark.arms import Arm, evaluate_arm, evaluated, evaluation_identity, make_arm, train, write_selection
 from lark.cache import complete, lock, read_json, writable, write_json
 from lark.config import build, model_option
@@ -22,8 +24,10 @@ from lark.description import describe_recipe, describe_selections, quiet_librari
 from lark.evaluate import read_problems
 from lark.passes import GradientMatches, Statistics
 from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_size
+from lark.progress import PassProgress
 from lark.report import print_comparison
 from lark.selection import Rule, speaking_of
+from lark.sharding import check_sharded
 from lark.student import DivergedError
 from lark.summary import read_figures, summarise_run
 from lark.tracking import log_arm
@@ -99,12 +103,11 @@ class _Run:
         self.figures: dict[str, dict[str, Any]] = {}
 
     def _pass_trainer(self, label: str) -> Trainer:
-        """For a pass of the probe. float32: the student's own dtype decides, and "*-true" precisions would convert it;
-        no inference mode: a pass may want gradients.
-        """
-        return self.trainer(progress=label, precision="32-true", inference_mode=False)
+        """float32: the student's own dtype decides, others would convert it; no inference mode: for gradients."""
+        return self.trainer(callbacks=[PassProgress(label)], precision="32-true", inference_mode=False)
 
     def go(self) -> float:
+        check_sharded(self.trainer().strategy, stop_after=self.config.stop_after, rules=self.rules)
         started, used = world_size(), self.trainer().world_size
         if started not in (1, used):
             raise ValueError(
@@ -127,6 +130,7 @@ class _Run:
                 say(f"warning     {count} of {len(self.problems[name])} problems of {name} are in the pool too")
         self._score()
         if self.config.stop_after == "statistics":
+            self._keep_statistics()
             return self._stop(f"statistics  {self.folder / 'statistics.parquet'}")
         self.data.select()
         self._keep_statistics()
@@ -149,11 +153,16 @@ class _Run:
 
     def _score(self) -> None:
         """The passes that the rules need, each under its lock; ranks obey the plan on which of them run."""
+        settle_dtype(self.data, self._claim, self.plan)
         for wanted in self.data.needs:
             folder = self.data.pass_folder(wanted)
-            with self._claim(wanted.name, folder, partial(complete, folder)) as to_do:
-                self.data.run_pass(wanted, cached=not to_do)
-        self._keep_statistics()
+            with self._claim(wanted.name, folder, partial(complete, folder)) as to_do, ExitStack() as held:
+                logger = None
+                if to_do and is_main():
+                    held.callback(self.tracker.finish)
+                    title = f"{wanted.name}-{self.data.scorer.name}"
+                    logger = self._open(title, "scoring", hash=folder.name, **wanted.identity())
+                self.data.run_pass(wanted, cached=not to_do, logger=logger)
 
     @contextmanager
     def _claim(self, name: str, folder: Path, done: Callable[[], bool]) -> Iterator[bool]:
@@ -279,14 +288,9 @@ class _Run:
         logger = None
         if is_main():
             job_type = "reused" if action == "reuse" else arm.name
-            logger = self.tracker.open(
-                title=f"{arm.name}-{arm.rule}-seed{self.data.seed}"
-                + (f"-lr{arm.recipe.lr:g}" if problems is None else ""),
-                group=self.group,
-                job_type=job_type,
-                config={"arm": arm.name, "rule": arm.rule, "hash": arm.folder.name, **_plain(self.config)},
-                folder=self.logs,
-            )
+            rate = f"-lr{arm.recipe.lr:g}" if problems is None else ""
+            title = f"{arm.name}-{arm.rule}-seed{self.data.seed}{rate}"
+            logger = self._open(title, job_type, arm=arm.name, rule=arm.rule, hash=arm.folder.name)
         try:
             if action == "train":
                 train(
@@ -299,11 +303,7 @@ class _Run:
                 )
             if action in ("train", "evaluate") and self.config.stop_after != "training" and problems and checker:
                 trainer = self.trainer()
-                rank, world = (
-                    (torch.distributed.get_rank(), torch.distributed.get_world_size())
-                    if torch.distributed.is_initialized()
-                    else (0, 1)
-                )
+                rank, world = (torch.distributed.get_rank(), world_size()) if world_size() > 1 else (0, 1)
                 evaluate_arm(
                     arm,
                     self.data,
@@ -333,7 +333,9 @@ class _Run:
 
     def _stop(self, text: str) -> float:
         if is_main():
-            write_json(self.folder / "summary.json", {"status": "finished", "stopped_after": self.config.stop_after})
+            checked = {"agreement": self.data.agreement} if self.data.agreement else {}
+            stopped = {"status": "finished", "stopped_after": self.config.stop_after}
+            write_json(self.folder / "summary.json", stopped | checked)
         say(text)
         return float("nan")
 
@@ -360,14 +362,12 @@ class _Run:
         path.unlink(missing_ok=True)
         return path
 
+    def _open(self, title: str, job_type: str, **config: Any) -> Logger:
+        config |= _plain(self.config)
+        return self.tracker.open(title=title, group=self.group, job_type=job_type, config=config, folder=self.logs)
+
     def _log_comparison(self, summary: dict[str, Any]) -> None:
-        logger = self.tracker.open(
-            title=f"comparison-seed{self.data.seed}",
-            group=self.group,
-            job_type="comparison",
-            config=_plain(self.config),
-            folder=self.logs,
-        )
+        logger = self._open(f"comparison-seed{self.data.seed}", "comparison", agreement=self.data.agreement)
         for name, spec in summary["sets"].items():
             if difference := spec.get("difference"):
                 keys = ("estimate", "low", "high", "smallest_detectable")

@@ -14,7 +14,7 @@ import torch
 
 from lark.chat import Encoded
 from lark.models import head_of, hidden_states
-from lark.packing import MicroBatch, collate, micro_batches
+from lark.packing import MicroBatch, collate, collate_shared, consecutive, micro_batches
 from lark.passes import LocalWindows, Pass
 from lark.probe import PassModule, Work
 from lark.stats import step_sums, token_statistics
@@ -54,7 +54,7 @@ class LocalWindowsModule(PassModule):
 
     def _step_sums(self, windows: Sequence[Encoded]) -> list[np.ndarray]:
         """Summed surprisal (nats) of the scored steps of each window, [S] each."""
-        surprisals = span_surprisals(self.student_model, windows, budget=self.work.probe.batch_tokens)
+        surprisals = span_surprisals(self.student_model, windows, budget=self.batch_tokens, share=not self.not_shared)
         return [
             step_sums(surprisal_T, window.steps, len(surprisal_T), skip=0)[1]
             for window, surprisal_T in zip(windows, surprisals, strict=True)
@@ -117,7 +117,9 @@ class ContentAloneModule(PassModule):
     def measure(self, batch: tuple[np.ndarray, list[Encoded]]) -> list[dict[str, Any]]:
         rows, alone = batch
         scored = [one for one in alone if len(one.input_ids) > 1]
-        surprisals = iter(span_surprisals(self.student_model, scored, budget=self.work.probe.batch_tokens))
+        surprisals = iter(
+            span_surprisals(self.student_model, scored, budget=self.batch_tokens, share=not self.not_shared)
+        )
         measured = []
         for row, one in zip(rows.tolist(), alone, strict=True):
             surprisal_T = next(surprisals) if len(one.input_ids) > 1 else np.zeros(0)
@@ -135,9 +137,9 @@ class MeanHiddenModule(PassModule):
 
     @torch.inference_mode()
     def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
-        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL)
+        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL, batch.tree)
         counts = torch.bincount(batch.row_N, minlength=len(batch.rows)).tolist()
-        by_row = hidden_XD[batch.predict_N + 1].float().split(counts)
+        by_row = hidden_XD[batch.observed_N].float().split(counts)
         return [
             {"row": row, "vector": hidden_TD.mean(0).cpu().numpy(), "forward_tokens": len(source.input_ids)}
             for row, hidden_TD, source in zip(
@@ -146,14 +148,18 @@ class MeanHiddenModule(PassModule):
         ]
 
 
-def span_surprisals(model: Any, sequences: Sequence[Encoded], *, budget: int) -> list[np.ndarray]:
-    """Surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of `budget` tokens."""
+def span_surprisals(model: Any, sequences: Sequence[Encoded], *, budget: int, share: bool) -> list[np.ndarray]:
+    """Surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of `budget` tokens.
+
+    share: sequences next to each other may begin alike, and the student's attention knows prefix trees.
+    """
     surprisals: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
     head = head_of(model)
-    for cut in micro_batches(lengths, budget=budget):
-        micro = collate([sequences[i] for i in cut], cut.tolist()).to(head.weight_VD.device)
-        hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
+    for cut in consecutive(lengths, budget=budget) if share else micro_batches(lengths, budget=budget):
+        micro = (collate_shared if share else collate)([sequences[i] for i in cut], cut.tolist())
+        micro = micro.to(head.weight_VD.device)
+        hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
         surprisal_N = token_statistics(hidden_XD[micro.predict_N], micro.target_N, head).surprisal_N
         counts = np.bincount(micro.row_N.cpu().numpy(), minlength=len(cut))
         pieces = np.split(surprisal_N.cpu().numpy().astype(np.float64), np.cumsum(counts)[:-1])

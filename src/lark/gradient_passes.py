@@ -33,7 +33,7 @@ from lark.gradients import (
 )
 from lark.groups import Groups, unit_hash
 from lark.models import head_of, hidden_states
-from lark.packing import MicroBatch, collate, micro_batches
+from lark.packing import MicroBatch, collate, collate_shared, micro_batches
 from lark.passes import GradientMatches, Gradients, HeadGradients, LossDrops, Pass, ProjectedGradients
 from lark.probe import PassModule, Work
 from lark.trajectories import Trajectories
@@ -51,6 +51,7 @@ class GradientModule(PassModule):
     """A pass whose student has a gradient in the parameters that the pass names, and in no others."""
 
     SOURCES = ("gradient_passes", "gradients", "groups", "stats")
+    SPLITS = False
 
     @classmethod
     def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
@@ -158,18 +159,22 @@ class HeadGradientsModule(PassModule):
     """A forward pass in micro-batches, then the head's gradients of the whole problem. Memory: its hidden states."""
 
     SOURCES = ("gradient_passes", "gradients", "groups", "stats")
+    SPLITS = False
 
     def units(self) -> list[np.ndarray]:
         return problem_units(self.work.pool, self.work.rows)
 
     def batch(self, rows: np.ndarray) -> list[MicroBatch]:
-        cuts = micro_batches(self.work.pool.length[rows], budget=self.work.probe.batch_tokens)
-        return [collate(self.work.pool.encoded(rows[cut]), rows[cut].tolist()) for cut in cuts]
+        cuts = micro_batches(self.work.pool.length[rows], budget=self.batch_tokens)
+        lay_out = collate if self.not_shared else collate_shared
+        return [lay_out(self.work.pool.encoded(rows[cut]), rows[cut].tolist()) for cut in cuts]
 
     def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
         assert isinstance(self.wanted, HeadGradients)
         model = self.student_model
-        hidden_ND = torch.cat([hidden_states(model, m.input_ids_RL, None)[m.predict_N] for m in batch])
+        hidden_ND = torch.cat(
+            [hidden_states(model, m.input_ids_RL, m.position_ids_RL, m.tree)[m.predict_N] for m in batch]
+        )
         rows = np.array([row for m in batch for row in m.rows])
         gram_KK = head_gram(
             hidden_ND,

@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from lark.cache import file_hash
 from lark.chat import Chat, load_template
+from lark.prefixes import PrefixTree
 from lark.stats import Head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +30,8 @@ class Student:
 
     id, revision: on the Hugging Face hub; used when `path` is null.
     path: a folder with safetensors and a tokenizer, a .gguf file, or `shipped:<name>` for an embedded student.
-    dtype: auto | float32 | bfloat16 | float16. auto is float32 on CPU and bfloat16 on an accelerator.
+    dtype: auto | float32 | bfloat16 | float16. auto is float32 on CPU and bfloat16 on an accelerator, but
+        for passes whose choice bfloat16 would change (lark.agreement).
     attention: the transformers attention implementation.
     template: chatml | llama3 | own | a Jinja file.
     lora: null trains every parameter; otherwise peft.LoraConfig's arguments.
@@ -114,6 +116,7 @@ class Student:
         return self._hashes["commit"]
 
     def resolve_dtype(self, device: torch.device) -> torch.dtype:
+        """What the setting means on `device`. Passes of a student on auto may be settled otherwise (lark.agreement)."""
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -234,14 +237,18 @@ def head_of(model: Any) -> Head:
     )
 
 
-def hidden_states(model: Any, input_ids_RL: torch.Tensor, position_ids_RL: torch.Tensor | None) -> torch.Tensor:
-    """Last hidden states [R * L, D] of right-padded rows, or of one packed row with restarting positions.
+def hidden_states(
+    model: Any, input_ids_RL: torch.Tensor, position_ids_RL: torch.Tensor | None, tree: PrefixTree | None = None
+) -> torch.Tensor:
+    """Last hidden states [R * L, D] of right-padded rows, of one packed row with restarting positions, or of the nodes
+    of a prefix tree (once `lark.prefixes.share_prefixes` has made the student understand one).
 
     No attention mask is passed: right padding needs none, and transformers keeps packed documents apart only when
     the mask is absent, positions restart and no cache is used.
     """
     decoder: Any = base_model(model).get_decoder()
-    output = decoder(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False)
+    shared = {} if tree is None else {"prefix_tree": tree}
+    output = decoder(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False, **shared)
     return output.last_hidden_state.flatten(0, 1)
 
 

@@ -11,32 +11,43 @@ import torch
 from torch import Tensor
 
 from lark.chat import Encoded
+from lark.groups import Groups
+from lark.prefixes import PrefixTree, prefix_tree
+
+LEAST_SAVING = 0.05  # of the computed tokens, for which a prefix tree's gathering pays
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """Rows laid out for one forward pass, and which of their tokens count.
 
-    `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed) or one packed row whose
-    `position_ids_RL` restart at every document. `predict_N` indexes the flattened [R * L] hidden states that predict
-    `target_N`; `row_N` and `position_N` say which row of the micro-batch, and which place in its span, that is.
+    `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed), or one packed row whose
+    `position_ids_RL` restart at every document, or one row of the nodes of a `tree`. `predict_N` indexes the flattened
+    [R * L] hidden states that predict `target_N`, `observed_N` those that have seen it; `row_N` and `position_N` say
+    which row of the micro-batch, and which place in its span, that is.
     """
 
     input_ids_RL: Tensor
     position_ids_RL: Tensor | None
     predict_N: Tensor
     target_N: Tensor
+    observed_N: Tensor
     row_N: Tensor
     position_N: Tensor
     rows: tuple[int, ...]
+    tree: PrefixTree | None = None
 
     @property
     def tokens(self) -> int:
-        """Tokens computed, padding included."""
+        """Tokens computed, padding included; those that rows share once."""
         return self.input_ids_RL.numel()
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v.to(device)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor | PrefixTree)
+        }
         return replace(self, **moved)
 
 
@@ -63,9 +74,32 @@ def collate(encoded: Sequence[Encoded], rows: Sequence[int], *, packed: bool = F
         position_ids_RL=None if positions is None else positions[None],
         predict_N=predict_N,
         target_N=flat[predict_N + 1],
+        observed_N=predict_N + 1,
         row_N=torch.cat(row_of),
         position_N=torch.cat(position),
         rows=tuple(rows),
+    )
+
+
+def collate_shared(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatch:
+    """Lay out `encoded` as one prefix tree, unless right-padded rows come to nearly as few tokens."""
+    ids_X, depths_X, tree, paths = prefix_tree([row.input_ids for row in encoded])
+    if len(ids_X) > (1 - LEAST_SAVING) * len(encoded) * max(len(path) for path in paths):
+        return collate(encoded, rows)
+    firsts = [max(row.prompt_tokens, 1) for row in encoded]
+    observed_N = torch.from_numpy(np.concatenate([path[first:] for path, first in zip(paths, firsts, strict=True)]))
+    predict = [path[first - 1 : -1] for path, first in zip(paths, firsts, strict=True)]
+    spans = [torch.arange(first, len(row.input_ids)) for row, first in zip(encoded, firsts, strict=True)]
+    return MicroBatch(
+        input_ids_RL=ids_X[None],
+        position_ids_RL=depths_X[None],
+        predict_N=torch.from_numpy(np.concatenate(predict)),
+        target_N=ids_X[observed_N],
+        observed_N=observed_N,
+        row_N=torch.repeat_interleave(torch.arange(len(encoded)), torch.tensor([len(span) for span in spans])),
+        position_N=torch.cat([span - row.prompt_tokens for span, row in zip(spans, encoded, strict=True)]),
+        rows=tuple(rows),
+        tree=tree,
     )
 
 
@@ -115,6 +149,43 @@ def micro_batches(lengths: np.ndarray, *, budget: int, packed: bool = False) -> 
         bins[best].append(index)
         room[best] -= int(lengths[index])
     return [np.array(rows) for rows in bins]
+
+
+def consecutive(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
+    """Cut rows, in their order, into micro-batches of at most `budget` tokens (a longer row goes alone)."""
+    cuts, start, tokens = [], 0, 0
+    for i, length in enumerate(lengths.tolist()):
+        if i > start and tokens + length > budget:
+            cuts.append(np.arange(start, i))
+            start, tokens = i, 0
+        tokens += length
+    return [*cuts, np.arange(start, len(lengths))] if len(lengths) else []
+
+
+def prefix_units(problem_id: np.ndarray, lengths: np.ndarray, spans: np.ndarray, *, budget: int) -> list[np.ndarray]:
+    """Cut rows into units of at most `budget` tokens, a prompt counted once for the rows of its problem (a longer row
+    goes alone). Problems stay together where they fit, those of similar length next to each other, the longest first.
+
+    problem_id, lengths, spans: [N], `spans` being the tokens after the prompt. Returns indices into them.
+    """
+    problems = [rows[np.argsort(-lengths[rows], kind="stable")] for rows in Groups.from_ids(problem_id).split()]
+    units: list[list[int]] = []
+    room = 0
+    for rows in sorted(problems, key=lambda rows: -lengths[rows[0]]):
+        prompt = int(lengths[rows[0]] - spans[rows[0]])
+        together = prompt + int(spans[rows].sum())
+        if together <= room:
+            units[-1] += rows.tolist()
+            room -= together
+            continue
+        room = 0
+        for row in rows.tolist():
+            if spans[row] > room:
+                units.append([])
+                room = budget - prompt
+            units[-1].append(row)
+            room -= int(spans[row])
+    return [np.array(unit) for unit in units]
 
 
 def coefficients(

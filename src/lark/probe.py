@@ -5,9 +5,11 @@ statistics come from. Rows are computed in units; every `shard_rows` rows a rank
 cache is complete once its manifest is there; a killed pass goes on with the rows that no file holds yet.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,15 +18,23 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from lark.budget import is_out_of_memory, release_memory, token_budget
 from lark.cache import write_json
 from lark.chat import SPANS, STEPS, Encoded
 from lark.models import Student, head_of, hidden_states
-from lark.packing import MicroBatch, collate, micro_batches
-from lark.passes import Pass
+from lark.packing import MicroBatch, collate, collate_shared, micro_batches, prefix_units
+from lark.passes import HeadGradients, Pass
+from lark.prefixes import share_prefixes
+from lark.progress import figures_of
+from lark.sharding import Lockstep, ShardedStrategy, check_forward_only
 from lark.shards import merge, remove_shards, rows_done, write_shard
-from lark.stats import VERSION, TokenStatistics, step_sums, token_statistics, trajectory_sums
+from lark.stats import VERSION, TokenStatistics, can_compile, step_sums, token_statistics, trajectory_sums
 from lark.trajectories import Trajectories
 
+COMPILE_FROM = {"cpu": 3e10, "cuda": 1e12}
+"""Logits from which on compiling the statistics (15 s) takes less than it saves: measured on a CPU (0.7 ns a logit),
+estimated for CUDA.
+"""
 STEP_COLUMNS = ("step_tokens", "step_surprisal", "step_first_surprisal")
 TOKEN_COLUMNS = ("token_surprisal", "token_rank", "token_entropy", "token_log_sum_p2")
 
@@ -36,7 +46,12 @@ class Probe:
     top_k: null = exact Brier score; 50 = as LARK's released code computes it.
     keep: sums | tokens (also one value a token: surprisal, rank, entropy, ln sum p^2).
     span: content | authors; step_splitter: sentences | blank_lines; skip: first tokens of a step told apart.
-    batch_tokens: tokens of one forward pass, padding included; shard_rows: rows a file, lost at most by a kill.
+    batch_tokens: tokens of one forward pass, padding included; null = as many as memory holds, or serve a CPU best.
+    shard_rows: rows a file, lost at most by a kill.
+    share: what rows begin alike with (their prompt) is computed once for those of one forward pass.
+    compile: fuse the statistics of the logits by torch.compile; null = where the pass is long enough to gain by it.
+    race: read candidates only until it is clear that the rules' choice does not contain them (lark.race_pass).
+    race_confidence: share of the full choice, at least, that the race is expected to choose; 1 = nobody is given up.
     model: null = the student that is trained; else another option of the model group, whose choice that student then
         gets (is a choice specific to its student?).
     """
@@ -46,8 +61,12 @@ class Probe:
     span: str = "content"
     step_splitter: str = "sentences"
     skip: int = 2
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     shard_rows: int = 512
+    share: bool = True
+    compile: bool | None = None
+    race: bool = False
+    race_confidence: float = 0.95
     model: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,13 +80,19 @@ class Probe:
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"probe.top_k={self.top_k} keeps no logit; set it to null (exact) or at least 1")
         for name, least in (("skip", 0), ("batch_tokens", 1), ("shard_rows", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"probe.{name}={getattr(self, name)} is too small; set it to at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"probe.{name}={value} is too small; set it to at least {least}")
+        if not 0 < self.race_confidence <= 1:
+            raise ValueError(
+                f"probe.race_confidence={self.race_confidence} is no share of a choice; set it above 0 and up to 1"
+            )
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a statistic (how the pass is cut does not)."""
         settings = {name: getattr(self, name) for name in ("top_k", "keep", "span", "step_splitter", "skip")}
-        return settings | {"statistics": VERSION}
+        race = {"race_confidence": self.race_confidence} if self.race else {}
+        return settings | race | {"statistics": VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +119,17 @@ class PassModule(LightningModule):
 
     SOURCES: ClassVar[tuple[str, ...]] = ()
     """Modules whose source text keys the cache, besides those of the base."""
+    SPLITS: ClassVar[bool] = True
+    """Whether a unit that does not fit into memory may be measured in parts."""
+    lockstep: Lockstep | None = None
+    """What keeps the ranks in step, where the student's layers are divided over them."""
 
     def __init__(self, *, wanted: Pass, work: Work, folder: Path):
         super().__init__()
         self.wanted, self.work, self.folder = wanted, work, folder
         self.student_model: Any = None
         self.buffer: list[dict[str, Any]] = []
+        self.most_tokens: int | None = None  # of rows that fitted into memory together, once some did not
 
     @classmethod
     def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
@@ -110,14 +140,65 @@ class PassModule(LightningModule):
         """The student, in eval mode and frozen."""
         return self.work.student.load_model(self.work.student.resolve_dtype(device)).eval().requires_grad_(False)
 
+    @cached_property
+    def batch_tokens(self) -> int:
+        """Tokens of one forward pass; the same on every rank, as units are cut by them."""
+        asked = self.work.probe.batch_tokens
+        own = token_budget(self.student_model, self.device) if asked is None else asked
+        return self.trainer.strategy.broadcast(own)
+
+    @cached_property
+    def not_shared(self) -> str | None:
+        """None if rows that begin alike share that part's computation (which changes the student's attention), else why
+        not.
+        """
+        if not self.work.probe.share:
+            return "probe.share=false"
+        return share_prefixes(self.student_model, self.work.student.attention)
+
+    @cached_property
+    def not_compiled(self) -> str | None:
+        """None if the token statistics are compiled, else why not. Raises ValueError where it was asked for in vain."""
+        probe, head = self.work.probe, head_of(self.student_model)
+        scored = int(self.work.pool.span_tokens[self.work.rows].sum()) // self.trainer.world_size
+        least = COMPILE_FROM.get(self.device.type, math.inf)
+        if probe.top_k is not None or probe.compile is False:
+            return "probe.compile=false" if probe.compile is False else "probe.top_k is set"
+        if probe.compile is None and scored * head.weight_VD.shape[0] < least:
+            return "it would take longer than it saves"
+        reason = can_compile(self.device)
+        if reason and probe.compile:
+            raise ValueError(f"probe.compile=true, but torch.compile fails here ({reason}); set it to null or false")
+        return reason
+
+    def choices(self) -> dict[str, Any]:
+        """What was chosen for this device and pool, as far as the pass came to ask; none of it changes a column by more
+        than rounding.
+        """
+        asked = vars(self)  # where a cached_property keeps its value
+        chosen: dict[str, Any] = {}
+        if "batch_tokens" in asked:
+            chosen["tokens at a time"] = self.batch_tokens
+        if "not_shared" in asked:
+            chosen["prompts"] = f"not shared ({self.not_shared})" if self.not_shared else "shared"
+        if "not_compiled" in asked:
+            chosen["statistics"] = f"not compiled ({self.not_compiled})" if self.not_compiled else "compiled"
+        if self.most_tokens is not None:
+            chosen["out of memory"] = f"units of at most {self.most_tokens} tokens from then on"
+        return chosen
+
     def units(self) -> list[np.ndarray]:
         """Rows that are computed together; a unit is never split over ranks or files. The worst for memory first."""
-        lengths, rows = self.work.pool.length, self.work.rows
-        return [rows[cut] for cut in micro_batches(lengths[rows], budget=self.work.probe.batch_tokens)]
+        pool, rows = self.work.pool, self.work.rows
+        if self.not_shared:
+            return [rows[cut] for cut in micro_batches(pool.length[rows], budget=self.batch_tokens)]
+        cuts = prefix_units(pool.problem_id[rows], pool.length[rows], pool.span_tokens[rows], budget=self.batch_tokens)
+        return [rows[cut] for cut in cuts]
 
     def batch(self, rows: np.ndarray) -> Any:
-        """What predict_step gets for a unit."""
-        return collate(self.work.pool.encoded(rows), rows.tolist())
+        """What `measure` gets for a unit."""
+        lay_out = collate if self.not_shared else collate_shared
+        return lay_out(self.work.pool.encoded(rows), rows.tolist())
 
     def measure(self, batch: Any) -> list[dict[str, Any]]:
         """The columns of a batch, one dict a row with its number under "row"; arrays are lists in the file."""
@@ -125,7 +206,21 @@ class PassModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.student_model is None:
-            self.student_model = self.load(self.trainer.strategy.root_device)
+            strategy = self.trainer.strategy
+            if isinstance(strategy, ShardedStrategy):
+                check_forward_only(self.wanted, self.wanted.name)
+            self.student_model = self.load(strategy.root_device)
+            if isinstance(strategy, ShardedStrategy):
+                if type(self).units is PassModule.units or isinstance(self.wanted, HeadGradients):
+                    _ = self.not_shared  # tried while the student is whole: sharded, no forward pass may fail
+                self.lockstep = Lockstep(self.student_model, strategy.device_mesh["data_parallel"])
+                self.print(self.lockstep.describe())
+
+    def teardown(self, stage: str) -> None:
+        """After the last unit: under sharding a rank that is done takes part in the forward passes of the others."""
+        if self.lockstep is not None:
+            self.lockstep.finish()
+            self.lockstep = None  # it holds the student
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's units that no shard holds yet."""
@@ -134,23 +229,43 @@ class PassModule(LightningModule):
         # All rows are cut, not only the remaining ones: a resumed pass computes the very batches it would have.
         remaining = [unit[~np.isin(unit, done)] for unit in self.units()]
         mine = [unit for unit in remaining if len(unit)][self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(_Batches(mine, self.batch), batch_size=None)  # type: ignore[arg-type]
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have none
+        return DataLoader(_Batches(mine, self.batch), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves micro-batches, alone or in a list; what else a batch holds stays, which Lightning would refuse."""
-        if isinstance(batch, list):
-            return [self.transfer_batch_to_device(part, device, dataloader_idx) for part in batch]
-        return batch.to(device) if isinstance(batch, MicroBatch) else batch
+        """A unit's rows stay; of its batch, micro-batches move, alone or in a list (what else it holds cannot)."""
+        rows, content = batch
+        return rows, _moved(content, device)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
+    def predict_step(self, batch: tuple[np.ndarray, Any], batch_idx: int) -> int:
+        """Returns the tokens of the batch that went through the student."""
         start = time.monotonic()
         # The student's own dtype decides, and is what the cache is keyed by; the Trainer's precision is for training.
         with torch.autocast(self.device.type, enabled=False):
-            measured = self.measure(batch)
+            measured = self._within_memory(*batch)
         seconds = (time.monotonic() - start) / len(measured)
-        self.buffer += [{"forward_tokens": 0, "backward_tokens": 0, "seconds": seconds} | row for row in measured]
+        for row in measured:
+            asked = row.get("forward_tokens", 0)
+            self.buffer.append({"backward_tokens": 0, "computed_tokens": asked, "seconds": seconds} | row)
         if len(self.buffer) >= self.work.probe.shard_rows:
             self._write()
+        return sum(row.get("forward_tokens", 0) for row in measured)
+
+    def _within_memory(self, rows: np.ndarray, batch: Any = None) -> list[dict[str, Any]]:
+        """`measure`, in halves where memory runs out, and then all later units of that size too."""
+        tokens = int(self.work.pool.length[rows].sum())
+        if len(rows) == 1 or self.most_tokens is None or tokens <= self.most_tokens:
+            try:
+                return self.measure(_moved(self.batch(rows), self.device) if batch is None else batch)
+            except RuntimeError as error:
+                if not (is_out_of_memory(error) and self.SPLITS and len(rows) > 1):
+                    raise
+            # here the error, and with it the tensors that its frames hold, is gone
+            del batch
+            release_memory(self.device)
+            self.most_tokens = tokens // 2
+        half = len(rows) // 2
+        return self._within_memory(rows[:half]) + self._within_memory(rows[half:])
 
     def on_predict_end(self) -> None:
         self._write()
@@ -161,6 +276,17 @@ class PassModule(LightningModule):
             self.buffer = []
 
 
+def _as_it_is(batch: Any) -> Any:
+    """Not PyTorch's default, which would make tensors of the row numbers."""
+    return batch
+
+
+def _moved(content: Any, device: torch.device) -> Any:
+    if isinstance(content, list):
+        return [_moved(part, device) for part in content]
+    return content.to(device) if isinstance(content, MicroBatch) else content
+
+
 class _Batches(torch.utils.data.Dataset):
     def __init__(self, units: Sequence[np.ndarray], batch: Callable[[np.ndarray], Any]):
         self.units, self.batch = units, batch
@@ -169,7 +295,7 @@ class _Batches(torch.utils.data.Dataset):
         return len(self.units)
 
     def __getitem__(self, index: int) -> Any:
-        return self.batch(self.units[index])
+        return self.units[index], self.batch(self.units[index])
 
 
 class ProbeModule(PassModule):
@@ -183,9 +309,13 @@ class ProbeModule(PassModule):
 
     @torch.inference_mode()
     def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
-        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL)
+        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL, batch.tree)
         tokens = token_statistics(
-            hidden_XD[batch.predict_N], batch.target_N, head_of(self.student_model), top_k=self.work.probe.top_k
+            hidden_XD[batch.predict_N],
+            batch.target_N,
+            head_of(self.student_model),
+            top_k=self.work.probe.top_k,
+            compiled=self.not_compiled is None,
         )
         encoded = self.work.pool.encoded(np.array(batch.rows))
         ends = torch.tensor([row.end_of_turn for row in encoded], device=batch.target_N.device)
@@ -204,7 +334,12 @@ def _table_rows(
     by_row = [np.split(array, cuts) for array in token_arrays]
     rows = []
     for i, (row, source) in enumerate(zip(batch.rows, encoded, strict=True)):
-        record: dict[str, Any] = {"row": row, "forward_tokens": len(source.input_ids)}
+        computed = batch.tokens // len(encoded) + (batch.tokens % len(encoded) if i == 0 else 0)
+        record: dict[str, Any] = {
+            "row": row,
+            "forward_tokens": len(source.input_ids),
+            "computed_tokens": computed,
+        }
         record |= {name: values[i] for name, values in columns.items()}
         surprisal_T = by_row[0][i]
         end = source.end_of_turn if source.end_of_turn >= 0 else len(surprisal_T)
@@ -220,17 +355,20 @@ def measure(
 ) -> None:
     """Run the pass over every row under `trainer` and complete the cache folder (rank 0 merges).
 
-    The manifest says what it cost: tokens through the student forwards and backwards, and device-seconds at work (model
-    loading and waiting not counted), those of an interrupted pass included, and what had to be done `before`.
+    The manifest says what it cost: tokens through the student forwards and backwards; those that were computed (shared
+    ones once, padding too); device-seconds at work (model loading and waiting not counted); those of an interrupted
+    pass included, and what had to be done `before`. And it says what the pass chose by itself, and how fast it was.
     """
     module.folder.mkdir(parents=True, exist_ok=True)
     resumed = len(rows_done(module.folder))
     trainer.predict(module, return_predictions=False)
     trainer.strategy.barrier("probe-written")
+    throughput = figures_of(trainer)
     if trainer.is_global_zero:
         cost = merge(module.folder, module.work.rows)
         cost = {name: value + (before or {}).get(name, 0) for name, value in cost.items()}
         counts = {"rows": len(module.work.rows), "resumed_rows": resumed}
-        write_json(module.folder / "manifest.json", {"identity": identity, **counts, **cost})
+        facts = {"identity": identity, **counts, **cost, **throughput, "choices": module.choices()}
+        write_json(module.folder / "manifest.json", facts)
         remove_shards(module.folder)  # not before the folder is complete
     trainer.strategy.barrier("probe-complete")

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROLES = ("system", "user", "assistant")
-PARQUET_ROWS = 1000  # rows of a Parquet file held at a time
+PARQUET_ROWS = 200  # rows of a Parquet file held at a time
+PARQUET_BUFFER = 2**20  # bytes; without it a whole row group is held, which may be the whole file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +101,17 @@ def _closest(path: Path, setting: str) -> str:
     return f"set {setting} to a {ENDINGS} file ({path.parent} holds {', '.join(names[:5]) or 'none'})"
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+Advance = Callable[[float], None]
+"""Gets of every row the bytes that it takes in its file, roughly."""
+
+
+def read_rows(path: Path, advance: Advance = lambda taken: None) -> Iterator[tuple[int, Any]]:
     """(line, row) of one file by the ending of its name; rows are whatever JSON stands there, unchecked.
 
+    A JSONL file is read line by line, a Parquet file `PARQUET_ROWS` rows at a time, a JSON list is in memory whole.
     Yields a `RowError` as the row of a line that is broken; raises `RowError` where the rest of the file is lost.
     """
-    return READERS[_suffix(path)](path)
+    return READERS[_suffix(path)](path, advance)
 
 
 def parse_json(text: str, field: str) -> Any:
@@ -126,11 +132,12 @@ def _decode(data: bytes, *, first: bool) -> str:
         raise RowError("row", "invalid UTF-8", message) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_jsonl(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     with open(path, "rb") as file:  # in bytes: a broken line must not end the file, and only \n ends a line
         for line, data in enumerate(file, start=1):
             if not data.strip():
                 continue
+            advance(len(data))
             try:
                 row = parse_json(_decode(data.rstrip(), first=line == 1), "row")
             except RowError as error:
@@ -138,7 +145,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             yield line, row
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
     # The text is loaded whole, as the standard library decodes no list from a file piece by piece. Its rows are decoded
     # one at a time, so that their lines are known. A pool too large for this belongs in JSONL or Parquet.
     text = _decode(path.read_bytes(), first=True)
@@ -159,7 +166,8 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         more = not text.startswith("]", at)
         while more:
             line, counted = line + text.count("\n", counted, at), at
-            row, at = decoder.raw_decode(text, at)
+            begin, (row, at) = at, decoder.raw_decode(text, at)
+            advance(at - begin)
             yield line, row
             at = skip(at)
             more = text.startswith(",", at)
@@ -176,20 +184,21 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         raise RowError("row", "broken JSON", f"JSON that cannot be read: {error}", line=line) from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    count = 0
+def _read_parquet(path: Path, advance: Advance) -> Iterator[tuple[int, Any]]:
+    count, size = 0, path.stat().st_size
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, buffer_size=PARQUET_BUFFER, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 for row in batch.to_pylist():
                     count += 1
+                    advance(size / file.metadata.num_rows)
                     yield count, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         message = f"no row from here on can be read as Parquet: {error}"
         raise RowError("row", "damaged Parquet", message, line=count + 1) from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+READERS: dict[str, Callable[[Path, Advance], Iterator[tuple[int, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,

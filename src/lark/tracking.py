@@ -1,4 +1,4 @@
-"""Where a run's figures go: W&B (online, or offline when there is no key) or CSV files. One logger an arm."""
+"""Where a run's figures go: W&B (online, or offline when there is no key) or CSV files. One logger an arm or pass."""
 
 import os
 from collections.abc import Mapping
@@ -11,10 +11,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lark.arms import Arm
 from lark.cache import read_json
 
+STEPS = {"scoring": "scoring/trajectories"}
+"""What metrics are plotted against, by job type; optimizer steps for all others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """One W&B run an arm, grouped by run or sweep.
+    """One W&B run an arm, and one a pass of the student, grouped by run or sweep.
 
     mode: auto (online when a key is known, else offline) | online | offline. text: whether prompts and trajectories may
     leave the machine: then an arm's selection and samples are kept as a W&B artifact, else figures and settings only.
@@ -67,8 +70,9 @@ class Wandb:
             raise ValueError(
                 f"W&B could not start a run ({error}); set logger=offline, or connect and `wandb login`"
             ) from error
-        run.define_metric("trainer/global_step")
-        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        step = STEPS.get(job_type, "trainer/global_step")
+        run.define_metric(step)
+        run.define_metric("*", step_metric=step, step_sync=True)
         return WandbLogger(experiment=run)
 
     def keep(self, logger: Logger, name: str, files: list[Path]) -> None:

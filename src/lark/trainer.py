@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lark.config import build
 from lark.progress import Progress
+from lark.sharding import ShardedStrategy
 
 SETTINGS = {"_target_", "_partial_", "accelerator", "devices", "num_nodes", "strategy", "precision"}
 """Everything else a Trainer takes (max_time, limit_val_batches, ...) would change results behind the caches' backs."""
@@ -39,6 +40,8 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
             "default_root_dir": folder,
             "use_distributed_sampler": False,
         }
+        if settings["strategy"] == "fsdp":  # not Lightning's of that name, which is FSDP's first version
+            common["strategy"] = ShardedStrategy()  # one a Trainer: it keeps what it has set up
         if progress is not None:
             keywords["callbacks"] = [*keywords.get("callbacks", []), Progress(progress)]
         try:

@@ -1,21 +1,30 @@
 """The pool as the student sees it: rows, tokens, verdicts, which of them are held out, which fit.
 
-Everything is memory-mapped Arrow but for a few numbers a row (ids, lengths, verdicts; about 100 bytes each).
+Everything is memory-mapped Arrow but for a few numbers a row: the arrays of `Trajectories` take 50 bytes a row, and the
+ids some 60 bytes for each distinct one. Rules, batches and the held-out split address rows by these at random.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from lark.cache import complete, identity_hash, lock, read_json, replacing, source_hash, write_json
+from lark.cache import source_hash
 from lark.chat import Chat, Encoded, truncated
-from lark.pool import extra_column, held_out, read_pool
+from lark.groups import Groups
+from lark.parts import Compute, in_parts
+from lark.pool import arrow_column, extra_column, held_out, read_pool, text_column
 from lark.tasks.files import Task
 from lark.verify import Answer, Checker
+
+BATCH_ROWS, BATCH_CHARACTERS = 500, 2**19  # tokenised at once: as Python lists a token takes some 100 bytes
 
 Say = Callable[[str], None]
 """How derived facts reach the user (print on rank 0, nothing elsewhere)."""
@@ -35,14 +44,13 @@ class Trajectories:
         source, self.evaluation_files = task.sources(cache)
         pool = read_pool(source, cache=cache, on_error=task.on_error, limit=task.limit)  # type: ignore[arg-type]
         self.rows, self.fingerprint = pool.rows, pool.fingerprint
-        self.problem_id = np.array(self.rows["problem_id"][:], dtype=object)
-        self.candidate_id = np.array(self.rows["candidate_id"][:], dtype=object)
+        self.problem_id = text_column(self.rows, "problem_id")
+        self.candidate_id = text_column(self.rows, "candidate_id")
         self.correct, self.verdicts = self._verdicts()
         self.tokens = self._tokenised()
-        numbers = self.tokens.select_columns(["length", "prompt_tokens", "full_length"]).with_format("numpy")[:]
-        self.length = np.asarray(numbers["length"], np.int64)
-        self.span_tokens = self.length - np.maximum(np.asarray(numbers["prompt_tokens"], np.int64), 1)
-        self.truncated = int((self.length < np.asarray(numbers["full_length"])).sum())
+        self.length = self._number("length")
+        self.span_tokens = self.length - np.maximum(self._number("prompt_tokens"), 1)
+        self.truncated = int((self.length < self._number("full_length")).sum())
         self.fits = (self.length <= task.max_length) & (self.span_tokens > 0)
         self.is_held_out = held_out(self.problem_id, task.held_out)
         self.scored = np.flatnonzero(self.fits & ~self.is_held_out)
@@ -56,12 +64,12 @@ class Trajectories:
             )
 
     def _describe(self, say: Say) -> None:
-        problems, candidates = np.unique(self.problem_id.astype(str), return_counts=True)
+        candidates = Counter(self.problem_id)
         held = len(set(self.problem_id[self.is_held_out]))
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items() if n) or "none"
-        single = int((candidates == 1).sum())
+        single = sum(count == 1 for count in candidates.values())
         say(
-            f"pool        {len(self.rows):,} trajectories of {len(problems):,} problems ({held:,} held out), "
+            f"pool        {len(self.rows):,} trajectories of {len(candidates):,} problems ({held:,} held out), "
             f"{int(self.length.sum()):,} tokens, longest {int(self.length.max()):,}; dropped: {dropped}"
             + (f"; {int((self.correct == 0).sum()):,} known to be wrong" if (self.correct == 0).any() else "")
             + (f"; {self.truncated:,} cut to task.max_length" if self.truncated else "")
@@ -93,38 +101,36 @@ class Trajectories:
             "sources": source_hash(["chat", "trajectories"]),
             **self.chat.identity,
         }
-        folder = self.cache / "tokens" / identity_hash(identity)
-        with lock(folder):
-            if not complete(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                rows = self.rows.select_columns(["messages", "source"])
-                with replacing(folder / "tokens.arrow") as temporary:
-                    rows.map(
-                        self._tokenise_batch,
-                        batched=True,
-                        batch_size=500,
-                        remove_columns=rows.column_names,
-                        cache_file_name=str(temporary),
-                        features=_TOKEN_FEATURES,
-                        desc="tokenising",
-                    )
-                write_json(folder / "manifest.json", identity)
-        return datasets.Dataset.from_file(str(folder / "tokens.arrow"))
+        return in_parts(
+            self.cache / "tokens", identity, len(self.rows), _TOKENS, lambda: nullcontext(self._tokenise), "tokenising"
+        )
 
-    def _tokenise_batch(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = self.chat.encode(batch["messages"])
+    def _tokenise(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        batch, characters = [], 0
+        row: Any
+        for row in self.rows.select_columns(["messages", "source"]).select(range(start, stop)):
+            batch.append(row)
+            characters += sum(len(message["content"]) for message in row["messages"])
+            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
+                yield self._tokenise_batch(batch)
+                batch, characters = [], 0
+        if batch:
+            yield self._tokenise_batch(batch)
+
+    def _tokenise_batch(self, batch: list[dict[str, Any]]) -> pa.RecordBatch:
+        rows = self.chat.encode([row["messages"] for row in batch])
         limit = self.task.max_length
         too_long = [i for i, row in enumerate(rows) if len(row.input_ids) > limit]
         if too_long and self.task.overlong == "error":
             first = too_long[0]
             raise ValueError(
-                f"{batch['source'][first]}: {len(rows[first].input_ids)} tokens, more than task.max_length={limit}; "
+                f"{batch[first]['source']}: {len(rows[first].input_ids)} tokens, more than task.max_length={limit}; "
                 "raise it, or set task.overlong=drop or truncate"
             )
         full_length = [len(row.input_ids) for row in rows]
         if self.task.overlong == "truncate":
             rows = [truncated(row, limit) if len(row.input_ids) > limit else row for row in rows]
-        return {
+        columns = {
             "input_ids": [row.input_ids for row in rows],
             "prompt_tokens": [row.prompt_tokens for row in rows],
             "end_of_turn": [row.end_of_turn for row in rows],
@@ -132,6 +138,10 @@ class Trajectories:
             "length": [len(row.input_ids) for row in rows],
             "full_length": full_length,
         }
+        return pa.RecordBatch.from_pydict(columns, schema=_TOKENS)
+
+    def _number(self, name: str) -> np.ndarray:
+        return arrow_column(self.tokens, name).to_numpy().astype(np.int64)
 
     def encoded(self, rows: np.ndarray) -> list[Encoded]:
         """The rows' tokens, read from the memory-mapped file."""
@@ -146,10 +156,9 @@ class Trajectories:
         """Correct per row as 1, 0 or NaN; a null with a known answer is filled by the checker and counted. A check that
         runs out of time counts as wrong, and is counted too.
         """
-        correct = np.array([np.nan if c is None else float(c) for c in self.rows["correct"][:]])
-        answers = self.rows["answer"][:]
-        unknown = [i for i in np.flatnonzero(np.isnan(correct)).tolist() if answers[i] is not None]
-        if not unknown:
+        correct = pc.cast(arrow_column(self.rows, "correct"), pa.float64()).to_numpy().copy()  # null becomes NaN
+        unknown = np.flatnonzero(np.isnan(correct) & arrow_column(self.rows, "answer").is_valid().to_numpy())
+        if not len(unknown):
             return correct, {"filled": 0, "timed_out": 0}
         identity = {
             "pool": self.fingerprint,
@@ -157,20 +166,23 @@ class Trajectories:
             "pattern": self.task.pattern,
             "sources": source_hash(["verify"]),
         }
-        path = self.cache / "verdicts" / f"{identity_hash(identity)}.json"
-        with lock(path):
-            if not path.exists():
-                with Checker(self.task.checker, pattern=self.task.pattern) as checker:
-                    verdicts = [
-                        verdict
-                        for start in range(0, len(unknown), 1000)
-                        for verdict in checker.check(self._answers(unknown[start : start + 1000]))
-                    ]
-                timed_out = sum(v.timed_out for v in verdicts)
-                write_json(path, {"correct": [v.correct for v in verdicts], "timed_out": timed_out})
-        found = read_json(path)
-        correct[unknown] = found["correct"]
-        return correct, {"filled": len(unknown), "timed_out": found["timed_out"]}
+        found = in_parts(
+            self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"
+        )
+        correct[unknown] = arrow_column(found, "correct").to_numpy()
+        return correct, {"filled": len(unknown), "timed_out": int(arrow_column(found, "timed_out").to_numpy().sum())}
+
+    @contextmanager
+    def _checking(self, rows: np.ndarray) -> Iterator[Compute]:
+        with Checker(self.task.checker, pattern=self.task.pattern) as checker:
+
+            def check(start: int, stop: int) -> Iterator[pa.RecordBatch]:
+                for first in range(start, stop, BATCH_ROWS):
+                    verdicts = checker.check(self._answers(rows[first : min(first + BATCH_ROWS, stop)].tolist()))
+                    columns = {name: [getattr(verdict, name) for verdict in verdicts] for name in _VERDICTS.names}
+                    yield pa.RecordBatch.from_pydict(columns, schema=_VERDICTS)
+
+            yield check
 
     def _answers(self, rows: list[int]) -> list[Answer]:
         batch = self.rows[rows]
@@ -191,20 +203,22 @@ class Trajectories:
         if name == "correct":
             return self.correct[rows]
         if name in ("teacher", "answer"):
-            return np.array(self.rows.select_columns([name])[rows.tolist()][name], dtype=object)
-        if name == "text":
-            messages = self.rows.select_columns(["messages"])[rows.tolist()]["messages"]
-            return np.array([turns[-1]["content"] for turns in messages], dtype=object)
+            return text_column(self.rows, name)[rows]
+        if name == "text":  # all that is asked for is in memory: ask for a block of rows at a time
+            return np.array([turns[-1]["content"] for turns in self._messages(rows)], dtype=object)
         return extra_column(self.rows, name)[rows]
+
+    def _messages(self, rows: np.ndarray) -> Iterator[list[dict[str, str]]]:
+        messages = self.rows.select_columns(["messages"])
+        for start in range(0, len(rows), BATCH_ROWS):
+            yield from messages[rows[start : start + BATCH_ROWS].tolist()]["messages"]
 
     def overlap(self, problems: list[dict[str, Any]]) -> int:
         """Evaluation problems whose text is, but for case and white space, the prompt of a problem of the pool."""
-        first = np.unique(self.problem_id.astype(str), return_index=True)[1]
-        seen: set[int] = set()  # hashes: 60 bytes a problem
-        for start in range(0, len(first), 1000):
-            for messages in self.rows[first[start : start + 1000].tolist()]["messages"]:
-                seen.add(hash(_plain_text(messages[-2]["content"])))
-        return sum(hash(_plain_text(p.get("problem") or p["messages"][-1]["content"])) in seen for p in problems)
+        asked = Counter(_plain_text(p.get("problem") or p["messages"][-1]["content"]) for p in problems)
+        first = np.unique(Groups.from_ids(self.problem_id).index_N, return_index=True)[1]  # one row a problem
+        prompts = (_plain_text(messages[-2]["content"]) for messages in self._messages(first))
+        return sum(asked[text] for text in set(filter(asked.__contains__, prompts)))
 
     def read_rows(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
         """Pool rows with `correct` as filled in, a few at a time."""
@@ -218,16 +232,18 @@ class Trajectories:
                 }
 
 
-_TOKEN_FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "prompt_tokens": datasets.Value("int32"),
-        "end_of_turn": datasets.Value("int32"),
-        "steps": datasets.List(datasets.Value("int32")),
-        "length": datasets.Value("int32"),
-        "full_length": datasets.Value("int32"),
-    }
+_NUMBERS = pa.list_(pa.int32())
+_TOKENS = pa.schema(
+    [
+        ("input_ids", _NUMBERS),
+        ("prompt_tokens", pa.int32()),
+        ("end_of_turn", pa.int32()),
+        ("steps", _NUMBERS),
+        ("length", pa.int32()),
+        ("full_length", pa.int32()),
+    ]
 )
+_VERDICTS = pa.schema([("correct", pa.bool_()), ("timed_out", pa.bool_())])
 
 
 def _plain_text(text: str) -> str:

@@ -1,0 +1,188 @@
+"""Scoring against the plain loop of LARK's method and against the limit of the machine's matrix products.
+
+    python benchmarks/score.py [--problems 100]                                    the embedded task and student
+    python benchmarks/score.py --pool pool.jsonl --model-path SmolLM2-135M-Instruct.gguf --problems 12 --dtype float32
+
+In one process, after a warm-up, with the same dtype and threads, on all candidates of the first `--problems` problems:
+
+ours    the pass that a run makes (lark.probe.ProbeModule under a Trainer): every statistic, in shards on disk
+plain   one trajectory a forward pass through the whole model, full logits, cross-entropy over the whole vocabulary
+        and the Brier score from the 50 largest logits, as LARK's released code computes them
+limit   the linear layers and the head alone, for the tokens that are distinct once candidates share their prompt, at
+        the rate measured for the student's own matrices; and at the rate of a product of two 4096 x 4096 matrices
+
+Ratios above 1 mean that ours is faster. The last line is JSON: ratio_plain (time of plain / ours), share_of_gemm_limit
+(limit / ours), peak_bytes (of the process after ours, before plain), trajectories_per_s (ours), and further figures.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from inputs import add_arguments, open_data
+
+from lark.data import TrajectoryDataModule
+from lark.models import head_of
+from lark.passes import Statistics
+from lark.probe import Probe, ProbeModule, Work, measure
+from lark.shards import read_statistics
+from lark.throughput import distinct_tokens, gemm_seconds, peak_rate
+from lark.trajectories import Trajectories
+
+TOP_K = 50
+
+
+def ours(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) -> tuple[float, ProbeModule, np.ndarray]:
+    """Seconds of a pass over `rows`, loading the student not counted; the module, with what it chose; losses."""
+    work = Work(student=data.student, probe=data.probe, pool=data.trajectories, rows=rows, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        module = ProbeModule(wanted=Statistics(), work=work, folder=Path(folder))
+        module.student_model = model
+        trainer = data.make_trainer("")
+        _synchronise()
+        start = time.perf_counter()
+        measure(trainer, module, {})
+        _synchronise()
+        seconds = time.perf_counter() - start
+        return seconds, module, read_statistics(module.folder)["loss"]
+
+
+@torch.inference_mode()
+def plain(model: torch.nn.Module, pool: Trajectories, rows: np.ndarray) -> tuple[float, np.ndarray]:
+    """Seconds, and losses."""
+    device = next(model.parameters()).device
+    losses, briers = np.zeros(len(rows)), np.zeros(len(rows))
+    _synchronise()
+    start = time.perf_counter()
+    for i, row in enumerate(pool.encoded(rows)):
+        ids = torch.tensor([row.input_ids], device=device)
+        logits_TV = model(input_ids=ids, use_cache=False).logits[0, row.prompt_tokens - 1 : -1].float()
+        target_T = ids[0, row.prompt_tokens :]
+        losses[i] = F.cross_entropy(logits_TV, target_T).item()
+        values_TK, indices_TK = logits_TV.topk(TOP_K, dim=1)
+        observed_TK = (indices_TK == target_T[:, None]).float()
+        missed_T = 1 - observed_TK.sum(1)  # an observed token outside the 50 counts as one of probability 0
+        briers[i] = ((values_TK.softmax(1) - observed_TK).square().sum(1) + missed_T).mean().item()
+    _synchronise()
+    return time.perf_counter() - start, losses
+
+
+def parts(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) -> dict[str, float]:
+    """Share of a pass's time by part, from a profile of its operations (of the device, if there is one)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    vocabulary = head_of(model).weight_VD.shape[0]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        ours(data, model, rows)
+    spent: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages(group_by_input_shape=True):
+        wide = any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list))
+        if any(name in event.key for name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::_weight_int8pack_mm")):
+            part = "head's product" if wide else "linear layers"
+        elif "attention" in event.key:
+            part = "attention"
+        elif wide or "graph_" in event.key or "Torch-Compiled" in event.key:
+            part = "statistics of the logits"
+        elif any(name in event.key for name in ("aten::index", "aten::cat", "aten::copy_")):
+            part = "gathering and copying"
+        elif event.key.startswith("aten::"):
+            part = "norms, activations, positions"
+        else:
+            part = "everything else"
+        spent[part] += event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+    total = sum(spent.values())
+    return {name: value / total for name, value in sorted(spent.items(), key=lambda item: -item[1])}
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, problems=100)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch-tokens", type=int, default=None)
+    parser.add_argument("--compile", action="store_true", help="compile the token statistics, however short the pass")
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as cache:
+        probe = Probe(batch_tokens=arguments.batch_tokens, compile=arguments.compile or None)
+        data = open_data(arguments, Path(cache), limit=arguments.problems, dtype=arguments.dtype, probe=probe)
+        pool, rows = data.trajectories, data.scored
+        dtype = getattr(torch, arguments.dtype)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = data.student.load_model(dtype).eval().requires_grad_(False)
+        model.to(device)
+
+        ours(data, model, rows[:2])
+        ours_s, module, losses = ours(data, model, rows)
+        peak = _peak_bytes()
+        model.set_attn_implementation("sdpa")
+        plain(model, pool, rows[:2])
+        plain_s, plain_losses = plain(model, pool, rows)
+        shares = parts(data, model, rows)
+
+    lengths, spans = pool.length[rows], pool.span_tokens[rows]
+    distinct = float(distinct_tokens(pool.problem_id[rows], lengths, spans).sum())
+    head = head_of(model)
+    rates = gemm_seconds(model, head, tokens=module.batch_tokens, seconds=4.0)
+    assert rates is not None, "this student's matrix products cannot be timed"
+    products = distinct * rates[0] + spans.sum() * rates[1]
+    square = peak_rate(dtype, device)
+    decoder = model.get_decoder()
+    flops = 2 * distinct * sum(m.weight.numel() for m in decoder.modules() if isinstance(m, torch.nn.Linear))
+    flops += 2 * float(spans.sum()) * head.weight_VD.numel()
+    figures = {
+        "ratio_plain": plain_s / ours_s,
+        "share_of_gemm_limit": products / ours_s,
+        "share_of_square_gemm_limit": flops / square / ours_s,
+        "peak_bytes": peak,
+        "trajectories_per_s": len(rows) / ours_s,
+        "tokens_per_s": lengths.sum() / ours_s,
+        "ratio_at_the_limit": plain_s / products,
+        "seconds": {"ours": ours_s, "plain": plain_s, "gemm_limit": products},
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    print(
+        f"{len(rows)} trajectories of {len(set(pool.problem_id[rows]))} problems, {lengths.sum():,} tokens, of which "
+        f"{distinct:,.0f} distinct and {spans.sum():,} scored; {arguments.dtype}, {figures['threads']} threads, "
+        f"{figures['device']}"
+    )
+    print(f"chosen      {module.choices()}")
+    print(f"ours        {ours_s:8.2f} s  {figures['trajectories_per_s']:.2f} trajectories/s, every statistic")
+    print(
+        f"plain       {plain_s:8.2f} s  {figures['ratio_plain']:.2f} times ours; loss and top-{TOP_K} Brier score; "
+        f"losses differ by at most {np.abs(losses - plain_losses).max():.1e} nats/token"
+    )
+    print(
+        f"limit       {products:8.2f} s  {figures['share_of_gemm_limit']:.0%} of the rate of its own shapes "
+        f"({flops / products / 1e9:.0f} GFLOP/s), {figures['share_of_square_gemm_limit']:.0%} of that of square "
+        f"matrices ({square / 1e9:.0f} GFLOP/s); plain takes {figures['ratio_at_the_limit']:.2f} times the limit"
+    )
+    print("time        " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005))
+    print(f"memory      {peak / 2**30:.2f} GiB at most")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

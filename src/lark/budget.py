@@ -1,0 +1,52 @@
+"""How many tokens a forward pass takes at a time: from free memory, and less once it did run out."""
+
+from typing import Any
+
+import torch
+
+CPU_TOKENS = 2048  # more gain nothing: the products are at their best rate, and activations leave the cache
+MOST_TOKENS = 65536
+LEAST_TOKENS = 256
+SHARE_OF_FREE_MEMORY = 0.5  # the rest: logits in float32, what the allocator loses, other processes
+
+
+def token_budget(model: Any, device: torch.device) -> int:
+    """Tokens whose activations, in a forward pass without gradients, fit into the free memory of the `model`'s device.
+
+    What is alive at a time is one layer's: the residual stream with its copies, the MLP's three products, queries, keys
+    and values as computed, rotated and gathered.
+    """
+    if device.type == "cpu":
+        return CPU_TOKENS
+    config = model.config.get_text_config()
+    hidden = config.hidden_size
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    attention = (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * head
+    bytes_a_token = model.dtype.itemsize * (8 * hidden + 3 * mlp + 4 * attention)
+    fitting = int(SHARE_OF_FREE_MEMORY * _free_bytes(device) / bytes_a_token)
+    return min(max(fitting, LEAST_TOKENS), MOST_TOKENS)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    raise ValueError(
+        f"nothing is known of the memory of a {device.type} device; set probe.batch_tokens=<tokens of one forward pass>"
+    )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give what the allocator holds back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

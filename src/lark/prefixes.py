@@ -1,0 +1,187 @@
+"""Sequences that begin alike, computed as one tree of tokens: what several share goes through the student once.
+
+The candidates of a problem share their prompt. In a causal model a token's hidden state depends on what precedes it
+alone, so the sequences of a micro-batch are paths in a tree whose nodes are their distinct beginnings. The student's
+linear layers see every node once, in one row without padding; only attention, a small part of the work, is computed
+sequence by sequence: queries, keys and values are gathered into padded rows, and each node takes its result from one
+of the rows that it is on. So attention needs no mask but the causal one, and costs what it costs without sharing.
+
+Shapes: X nodes, R sequences of a group, L tokens of its longest, H heads, G key-value heads, E head size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PADDING = 0.15  # of a group's attention at most; more groups mean more and smaller calls
+GROUP_TOKENS = 32768  # of a group at most: what is gathered at a time, however much longer sequences are than the tree
+CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Attention implementations that are causal when they get no mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Sequences of similar length, right-padded: `node_RL` are their nodes (node 0 in the padding). `taken_M` are the
+    places of the flattened [R * L] whose result goes to the nodes `into_M`.
+    """
+
+    node_RL: Tensor
+    taken_M: Tensor
+    into_M: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTree:
+    """How the nodes of one row of tokens, ancestors first, are on the paths of sequences."""
+
+    groups: tuple[Group, ...]
+
+    def to(self, device: torch.device) -> "PrefixTree":
+        return PrefixTree(
+            groups=tuple(Group(**{k: v.to(device, non_blocking=True) for k, v in vars(g).items()}) for g in self.groups)
+        )
+
+
+def prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, PrefixTree, list[np.ndarray]]:
+    """Token ids and positions (depths) of the nodes [X], their tree, and the nodes of each sequence's tokens."""
+    paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(sequences)
+    ids, depths, nodes = [], [], 0
+    previous, path = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    # In lexicographic order a sequence shares most with the one before it.
+    for i in sorted(range(len(sequences)), key=lambda i: list(sequences[i])):
+        own = np.asarray(sequences[i], np.int64)
+        shorter = min(len(own), len(previous))
+        different = np.flatnonzero(own[:shorter] != previous[:shorter])
+        shared = int(different[0]) if len(different) else shorter
+        path = np.concatenate([path[:shared], np.arange(nodes, nodes + len(own) - shared)])
+        ids.append(own[shared:])
+        depths.append(np.arange(shared, len(own)))
+        nodes += len(own) - shared
+        paths[i], previous = path, own
+    ids_X, depths_X = torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(depths))
+    return ids_X, depths_X, PrefixTree(groups=tuple(_groups(paths, nodes))), paths
+
+
+def _groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
+    lengths = np.array([len(path) for path in paths])
+    order = np.argsort(-lengths, kind="stable")
+    seen = np.zeros(nodes, bool)
+    groups, start = [], 0
+    for stop in range(1, len(order) + 1):
+        padded = (stop + 1 - start) * lengths[order[start]]
+        most = min(GROUP_TOKENS, (1 + PADDING) * lengths[order[start : stop + 1]].sum())
+        if stop == len(order) or padded > most:
+            group = [paths[i] for i in order[start:stop].tolist()]
+            node_RL = np.zeros((len(group), len(group[0])), np.int64)
+            new_RL = np.zeros(node_RL.shape, bool)
+            for row, path in enumerate(group):
+                node_RL[row, : len(path)] = path
+                new_RL[row, : len(path)] = ~seen[path]
+                seen[path] = True
+            taken_M = np.flatnonzero(new_RL)
+            groups.append(
+                Group(
+                    node_RL=torch.from_numpy(node_RL),
+                    taken_M=torch.from_numpy(taken_M),
+                    into_M=torch.from_numpy(node_RL.reshape(-1)[taken_M]),
+                )
+            )
+            start = stop
+    return groups
+
+
+def share_prefixes(model: Any, implementation: str) -> str | None:
+    """Make the student's attention understand prefix trees: from here on `hidden_states` takes them, and sequences
+    without one are right-padded rows. Returns None, or why this student cannot (it is then left as it was).
+
+    Whether it can is tried: an attention of another kind, or a layer that mixes tokens without attention, gives other
+    hidden states. (Layers with a convolution are refused without trying.)
+    """
+    decoder = model.get_decoder()
+    if implementation not in CAUSAL_WITHOUT_MASK:
+        return f"model.attention={implementation} needs a mask"
+    if any(isinstance(module, torch.nn.Conv1d) for module in decoder.modules()):
+        return f"{type(model).__name__} does not mix tokens by attention alone"
+    name = f"prefix_tree_{implementation}"
+    AttentionInterface.register(name, partial(_attention, ALL_ATTENTION_FUNCTIONS[implementation], implementation))
+    sample = [[3, 1, 4, 1, 5], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 2, 6, 9]]
+    device = next(model.parameters()).device
+    ids_X, depths_X, tree, paths = prefix_tree(sample)
+    padded_RL = torch.zeros(len(sample), max(map(len, sample)), dtype=torch.int64)
+    for row, ids in enumerate(sample):
+        padded_RL[row, : len(ids)] = torch.tensor(ids)
+    with torch.inference_mode():
+        apart = [decoder(torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0] for ids in sample]
+        padded = decoder(padded_RL.to(device), use_cache=False).last_hidden_state
+        model.set_attn_implementation(name)
+        try:
+            nodes_XD = decoder(
+                input_ids=ids_X[None].to(device),
+                position_ids=depths_X[None].to(device),
+                use_cache=False,
+                prefix_tree=tree.to(device),
+            ).last_hidden_state[0]
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = f"{type(model).__name__}: {error}"
+        else:
+            # another cut of the same sequences shows what rounding does
+            rounding = max((one[: len(ids)] - a).abs().max() for one, a, ids in zip(padded, apart, sample, strict=True))
+            found = [nodes_XD[torch.from_numpy(path).to(device)] for path in paths]
+            difference = max((one - a).abs().max() for one, a in zip(found, apart, strict=True))
+            same = difference <= 4 * rounding + 1e-5 * max(a.abs().max() for a in apart)
+            reason = None if same else f"its hidden states would differ by {difference:.2g}"
+        if reason is not None:
+            model.set_attn_implementation(implementation)
+    return reason
+
+
+def _attention(
+    inner: Callable[..., Any],
+    implementation: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    prefix_tree: PrefixTree | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query [1, H, X, E], key and value [1, G, X, E] -> [1, X, H, E].
+
+    `inner` is the implementation proper. Without a tree: rows [R, H, L, E] as always.
+    """
+    keywords.pop("position_ids", None)  # flash attention would take positions that restart for packed documents
+    if prefix_tree is None:
+        return inner(module, query, key, value, _window_mask(implementation, query, keywords), **keywords)
+    result_XHE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for group in prefix_tree.groups:
+        gathered = [_gather(x, group.node_RL) for x in (query, key, value)]
+        output_RLHE = inner(module, *gathered, _window_mask(implementation, gathered[0], keywords), **keywords)[0]
+        result_XHE[group.into_M] = output_RLHE.flatten(0, 1).index_select(0, group.taken_M)
+    return result_XHE[None], None
+
+
+def _gather(x: Tensor, node_RL: Tensor) -> Tensor:
+    """[1, H, X, E] -> [R, H, L, E]"""
+    x_XD = x[0].transpose(0, 1).flatten(1)  # one piece of memory a node
+    return x_XD.index_select(0, node_RL.view(-1)).view(*node_RL.shape, x.shape[1], -1).transpose(1, 2)
+
+
+def _window_mask(implementation: str, query: Tensor, keywords: dict[str, Any]) -> Tensor | None:
+    """For a layer that looks back `sliding_window` tokens only: bool [1, 1, L, L] where rows are longer than that and
+    the implementation does not know by itself.
+    """
+    window, length = keywords.get("sliding_window"), query.shape[2]
+    if window is None or length <= window or implementation != "sdpa":
+        return None
+    distance = torch.arange(length, device=query.device)
+    distance = distance[:, None] - distance[None]
+    return ((distance >= 0) & (distance < window))[None, None]
