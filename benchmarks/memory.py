@@ -9,8 +9,9 @@ LARK and by chance (by length and by chance without scoring, which lets pools be
 table and selection, all after doing so with a pool of 100 rows. This one samples its memory from /proc (Linux) every
 few milliseconds. Anonymous memory is what the process needs for itself; resident memory also counts pages of
 memory-mapped files, which the system takes back when they are wanted elsewhere. Growth is bytes per additional row: of
-the peak within each part, and of what is left when it ends. Buffers of a fixed size count in it as far as the small
-pool does not fill them. The last line is JSON.
+the peak within each part, and of what is left when it ends; buffers of a fixed size (batches of the student, blocks of
+rows that are read, merged and written; some 50 MB) are in it as far as the small pool does not fill them, so the larger
+both pools are, the truer it is. The last line is JSON.
 """
 
 import argparse
@@ -228,6 +229,12 @@ def main() -> None:
         }
         for name in PARTS
     }
+    anonymous = [max(part["anon"] for part in result["parts"].values()) for result in results]
+    share = anonymous[1] / anonymous[0] - 1
+    print(
+        f"peak anonymous memory: {anonymous[0] / 2**20:,.0f} and {anonymous[1] / 2**20:,.0f} MiB, {share:+.0%} for "
+        f"{large['rows'] / small['rows']:g} times the rows"
+    )
     print(f"growth: bytes per additional row ({more:,} rows)")
     print("             anonymous, peak   at the end   resident, peak")
     for name, by in growth.items():
@@ -237,7 +244,7 @@ def main() -> None:
             {
                 "rows": [result["rows"] for result in results],
                 "peak_resident": [result["peak"] for result in results],
-                "peak_anonymous": [max(part["anon"] for part in result["parts"].values()) for result in results],
+                "peak_anonymous": anonymous,
                 "bytes_per_row": growth,
             }
         )

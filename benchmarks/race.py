@@ -10,8 +10,9 @@ at 95 %     what a race saves with the margin at which it chooses 95 % of the fu
 rehearsed   `--splits` times the sample is halved by chance; on one half the race is calibrated for each `--confidence`,
             on the other it is rehearsed: the margin, the span tokens saved there, the share of the full choice that is
             chosen (and by chance), and what would be saved of the whole pool, calibration included
-real        for each rule of `--real`: the race itself on the half that the first split leaves, on caches, at the first
-            confidence; seconds at work against those of the full pass over the same problems
+real        for each rule of `--real`: calibrated at the first confidence on the sample's first half, the race itself on
+            `--real-problems` of the other; seconds at work against those of the full pass over the same problems, which
+            is done again just before
 
 The last line is JSON. `--cache` keeps the full pass, so that the rest can be done again.
 """
@@ -20,6 +21,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ import torch
 from lightning import Trainer
 
 from lark.cache import complete, identity_hash, read_json
-from lark.contests import Contest, contests
+from lark.candidates import Candidates
+from lark.contests import Contest, contests, raced
 from lark.data import TrajectoryDataModule
 from lark.description import quiet_libraries
 from lark.groups import Groups, unit_hash
@@ -37,8 +40,8 @@ from lark.judge import Judge, Problem, Scored, rehearsal
 from lark.models import Student
 from lark.passes import Statistics
 from lark.policies import Policy
-from lark.probe import Probe, ProbeModule, Work, measure
-from lark.race import MARGINS, Trial, calibration_size
+from lark.probe import PassModule, Probe, ProbeModule, Work, measure
+from lark.race import MARGINS, Trial, calibration_size, top
 from lark.race_pass import RaceModule, RaceWork
 from lark.scores import Lark, Likelihood, RankSurprisal
 from lark.selection import Rule
@@ -115,13 +118,13 @@ def full_pass(data: TrajectoryDataModule, rows: np.ndarray) -> Path:
     return folder
 
 
-def scored_problems(data: TrajectoryDataModule, folder: Path, raced: list[Contest]) -> list[Scored]:
+def scored_problems(data: TrajectoryDataModule, folder: Path, of: list[Contest]) -> list[Scored]:
     """Every problem with surprisal, Brier score and rank of its candidates' tokens, [T, 3] each."""
     columns, pool = read_columns(folder), data.trajectories
     surprisal, rank, log_sum_p2 = (columns[f"token_{name}"] for name in ("surprisal", "rank", "log_sum_p2"))
     found = []
     for group in Groups.from_ids(pool.problem_id[columns["row"]]).split():
-        enters = dict.fromkeys(raced, np.ones(len(group), bool))
+        enters = dict.fromkeys(of, np.ones(len(group), bool))
         values = [
             np.stack([surprisal[i], 1 - 2 * np.exp(-surprisal[i]) + np.exp(log_sum_p2[i]), rank[i]], 1)
             for i in group.tolist()
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--confidence", type=float, nargs="+", default=[0.95, 0.9, 0.8])
     parser.add_argument("--splits", type=int, default=8)
     parser.add_argument("--real", nargs="*", choices=SCORES, default=["lark"])
+    parser.add_argument("--real-problems", type=int, default=24)
     parser.add_argument("--cache", help="folder for the full pass; left out: a temporary one")
     arguments = parser.parse_args()
     quiet_libraries()
@@ -172,10 +176,10 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace, cache: Path) -> None:
     data = prepare(arguments, cache)
-    raced = rules(arguments.budget)
+    contest_of = rules(arguments.budget)
     parts, pool_problems = halves(data, problems=arguments.problems, budget=arguments.budget)
     folders = [full_pass(data, rows) for rows in parts]
-    scored = [scored_problems(data, folder, list(raced.values())) for folder in folders]
+    scored = [scored_problems(data, folder, list(contest_of.values())) for folder in folders]
     everything = [*scored[0], *scored[1]]
     sizes = np.array([len(problem.tokens_K) for problem, _ in everything])
     chance = float((arguments.budget / sizes).mean())
@@ -184,11 +188,11 @@ def report(arguments: argparse.Namespace, cache: Path) -> None:
         f"sample      {len(everything)} problems of {pool_problems:,}, {sizes.sum():,} trajectories, {tokens:,} span "
         f"tokens; full pass {sum(read_json(folder / 'manifest.json')['seconds'] for folder in folders):.0f} s"
     )
-    results: dict[str, dict[str, Any]] = {name: {} for name in raced}
+    results: dict[str, dict[str, Any]] = {name: {} for name in contest_of}
 
-    judge = Judge(list(raced.values()), everything, confidence=0.5)
+    judge = Judge(list(contest_of.values()), everything, confidence=0.5)
     trial, _ = rehearsal(everything, clip=judge.clips)
-    for name, contest in raced.items():
+    for name, contest in contest_of.items():
         points = [saved_and_overlap(trial, contest, judge, margin) for margin in MARGINS.tolist()]
         saved = at_overlap(points, AIM)
         results[name]["saved_at_95"] = saved
@@ -201,9 +205,9 @@ def report(arguments: argparse.Namespace, cache: Path) -> None:
         order = rng.permutation(len(everything))
         known, others = order[: len(order) // 2], order[len(order) // 2 :]
         for confidence in arguments.confidence:
-            judge = Judge(list(raced.values()), [everything[i] for i in known], confidence=confidence)
+            judge = Judge(list(contest_of.values()), [everything[i] for i in known], confidence=confidence)
             trial, _ = rehearsal([everything[i] for i in others], clip=judge.clips, forecast=judge.forecast)
-            for name, contest in raced.items():
+            for name, contest in contest_of.items():
                 margin = judge.margins[contest]
                 point = (margin, *saved_and_overlap(trial, contest, judge, margin))
                 found.setdefault((name, confidence), []).append(point)
@@ -221,42 +225,72 @@ def report(arguments: argparse.Namespace, cache: Path) -> None:
             f"the whole pool, {share:.0%} of it to calibrate on, {saved * (1 - share):.0%}"
         )
 
+    if arguments.real:
+        ids = data.trajectories.problem_id[parts[1]]
+        rows = parts[1][np.isin(ids, list(dict.fromkeys(ids.tolist()))[: arguments.real_problems])]
+        plain = timed(ProbeModule, Probe(), data, rows, cache)
     for name in arguments.real:
-        results[name]["real"] = real(data, raced[name], scored, parts[1], folders[1], arguments.confidence[0], cache)
+        results[name]["real"] = real(data, contest_of[name], scored[0], rows, plain, arguments.confidence[0], cache)
     print(json.dumps({"problems": len(everything), "chance": chance, "rules": results}, default=float))
+
+
+def timed(
+    make: Callable[..., PassModule],
+    probe: Probe,
+    data: TrajectoryDataModule,
+    rows: np.ndarray,
+    cache: Path,
+    **more: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The columns of a pass over these rows, and its manifest."""
+    kind = RaceWork if more else Work
+    work = kind(student=data.asked, probe=probe, pool=data.trajectories, rows=rows, seed=0, **more)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        folder = Path(temporary)
+        measure(data.make_trainer(""), make(wanted=Statistics(), work=work, folder=folder), {})
+        return dict(read_columns(folder)), read_json(folder / "manifest.json")
 
 
 def real(
     data: TrajectoryDataModule,
     contest: Contest,
-    scored: list[list[Scored]],
+    calibration: list[Scored],
     rows: np.ndarray,
-    full: Path,
+    plain: tuple[dict[str, np.ndarray], dict[str, Any]],
     confidence: float,
     cache: Path,
 ) -> dict[str, float]:
-    """The race of the second half, learnt from the first."""
-    judge = Judge([contest], scored[0], confidence=confidence)
-    probe = Probe(race=True, race_confidence=confidence, shard_rows=32)
-    work = RaceWork(student=data.asked, probe=probe, pool=data.trajectories, rows=rows, seed=0, contests=(contest,))
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        module = RaceModule(wanted=Statistics(), work=work, folder=Path(folder), judge=judge)
-        measure(data.make_trainer(""), module, {})
-        columns, seconds = dict(read_columns(Path(folder))), read_json(Path(folder) / "manifest.json")["seconds"]
-    plain = read_json(full / "manifest.json")["seconds"]
+    """The race of these rows against their full pass."""
+    judge = Judge([contest], calibration, confidence=confidence)
+    module = partial(RaceModule, judge=judge)
+    columns, cost = timed(module, Probe(race=True, race_confidence=confidence), data, rows, cache, contests=(contest,))
+    full, full_cost = plain
     read_N, tokens_N, out_N = columns["read_tokens"], columns["num_tokens"], columns["stopped"]
-    expected_N = read_columns(full)["sum_surprisal"]
-    difference = np.abs(columns["sum_surprisal"] / expected_N - 1)[~out_N].max()
-    trial, _ = rehearsal(scored[1], clip=judge.clips, forecast=judge.forecast)
-    _, rehearsed_N, _ = trial.race({contest: judge.margins[contest]}, work.enters, judge.noise)
-    saved = 1 - read_N.sum() / tokens_N.sum()
+    groups = Groups.from_ids(data.trajectories.problem_id[rows])
+    chosen = []
+    for of in (columns, full):
+        means = {"loss": of["sum_surprisal"] / tokens_N, "brier": of["sum_brier"] / tokens_N}
+        candidates = Candidates(problem_id=groups.index_N, candidate_id=rows, row_N=rows, statistics={**of, **means})
+        chosen.append(top(groups, raced(contest.rule).scores(candidates), contest.budget))
+    found = {
+        "saved": 1 - read_N.sum() / tokens_N.sum(),
+        "overlap": (chosen[0] & chosen[1]).sum() / chosen[1].sum(),
+        "seconds": cost["seconds"],
+        "full_seconds": full_cost["seconds"],
+        "ratio": full_cost["seconds"] / cost["seconds"],
+        "computed_tokens": cost["computed_tokens"],
+        "full_computed_tokens": full_cost["computed_tokens"],
+        "difference": np.abs(columns["sum_surprisal"] / full["sum_surprisal"] - 1)[~out_N].max(),
+    }
+    saved, overlap, ratio = (found[name] for name in ("saved", "overlap", "ratio"))
     print(
-        f"real        {contest.rule.name:<11} confidence {confidence:g}: {out_N.sum():,} of {len(rows):,} trajectories "
-        f"given up, {saved:.0%} of {tokens_N.sum():,} span tokens saved (rehearsed: "
-        f"{1 - rehearsed_N.sum() / tokens_N.sum():.0%}); {seconds:.0f} s against {plain:.0f} s of the full pass, ratio "
-        f"{plain / seconds:.2f}; survivors differ by {difference:.1g} at most"
+        f"real        {contest.rule.name:<11} confidence {confidence:g}, margin {judge.margins[contest]:.1f}: "
+        f"{out_N.sum():,} of {len(rows):,} trajectories given up, {saved:.0%} of {tokens_N.sum():,} span tokens saved, "
+        f"overlap {overlap:.3f}; {cost['seconds']:.0f} s against {full_cost['seconds']:.0f} s of the full pass, ratio "
+        f"{ratio:.2f} ({cost['computed_tokens']:,} tokens computed against {full_cost['computed_tokens']:,}); "
+        f"survivors differ by {found['difference']:.1g} at most"
     )
-    return {"saved": saved, "seconds": seconds, "full_seconds": plain, "ratio": plain / seconds}
+    return found
 
 
 if __name__ == "__main__":

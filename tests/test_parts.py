@@ -70,6 +70,7 @@ def test_a_killed_computation_goes_on_with_the_missing_parts(tmp_path):
     again = Squares()
     assert list(table(tmp_path, again)) == EXPECTED
     assert again.parts == [(10, 20), (20, 25)]
+    assert sum(path.name.startswith(".") for path in folder.iterdir()) == 0
 
 
 def test_killed_before_the_manifest_nothing_is_computed_again(tmp_path, monkeypatch):

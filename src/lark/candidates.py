@@ -27,7 +27,8 @@ class Candidates:
     pool are read when first asked for, as are the statistics that a pass has left in a file. Step statistics
     (`step_tokens`, `step_surprisal`, `step_first_surprisal`) are object arrays of one array a row. `row_N` holds the
     rows' numbers in the pool, `read_column` reads a pool column at such rows (null: there is no pool to read from).
-    Raises ValueError for a column that is in neither.
+    Raises ValueError for a column that is in neither. Rules compare all candidates, so the columns that they ask for
+    are in memory whole: ids and row numbers 24 bytes a row, each column of numbers 8.
     `read_blocks` reads all statistics from their file, a block of rows after the other (null: they are in memory).
     `passes` holds the columns of further passes (see lark.passes), read by `of`; `like` is the selection that these
     candidates are to be chosen as a baseline for (null: for themselves).

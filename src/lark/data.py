@@ -272,7 +272,8 @@ class TrajectoryDataModule(LightningDataModule):
         self.costs[wanted] = read_json(folder / "manifest.json")
         if not cached and (throughput := self.costs[wanted].get("throughput")):
             chosen = [f"{name} {value}" for name, value in self.costs[wanted]["choices"].items()]
-            self.say(f"{label:<11} {'; '.join([describe_pass(throughput), *chosen])}")
+            for line in filter(None, ["; ".join(chosen), describe_pass(throughput)]):
+                self.say(f"{label:<11} {line}")
         if "race" in self.costs[wanted]:
             self.say(describe_race(self.costs[wanted]))
 

@@ -130,7 +130,6 @@ class _Run:
                 say(f"warning     {count} of {len(self.problems[name])} problems of {name} are in the pool too")
         self._score()
         if self.config.stop_after == "statistics":
-            self._keep_statistics()
             return self._stop(f"statistics  {self.folder / 'statistics.parquet'}")
         self.data.select()
         self._keep_statistics()
@@ -163,6 +162,7 @@ class _Run:
                     title = f"{wanted.name}-{self.data.scorer.name}"
                     logger = self._open(title, "scoring", hash=folder.name, **wanted.identity())
                 self.data.run_pass(wanted, cached=not to_do, logger=logger)
+        self._keep_statistics()  # whatever becomes of the selection
 
     @contextmanager
     def _claim(self, name: str, folder: Path, done: Callable[[], bool]) -> Iterator[bool]:

@@ -14,7 +14,9 @@ from lark.progress import bar
 PART_ROWS = 10_000
 """Rows a file: lost at most by a kill."""
 BATCH_ROWS, BATCH_BYTES = 1000, 2**24
-"""A record batch of a file is written when either is reached: in memory at a time, and mapped at some 3 kB a batch."""
+"""A record batch of a file is written when either is reached. One is in memory at a time. Of mapped ones Arrow keeps
+the places, 4 kB a batch, that is 4 bytes a row or more where rows are long.
+"""
 
 Compute = Callable[[int, int], Iterator[pa.RecordBatch]]
 """The rows from `start` to `stop` of the table, in order, a few at a time."""
@@ -38,6 +40,8 @@ def in_parts(
     paths = {start: folder / f"part-{start:012}.arrow" for start in range(0, rows, PART_ROWS)}
     if not complete(folder):
         with lock(folder):
+            for half in folder.glob(".part-*.tmp"):  # what a killed process left
+                half.unlink()
             missing = {start: path for start, path in paths.items() if not path.exists()}
             if missing:  # else another process has written them while this one waited
                 done = sum(min(PART_ROWS, rows - start) for start in paths.keys() - missing.keys())

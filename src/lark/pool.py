@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),  # file:line, for messages to the user; no part of the fingerprint
     ]
 )
-BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # rows are written when either is reached, however long trajectories are
+BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # written at once, whichever is reached first; mapped, a batch takes 5 kB
 SHOWN_FAULTS = 20
 
 

@@ -118,8 +118,11 @@ def share_prefixes(model: Any, implementation: str) -> str | None:
     for row, ids in enumerate(sample):
         padded_RL[row, : len(ids)] = torch.tensor(ids)
     with torch.inference_mode():
-        apart = [decoder(torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0] for ids in sample]
-        padded = decoder(padded_RL.to(device), use_cache=False).last_hidden_state
+        apart = [
+            decoder(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0]
+            for ids in sample
+        ]
+        padded = decoder(input_ids=padded_RL.to(device), use_cache=False).last_hidden_state
         model.set_attn_implementation(name)
         try:
             nodes_XD = decoder(

@@ -360,7 +360,7 @@ def measure(
     pass included, and what had to be done `before`. And it says what the pass chose by itself, and how fast it was.
     """
     module.folder.mkdir(parents=True, exist_ok=True)
-    resumed = len(rows_done(module.folder))
+    resumed = len(np.unique(rows_done(module.folder)))
     trainer.predict(module, return_predictions=False)
     trainer.strategy.barrier("probe-written")
     throughput = figures_of(trainer)

@@ -27,6 +27,7 @@ def bar(label: str, total: float, unit: str, *, initial: int = 0, layout: str | 
     return tqdm(
         total=int(total),
         initial=initial,
+        position=0,  # also where one that failed is still open
         desc=label,
         unit=f" {unit}",
         leave=False,
