@@ -8,8 +8,8 @@ In one process, after a warm-up, with the same dtype and threads, on all candida
 ours    the pass that a run makes (lark.probe.ProbeModule under a Trainer): every statistic, in shards on disk
 plain   one trajectory a forward pass through the whole model, full logits, cross-entropy over the whole vocabulary
         and the Brier score from the 50 largest logits, as LARK's released code computes them
-limit   the linear layers and the head alone, for the tokens that are distinct once candidates share their prompt, at
-        the rate measured for the student's own matrices; and at the rate of a product of two 4096 x 4096 matrices
+limit   the linear layers and the head alone, for the tokens that are distinct once beginnings are shared, at the
+        rate measured for the student's own matrices; and at the rate of a product of two 4096 x 4096 matrices
 
 Ratios above 1 mean that ours is faster. The last line is JSON: ratio_plain (time of plain / ours), share_of_gemm_limit
 (limit / ours), peak_bytes (of the process after ours, before plain), trajectories_per_s (ours), and further figures.
@@ -33,9 +33,10 @@ from inputs import add_arguments, open_data
 from lark.data import TrajectoryDataModule
 from lark.models import head_of
 from lark.passes import Statistics
+from lark.prefixes import prefix_tree
 from lark.probe import Probe, ProbeModule, Work, measure
 from lark.shards import read_statistics
-from lark.throughput import distinct_tokens, gemm_seconds, peak_rate
+from lark.throughput import gemm_seconds, peak_rate
 from lark.trajectories import Trajectories
 
 TOP_K = 50
@@ -86,6 +87,8 @@ def parts(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) 
         ours(data, model, rows)
     spent: dict[str, float] = defaultdict(float)
     for event in profile.key_averages(group_by_input_shape=True):
+        if event.device_type is not torch.autograd.DeviceType.CPU:
+            continue  # kernels: their time is also that of the operation that started them
         wide = any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list))
         if any(name in event.key for name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::_weight_int8pack_mm")):
             part = "head's product" if wide else "linear layers"
@@ -141,7 +144,7 @@ def main() -> None:
         shares = parts(data, model, rows)
 
     lengths, spans = pool.length[rows], pool.span_tokens[rows]
-    distinct = float(distinct_tokens(pool.problem_id[rows], lengths, spans).sum())
+    distinct = float(len(prefix_tree([row.input_ids for row in pool.encoded(rows)])[0]))
     head = head_of(model)
     rates = gemm_seconds(model, head, tokens=module.batch_tokens, seconds=4.0)
     assert rates is not None, "this student's matrix products cannot be timed"

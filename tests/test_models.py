@@ -1,5 +1,6 @@
 """Loading a student, its head, LoRA, saving."""
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lark.models import base_model, head_of, hidden_states, save_student
+from lark.models import base_model, head_of, hidden_states, rope_border, save_student
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
@@ -165,3 +166,33 @@ def test_no_hub_and_no_copy_is_one_sentence(make_student):
 def test_a_student_says_which_setting_is_wrong(make_student, settings, message):
     with pytest.raises(ValueError, match=message):
         make_student(**settings)
+
+
+@pytest.mark.parametrize(
+    ("rope", "border"),
+    [
+        ({"rope_type": "default", "rope_theta": 10000.0}, math.inf),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, math.inf),
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, 24),
+    ],
+)
+def test_positions_that_depend_on_the_longest_row(rope, border):
+    """From `rope_border` on, a row's hidden states change with what it is computed beside; up to it, they do not."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=24,
+        rope_parameters=rope,
+    )
+    model = LlamaForCausalLM(config).eval()
+    assert rope_border(model) == border
+    short, long = torch.randint(1, 64, (1, 20)), torch.randint(1, 64, (1, 40))
+    together = torch.cat([torch.nn.functional.pad(short, (0, 20)), long])
+    with torch.inference_mode():
+        alone = hidden_states(model, short, None)
+        beside = hidden_states(model, together, None).view(2, 40, -1)[0, :20]
+    assert torch.allclose(alone, beside, atol=1e-5) == (border == math.inf)

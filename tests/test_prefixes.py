@@ -111,12 +111,16 @@ def test_padded_rows_without_a_tree_see_no_padding():
     ("architecture", "attention", "reason"),
     [
         ("lfm2", "sdpa", "does not mix tokens by attention alone"),
+        ("qwen2_moe", "sdpa", "not told of its window of 16 tokens"),
         ("llama", "eager", "model.attention=eager needs a mask"),
     ],
 )
 def test_a_student_that_cannot_share_is_left_as_it_was(architecture, attention, reason):
-    settings = {"layer_types": ["conv", "full_attention", "conv"]} if architecture == "lfm2" else {}
-    model = random_student(architecture, attention, **settings)
+    settings = {
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+        "qwen2_moe": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_experts": 4},
+    }
+    model = random_student(architecture, attention, **settings.get(architecture, {}))
     assert reason in (share_prefixes(model, attention) or "")
     assert model.config._attn_implementation == attention
 

@@ -213,8 +213,8 @@ def test_compiled_equals_eager():
     if reason := can_compile(torch.device("cpu")):
         pytest.skip(reason)
     torch.manual_seed(0)
-    hidden_ND, target_N = torch.randn(97, 16), torch.randint(0, 1000, (97,))
-    head = Head(weight_VD=torch.randn(1000, 16))
+    hidden_ND, target_N = torch.randn(97, 16), torch.randint(0, 50_000, (97,))
+    head = Head(weight_VD=torch.randn(50_000, 16))
     eager = vars(token_statistics(hidden_ND, target_N, head))
     compiled = vars(token_statistics(hidden_ND, target_N, head, compiled=True))
     assert torch.equal(eager.pop("rank_N"), compiled.pop("rank_N"))

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from lark.gradients import decoder_layers
+
 CPU_TOKENS = 2048  # more gain nothing: the products are at their best rate, and activations leave the cache
 MOST_TOKENS = 65536
 LEAST_TOKENS = 256
@@ -13,19 +15,17 @@ SHARE_OF_FREE_MEMORY = 0.5  # the rest: logits in float32, what the allocator lo
 def token_budget(model: Any, device: torch.device) -> int:
     """Tokens whose activations, in a forward pass without gradients, fit into the free memory of the `model`'s device.
 
-    What is alive at a time is one layer's: the residual stream with its copies, the MLP's three products, queries, keys
-    and values as computed, rotated and gathered.
+    What is alive at a time is one layer's: the residual stream with its copies, and what its matrices give, some of it
+    rotated or gathered once more.
     """
     if device.type == "cpu":
         return CPU_TOKENS
-    config = model.config.get_text_config()
-    hidden = config.hidden_size
-    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or hidden // heads
-    attention = (heads + 2 * (getattr(config, "num_key_value_heads", None) or heads)) * head
-    bytes_a_token = model.dtype.itemsize * (8 * hidden + 3 * mlp + 4 * attention)
-    fitting = int(SHARE_OF_FREE_MEMORY * _free_bytes(device) / bytes_a_token)
+    layers = decoder_layers(model)
+    if not layers:
+        return LEAST_TOKENS
+    width = max(sum(p.shape[0] for p in layer.parameters() if p.ndim == 2) for layer in layers)
+    hidden = model.get_input_embeddings().weight.shape[1]
+    fitting = int(SHARE_OF_FREE_MEMORY * _free_bytes(device) / (model.dtype.itemsize * (8 * hidden + 3 * width)))
     return min(max(fitting, LEAST_TOKENS), MOST_TOKENS)
 
 
@@ -41,7 +41,8 @@ def _free_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def release_memory(device: torch.device) -> None:

@@ -59,7 +59,7 @@ MODULES: dict[type[Pass], type[PassModule]] = {
     ProjectedGradients: ProjectedGradientsModule,
     GradientMatches: GradientMatchesModule,
 }
-_SOURCES = ("chat", "models", "packing", "passes", "probe", "shards", "trajectories")
+_SOURCES = ("chat", "models", "packing", "passes", "prefixes", "probe", "shards", "trajectories")
 
 WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[Path, float], ...], dict[str, float]]]
 """Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates, and what they cost."""

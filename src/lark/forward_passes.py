@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lark.chat import Encoded
-from lark.models import head_of, hidden_states
+from lark.models import head_of, rope_border
 from lark.packing import MicroBatch, collate, collate_shared, consecutive, micro_batches
 from lark.passes import LocalWindows, Pass
 from lark.probe import PassModule, Work
@@ -29,6 +29,7 @@ class LocalWindowsModule(PassModule):
     """
 
     SOURCES = ("forward_passes", "stats")
+    CUTS_INSIDE = True
 
     @classmethod
     def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
@@ -54,7 +55,7 @@ class LocalWindowsModule(PassModule):
 
     def _step_sums(self, windows: Sequence[Encoded]) -> list[np.ndarray]:
         """Summed surprisal (nats) of the scored steps of each window, [S] each."""
-        surprisals = span_surprisals(self.student_model, windows, budget=self.batch_tokens, share=not self.not_shared)
+        surprisals = span_surprisals(self, windows)
         return [
             step_sums(surprisal_T, window.steps, len(surprisal_T), skip=0)[1]
             for window, surprisal_T in zip(windows, surprisals, strict=True)
@@ -98,6 +99,7 @@ class ContentAloneModule(PassModule):
     """
 
     SOURCES = ("forward_passes", "stats")
+    CUTS_INSIDE = True
 
     def batch(self, rows: np.ndarray) -> Any:
         pool = self.work.pool
@@ -117,9 +119,7 @@ class ContentAloneModule(PassModule):
     def measure(self, batch: tuple[np.ndarray, list[Encoded]]) -> list[dict[str, Any]]:
         rows, alone = batch
         scored = [one for one in alone if len(one.input_ids) > 1]
-        surprisals = iter(
-            span_surprisals(self.student_model, scored, budget=self.batch_tokens, share=not self.not_shared)
-        )
+        surprisals = iter(span_surprisals(self, scored))
         measured = []
         for row, one in zip(rows.tolist(), alone, strict=True):
             surprisal_T = next(surprisals) if len(one.input_ids) > 1 else np.zeros(0)
@@ -137,7 +137,7 @@ class MeanHiddenModule(PassModule):
 
     @torch.inference_mode()
     def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
-        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL, batch.tree)
+        hidden_XD = self.hidden(batch)
         counts = torch.bincount(batch.row_N, minlength=len(batch.rows)).tolist()
         by_row = hidden_XD[batch.observed_N].float().split(counts)
         return [
@@ -148,21 +148,23 @@ class MeanHiddenModule(PassModule):
         ]
 
 
-def span_surprisals(model: Any, sequences: Sequence[Encoded], *, budget: int, share: bool) -> list[np.ndarray]:
-    """Surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of `budget` tokens.
-
-    share: sequences next to each other may begin alike, and the student's attention knows prefix trees.
+def span_surprisals(module: PassModule, sequences: Sequence[Encoded]) -> list[np.ndarray]:
+    """Surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of the module's
+    `batch_tokens`; sequences next to each other may begin alike.
     """
     surprisals: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
-    head = head_of(model)
-    for cut in consecutive(lengths, budget=budget) if share else micro_batches(lengths, budget=budget):
-        micro = (collate_shared if share else collate)([sequences[i] for i in cut], cut.tolist())
+    head, shared = head_of(module.student_model), not module.not_shared
+    long = lengths > rope_border(module.student_model)
+    others = np.flatnonzero(~long)
+    cut = consecutive if shared else micro_batches
+    cuts = [others[piece] for piece in cut(lengths[others], budget=module.batch_tokens)]
+    for piece in [*np.flatnonzero(long)[:, None], *cuts]:
+        micro = (collate_shared if shared else collate)([sequences[i] for i in piece], piece.tolist())
         micro = micro.to(head.weight_VD.device)
-        hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
-        surprisal_N = token_statistics(hidden_XD[micro.predict_N], micro.target_N, head).surprisal_N
-        counts = np.bincount(micro.row_N.cpu().numpy(), minlength=len(cut))
+        surprisal_N = token_statistics(module.hidden(micro)[micro.predict_N], micro.target_N, head).surprisal_N
+        counts = np.bincount(micro.row_N.cpu().numpy(), minlength=len(piece))
         pieces = np.split(surprisal_N.cpu().numpy().astype(np.float64), np.cumsum(counts)[:-1])
-        for i, surprisal_T in zip(cut.tolist(), pieces, strict=True):
+        for i, surprisal_T in zip(piece.tolist(), pieces, strict=True):
             surprisals[i] = surprisal_T
     return surprisals

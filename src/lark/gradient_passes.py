@@ -32,8 +32,8 @@ from lark.gradients import (
     project,
 )
 from lark.groups import Groups, unit_hash
-from lark.models import head_of, hidden_states
-from lark.packing import MicroBatch, collate, collate_shared, micro_batches
+from lark.models import head_of
+from lark.packing import MicroBatch, collate, collate_shared
 from lark.passes import GradientMatches, Gradients, HeadGradients, LossDrops, Pass, ProjectedGradients
 from lark.probe import PassModule, Work
 from lark.trajectories import Trajectories
@@ -160,21 +160,20 @@ class HeadGradientsModule(PassModule):
 
     SOURCES = ("gradient_passes", "gradients", "groups", "stats")
     SPLITS = False
+    CUTS_INSIDE = True
 
     def units(self) -> list[np.ndarray]:
+        _ = self.batch_tokens, self.not_shared  # ranks agree on them, also those without a unit
         return problem_units(self.work.pool, self.work.rows)
 
     def batch(self, rows: np.ndarray) -> list[MicroBatch]:
-        cuts = micro_batches(self.work.pool.length[rows], budget=self.batch_tokens)
         lay_out = collate if self.not_shared else collate_shared
-        return [lay_out(self.work.pool.encoded(rows[cut]), rows[cut].tolist()) for cut in cuts]
+        return [lay_out(self.work.pool.encoded(piece), piece.tolist()) for piece in self.cut(rows)]
 
     def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
         assert isinstance(self.wanted, HeadGradients)
         model = self.student_model
-        hidden_ND = torch.cat(
-            [hidden_states(model, m.input_ids_RL, m.position_ids_RL, m.tree)[m.predict_N] for m in batch]
-        )
+        hidden_ND = torch.cat([self.hidden(m)[m.predict_N] for m in batch])
         rows = np.array([row for m in batch for row in m.rows])
         gram_KK = head_gram(
             hidden_ND,

@@ -1,6 +1,7 @@
 """The student: where its weights come from, its tokenizer, its head, LoRA."""
 
 import copy
+import math
 import shutil
 from dataclasses import dataclass, field
 from importlib import resources
@@ -235,6 +236,28 @@ def head_of(model: Any) -> Head:
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale,
     )
+
+
+def rope_border(model: Any) -> float:
+    """Tokens from which on rotary positions depend on the longest row of a forward pass (infinite: they never do): a
+    longer row would change the others'.
+    """
+    config = base_model(model).config.get_text_config()
+    found = math.inf
+    for rope in _rope_settings(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+            own = rope.get("original_max_position_embeddings")
+            border = own or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+            found = min(found, border)
+    return found
+
+
+def _rope_settings(parameters: Any) -> list[dict[str, Any]]:
+    """Those of all layers, or one of each kind of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
 
 
 def hidden_states(

@@ -109,8 +109,9 @@ def share_prefixes(model: Any, implementation: str) -> str | None:
         return f"model.attention={implementation} needs a mask"
     if any(isinstance(module, torch.nn.Conv1d) for module in decoder.modules()):
         return f"{type(model).__name__} does not mix tokens by attention alone"
-    name = f"prefix_tree_{implementation}"
-    AttentionInterface.register(name, partial(_attention, ALL_ATTENTION_FUNCTIONS[implementation], implementation))
+    name, windows = f"prefix_tree_{implementation}", set[int]()
+    inner = partial(_windowed if implementation == "sdpa" else _told, ALL_ATTENTION_FUNCTIONS[implementation], windows)
+    AttentionInterface.register(name, partial(_attention, inner))
     sample = [[3, 1, 4, 1, 5], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 2, 6, 9]]
     device = next(model.parameters()).device
     ids_X, depths_X, tree, paths = prefix_tree(sample)
@@ -138,16 +139,27 @@ def share_prefixes(model: Any, implementation: str) -> str | None:
             rounding = max((one[: len(ids)] - a).abs().max() for one, a, ids in zip(padded, apart, sample, strict=True))
             found = [nodes_XD[torch.from_numpy(path).to(device)] for path in paths]
             difference = max((one - a).abs().max() for one, a in zip(found, apart, strict=True))
-            same = difference <= 4 * rounding + 1e-5 * max(a.abs().max() for a in apart)
+            largest = max(a.abs().max() for a in apart)
+            same = difference <= min(4 * rounding + 1e-5 * largest, 0.02 * largest)
             reason = None if same else f"its hidden states would differ by {difference:.2g}"
+            reason = reason or _hidden_window(model.config.get_text_config(), windows)
         if reason is not None:
             model.set_attn_implementation(implementation)
     return reason
 
 
+def _hidden_window(config: Any, told: set[int]) -> str | None:
+    """Why attention would not look back a window only, where the mask alone says so, which is not made here."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and not any(kind.startswith(("sliding", "chunked")) for kind in types):
+        return None
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    hidden = [window for window in found if window is not None and window not in told]
+    return f"its attention is not told of its window of {hidden[0]} tokens" if hidden else None
+
+
 def _attention(
-    inner: Callable[..., Any],
-    implementation: str,
+    inner: Callable[..., Tensor],
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -159,15 +171,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query [1, H, X, E], key and value [1, G, X, E] -> [1, X, H, E].
 
-    `inner` is the implementation proper. Without a tree: rows [R, H, L, E] as always.
+    Without a tree: rows [R, H, L, E] -> [R, L, H, E], as always.
     """
     keywords.pop("position_ids", None)  # flash attention would take positions that restart for packed documents
     if prefix_tree is None:
-        return inner(module, query, key, value, _window_mask(implementation, query, keywords), **keywords)
+        return inner(module, query, key, value, **keywords), None
     result_XHE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for group in prefix_tree.groups:
-        gathered = [_gather(x, group.node_RL) for x in (query, key, value)]
-        output_RLHE = inner(module, *gathered, _window_mask(implementation, gathered[0], keywords), **keywords)[0]
+        output_RLHE = inner(module, *(_gather(x, group.node_RL) for x in (query, key, value)), **keywords)
         result_XHE[group.into_M] = output_RLHE.flatten(0, 1).index_select(0, group.taken_M)
     return result_XHE[None], None
 
@@ -178,13 +189,44 @@ def _gather(x: Tensor, node_RL: Tensor) -> Tensor:
     return x_XD.index_select(0, node_RL.view(-1)).view(*node_RL.shape, x.shape[1], -1).transpose(1, 2)
 
 
-def _window_mask(implementation: str, query: Tensor, keywords: dict[str, Any]) -> Tensor | None:
-    """For a layer that looks back `sliding_window` tokens only: bool [1, 1, L, L] where rows are longer than that and
-    the implementation does not know by itself.
+def _told(
+    attend: Callable[..., Any],
+    windows: set[int],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **keywords: Any,
+) -> Tensor:
+    """Causal attention by an implementation that takes `sliding_window` itself. `windows` learns what it is told."""
+    if (window := keywords.get("sliding_window")) is not None:
+        windows.add(window)
+    return attend(module, query, key, value, None, **keywords)[0]
+
+
+def _windowed(
+    attend: Callable[..., Any],
+    windows: set[int],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    **keywords: Any,
+) -> Tensor:
+    """Causal attention by sdpa. In a layer that looks back `sliding_window` tokens only, as many queries at a time, so
+    that a mask has at most window x (2 window) places, however long the row.
     """
     window, length = keywords.get("sliding_window"), query.shape[2]
-    if window is None or length <= window or implementation != "sdpa":
-        return None
-    distance = torch.arange(length, device=query.device)
-    distance = distance[:, None] - distance[None]
-    return ((distance >= 0) & (distance < window))[None, None]
+    if window is not None:
+        windows.add(window)
+    if window is None or length <= window:
+        return attend(module, query, key, value, None, **keywords)[0]
+    blocks = []
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(start - window + 1, 0)
+        place_Q = torch.arange(start, stop, device=query.device)[:, None]
+        place_K = torch.arange(first, stop, device=query.device)[None]
+        mask_QK = (place_K <= place_Q) & (place_K > place_Q - window)
+        part = (query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop])
+        blocks.append(attend(module, *part, mask_QK[None, None], **keywords)[0])
+    return torch.cat(blocks, 1)

@@ -5,6 +5,7 @@ statistics come from. Rows are computed in units; every `shard_rows` rows a rank
 cache is complete once its manifest is there; a killed pass goes on with the rows that no file holds yet.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +19,10 @@ import torch
 from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lark.budget import is_out_of_memory, release_memory, token_budget
+from lark.budget import LEAST_TOKENS, is_out_of_memory, release_memory, token_budget
 from lark.cache import write_json
 from lark.chat import SPANS, STEPS, Encoded
-from lark.models import Student, head_of, hidden_states
+from lark.models import Student, head_of, hidden_states, rope_border
 from lark.packing import MicroBatch, collate, collate_shared, micro_batches, prefix_units
 from lark.passes import HeadGradients, Pass
 from lark.prefixes import share_prefixes
@@ -121,6 +122,8 @@ class PassModule(LightningModule):
     """Modules whose source text keys the cache, besides those of the base."""
     SPLITS: ClassVar[bool] = True
     """Whether a unit that does not fit into memory may be measured in parts."""
+    CUTS_INSIDE: ClassVar[bool] = False
+    """Whether a unit is cut by `batch_tokens` once more, inside."""
     lockstep: Lockstep | None = None
     """What keeps the ranks in step, where the student's layers are divided over them."""
 
@@ -129,7 +132,8 @@ class PassModule(LightningModule):
         self.wanted, self.work, self.folder = wanted, work, folder
         self.student_model: Any = None
         self.buffer: list[dict[str, Any]] = []
-        self.most_tokens: int | None = None  # of rows that fitted into memory together, once some did not
+        self.computed_tokens = 0  # of the unit at work
+        self.lowered = False  # batch_tokens, since memory ran out
 
     @classmethod
     def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
@@ -150,11 +154,11 @@ class PassModule(LightningModule):
     @cached_property
     def not_shared(self) -> str | None:
         """None if rows that begin alike share that part's computation (which changes the student's attention), else why
-        not.
+        not; the same on every rank.
         """
         if not self.work.probe.share:
             return "probe.share=false"
-        return share_prefixes(self.student_model, self.work.student.attention)
+        return self.trainer.strategy.broadcast(share_prefixes(self.student_model, self.work.student.attention))
 
     @cached_property
     def not_compiled(self) -> str | None:
@@ -183,17 +187,30 @@ class PassModule(LightningModule):
             chosen["prompts"] = f"not shared ({self.not_shared})" if self.not_shared else "shared"
         if "not_compiled" in asked:
             chosen["statistics"] = f"not compiled ({self.not_compiled})" if self.not_compiled else "compiled"
-        if self.most_tokens is not None:
-            chosen["out of memory"] = f"units of at most {self.most_tokens} tokens from then on"
+        if self.lowered:
+            chosen["out of memory"] = "tokens at a time were lowered"
         return chosen
+
+    def hidden(self, micro: MicroBatch) -> torch.Tensor:
+        """Last hidden states [X, D] of a micro-batch, whose tokens are counted."""
+        self.computed_tokens += micro.tokens
+        return hidden_states(self.student_model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
 
     def units(self) -> list[np.ndarray]:
         """Rows that are computed together; a unit is never split over ranks or files. The worst for memory first."""
-        pool, rows = self.work.pool, self.work.rows
+        return self.cut(self.work.rows)
+
+    def cut(self, rows: np.ndarray) -> list[np.ndarray]:
+        """`rows` in pieces of `batch_tokens`."""
+        pool, border = self.work.pool, rope_border(self.student_model)
+        long = pool.length[rows] > border
+        alone, rows = [np.array([row]) for row in rows[long].tolist()], rows[~long]
         if self.not_shared:
-            return [rows[cut] for cut in micro_batches(pool.length[rows], budget=self.batch_tokens)]
-        cuts = prefix_units(pool.problem_id[rows], pool.length[rows], pool.span_tokens[rows], budget=self.batch_tokens)
-        return [rows[cut] for cut in cuts]
+            cuts = micro_batches(pool.length[rows], budget=self.batch_tokens)
+        else:
+            ids, lengths, spans = pool.problem_id[rows], pool.length[rows], pool.span_tokens[rows]
+            cuts = prefix_units(ids, lengths, spans, budget=self.batch_tokens)
+        return alone + [rows[piece] for piece in cuts if len(piece)]
 
     def batch(self, rows: np.ndarray) -> Any:
         """What `measure` gets for a unit."""
@@ -244,28 +261,38 @@ class PassModule(LightningModule):
         with torch.autocast(self.device.type, enabled=False):
             measured = self._within_memory(*batch)
         seconds = (time.monotonic() - start) / len(measured)
-        for row in measured:
-            asked = row.get("forward_tokens", 0)
-            self.buffer.append({"backward_tokens": 0, "computed_tokens": asked, "seconds": seconds} | row)
+        each, rest = divmod(self.computed_tokens, len(measured))
+        self.computed_tokens = 0
+        for i, row in enumerate(measured):
+            computed = each + (rest if i == 0 else 0) or row.get("forward_tokens", 0)
+            self.buffer.append({"backward_tokens": 0, "computed_tokens": computed, "seconds": seconds} | row)
         if len(self.buffer) >= self.work.probe.shard_rows:
             self._write()
         return sum(row.get("forward_tokens", 0) for row in measured)
 
     def _within_memory(self, rows: np.ndarray, batch: Any = None) -> list[dict[str, Any]]:
-        """`measure`, in halves where memory runs out, and then all later units of that size too."""
+        """`measure`; where memory runs out, again with half as many tokens at a time, as all units from then on."""
+        if self.lowered and self.SPLITS and len(pieces := self.cut(rows)) > 1:
+            return [row for piece in pieces for row in self._within_memory(piece)]
+        try:
+            return self.measure(_moved(self.batch(rows), self.device) if batch is None else batch)
+        except RuntimeError as error:
+            if not (is_out_of_memory(error) and (self.SPLITS or self.CUTS_INSIDE)):
+                raise
+            reason = str(error).partition("\n")[0]
+        # here the error, and with it the tensors that its frames hold, is gone
+        del batch
+        release_memory(self.device)
         tokens = int(self.work.pool.length[rows].sum())
-        if len(rows) == 1 or self.most_tokens is None or tokens <= self.most_tokens:
-            try:
-                return self.measure(_moved(self.batch(rows), self.device) if batch is None else batch)
-            except RuntimeError as error:
-                if not (is_out_of_memory(error) and self.SPLITS and len(rows) > 1):
-                    raise
-            # here the error, and with it the tensors that its frames hold, is gone
-            del batch
-            release_memory(self.device)
-            self.most_tokens = tokens // 2
-        half = len(rows) // 2
-        return self._within_memory(rows[:half]) + self._within_memory(rows[half:])
+        if self.batch_tokens <= LEAST_TOKENS if self.CUTS_INSIDE else len(rows) == 1:
+            raise ValueError(
+                f"{self.wanted.name}: {len(rows)} {'trajectory' if len(rows) == 1 else 'trajectories'} of {tokens:,} "
+                f"tokens and the student do not fit into memory ({reason}); lower task.max_length, or use "
+                "model.dtype=bfloat16, a larger device or trainer=fsdp"
+            )
+        self.lowered = True
+        self.__dict__["batch_tokens"] = min(self.batch_tokens, tokens) // 2
+        return self._within_memory(rows)
 
     def on_predict_end(self) -> None:
         self._write()
@@ -309,7 +336,7 @@ class ProbeModule(PassModule):
 
     @torch.inference_mode()
     def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
-        hidden_XD = hidden_states(self.student_model, batch.input_ids_RL, batch.position_ids_RL, batch.tree)
+        hidden_XD = self.hidden(batch)
         tokens = token_statistics(
             hidden_XD[batch.predict_N],
             batch.target_N,
@@ -334,12 +361,7 @@ def _table_rows(
     by_row = [np.split(array, cuts) for array in token_arrays]
     rows = []
     for i, (row, source) in enumerate(zip(batch.rows, encoded, strict=True)):
-        computed = batch.tokens // len(encoded) + (batch.tokens % len(encoded) if i == 0 else 0)
-        record: dict[str, Any] = {
-            "row": row,
-            "forward_tokens": len(source.input_ids),
-            "computed_tokens": computed,
-        }
+        record: dict[str, Any] = {"row": row, "forward_tokens": len(source.input_ids)}
         record |= {name: values[i] for name, values in columns.items()}
         surprisal_T = by_row[0][i]
         end = source.end_of_turn if source.end_of_turn >= 0 else len(surprisal_T)
@@ -371,4 +393,7 @@ def measure(
         facts = {"identity": identity, **counts, **cost, **throughput, "choices": module.choices()}
         write_json(module.folder / "manifest.json", facts)
         remove_shards(module.folder)  # not before the folder is complete
+    module.student_model = None  # the next pass loads its own
+    gc.collect()  # a student refers to itself
+    release_memory(module.device)
     trainer.strategy.barrier("probe-complete")

@@ -125,8 +125,11 @@ def _out_of_place(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, ...]:
     peak_N = rest_NV.amax(1)
     relative_NV = rest_NV - peak_N[:, None]
     exp_NV = relative_NV.exp()
-    moment_N = torch.where(is_own_NV, 0.0, exp_NV * relative_NV).sum(1)
-    masses = _from_masses(own_N - peak_N, exp_NV.sum(1), exp_NV.square().sum(1), moment_N)
+    moment_NV = torch.where(is_own_NV, 0.0, exp_NV * relative_NV)
+    # compiled for a CPU, a sum is taken number by number: in float32 that would cost two digits
+    exact = torch.float64 if logits_NV.device.type == "cpu" else torch.float32
+    sums = [x_NV.sum(1, dtype=exact).float() for x_NV in (exp_NV, exp_NV.square(), moment_NV)]
+    masses = _from_masses(own_N - peak_N, *sums)
     surprisal_N, brier_N, entropy_N, log_sum_p2_N = masses
     return surprisal_N, brier_N, entropy_N, rank_N, log_sum_p2_N
 

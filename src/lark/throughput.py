@@ -15,7 +15,7 @@ from lark.stats import Head
 
 LEAST_COVERED = 0.9  # of the decoder's parameters outside embeddings; below, its products are not all known
 MOST_ELEMENTS = 2**27  # of a product that is timed: 256 MB in bfloat16
-FIRST_ROWS = 32
+FIRST_ROWS = 256  # with fewer a large head is slower, and the limit would be slack
 
 
 def gemm_seconds(
