@@ -123,6 +123,9 @@ def main() -> None:
     add_arguments(parser, problems=100)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch-tokens", type=int, default=None)
+    parser.add_argument(
+        "--no-profile", action="store_true", help="spare the further pass that shares of time come from"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the token statistics, however short the pass")
     arguments = parser.parse_args()
 
@@ -141,7 +144,7 @@ def main() -> None:
         model.set_attn_implementation("sdpa")
         plain(model, pool, rows[:2])
         plain_s, plain_losses = plain(model, pool, rows)
-        shares = parts(data, model, rows)
+        shares = {} if arguments.no_profile else parts(data, model, rows)
 
     lengths, spans = pool.length[rows], pool.span_tokens[rows]
     distinct = float(len(prefix_tree([row.input_ids for row in pool.encoded(rows)])[0]))
@@ -182,7 +185,8 @@ def main() -> None:
         f"({flops / products / 1e9:.0f} GFLOP/s), {figures['share_of_square_gemm_limit']:.0%} of that of square "
         f"matrices ({square / 1e9:.0f} GFLOP/s); plain takes {figures['ratio_at_the_limit']:.2f} times the limit"
     )
-    print("time        " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005))
+    if shares:
+        print("time        " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005))
     print(f"memory      {peak / 2**30:.2f} GiB at most")
     print(json.dumps(figures))
 
