@@ -95,6 +95,7 @@ def test_collate_shared_against_collate():
     flat = shared.input_ids_RL.view(-1)
     assert torch.equal(flat[shared.observed_N], shared.target_N)
     assert torch.equal(flat[shared.predict_N], apart.input_ids_RL.view(-1)[apart.predict_N])
+    assert shared.position_ids_RL is not None
     depths = shared.position_ids_RL.view(-1)
     assert torch.equal(depths[shared.observed_N], shared.position_N + 9)
     assert torch.equal(depths[shared.predict_N], shared.position_N + 8)

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pytest
 
+import lark.bar
 import lark.parts
-import lark.progress
 from lark.cache import read_json
 from lark.parts import in_parts
 
@@ -88,7 +88,7 @@ def test_the_progress_line_goes_on_too(tmp_path, monkeypatch):
 
     def bar(label, total, unit, *, initial=0):
         seen.append([label, total, unit, initial])
-        return lark.progress.bar(label, total, unit, initial=initial)
+        return lark.bar.bar(label, total, unit, initial=initial)
 
     monkeypatch.setattr(lark.parts, "bar", bar)
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ import pytest
 from conftest import rows_of_a_pool
 from lightning.pytorch.loggers import Logger
 
-from lark import progress
+from lark import bar, progress
 from lark.cache import read_json
 from lark.passes import ContentAlone, Gradients, LocalWindows, MeanHidden, Statistics
 from lark.probe import ProbeModule
@@ -212,7 +212,7 @@ def test_nothing_left_to_do(passed, monkeypatch):
 
 
 def test_the_line_in_a_log_file(passed, limit, clock, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(bar, "LOG_SECONDS", 0.0)
     data, *_ = passed()
     lines = [line.strip() for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("a pass")]
     assert len(lines) > 4

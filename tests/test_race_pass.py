@@ -119,7 +119,7 @@ def test_a_student_without_such_caches_is_refused(make_student, monkeypatch):
 # The pass
 
 
-def same(a, b, where=slice(None)):
+def same(a, b, where: slice | np.ndarray = slice(None)):
     for name in set(b) - {"row"}:
         for x, y in zip(np.asarray(a[name])[where], np.asarray(b[name])[where], strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
@@ -131,7 +131,8 @@ def test_with_confidence_1_the_statistics_are_the_plain_ones(raced):
     columns = read_statistics(data.statistics_folder)
     same(columns, read_statistics(plain.statistics_folder))
     assert not columns["stopped"].any() and np.array_equal(columns["read_tokens"], columns["num_tokens"])
-    data.select(), plain.select()
+    data.select()
+    plain.select()
     np.testing.assert_array_equal(data.selections["selector"].row, plain.selections["selector"].row)
 
 

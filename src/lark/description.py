@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,26 @@ def write_statistics(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {
-        "problem_id": candidates["problem_id"],
-        "candidate_id": candidates["candidate_id"],
-        "teacher": candidates["teacher"],
-        **candidates.statistics,
-    }
+    ids = {name: candidates[name] for name in ("problem_id", "candidate_id", "teacher")}
     scores: dict[str, np.ndarray] = {}
     for name, selection in selections.items():
         title = rules[name].name
         if title in scores and not np.array_equal(scores[title], selection.score_N, equal_nan=True):
             title += f" ({name})"  # two rules of one name, such as two of the user's own
         scores[title] = selection.score_N
-    columns |= {f"{title} (score)" if title in columns else title: score_N for title, score_N in scores.items()}
-    with replacing(path) as temporary:
-        pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), temporary)
+    taken = {*ids, *candidates.statistics}
+    scores = {f"{title} (score)" if title in taken else title: score_N for title, score_N in scores.items()}
+    start = 0
+    with replacing(path) as temporary, ExitStack() as stack:
+        writer = None
+        for block in candidates.blocks():  # steps and tokens of all rows need not fit into memory
+            rows = slice(start, start := start + len(block["num_tokens"]))
+            columns: dict[str, Any] = {name: pa.array(column[rows], pa.string()) for name, column in ids.items()}
+            columns |= block
+            columns |= {title: score_N[rows] for title, score_N in scores.items()}
+            table = pa.table(columns)
+            writer = writer or stack.enter_context(pq.ParquetWriter(temporary, table.schema))
+            writer.write_table(table)
 
 
 def describe_selections(data: TrajectoryDataModule) -> Iterator[str]:

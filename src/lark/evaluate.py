@@ -11,10 +11,10 @@ import torch
 from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
+from lark.bar import bar
 from lark.cache import identity_hash, replacing
 from lark.generate import Sample, check_sampling, generate_samples
 from lark.metrics import AverageAtK, PassAtK, ProblemMean, check_pass_at
-from lark.progress import bar
 from lark.rows import Fault, RowError, find_files, read_rows
 from lark.verify import Answer, Checker
 

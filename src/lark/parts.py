@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from lark.bar import bar
 from lark.cache import complete, identity_hash, lock, replacing, write_json
-from lark.progress import bar
 
 PART_ROWS = 10_000
 """Rows a file: lost at most by a kill."""

@@ -25,8 +25,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from lark.bar import bar
 from lark.cache import complete, file_hash, identity_hash, lock, read_json, replacing, source_hash, writable, write_json
-from lark.progress import bar
 from lark.rows import FIELDS, Advance, Fault, RowError, find_files, normalise, read_rows
 
 SCHEMA = pa.schema(

@@ -241,10 +241,10 @@ class PassModule(LightningModule):
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's units that no shard holds yet."""
-        done = rows_done(self.folder)
+        done_N = np.bincount(rows_done(self.folder), minlength=len(self.work.pool.length)) > 0
         self.trainer.strategy.barrier("probe-listed")  # nobody writes before everybody has listed
         # All rows are cut, not only the remaining ones: a resumed pass computes the very batches it would have.
-        remaining = [unit[~np.isin(unit, done)] for unit in self.units()]
+        remaining = [unit[~done_N[unit]] for unit in self.units()]
         mine = [unit for unit in remaining if len(unit)][self.trainer.global_rank :: self.trainer.world_size]
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have none
         return DataLoader(_Batches(mine, self.batch), batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]

@@ -1,6 +1,5 @@
 """One progress line for scoring and training: rate and time left, on a terminal and in a log file alike."""
 
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,32 +10,14 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
+from lark.bar import bar
 from lark.models import base_model, head_of
 from lark.passes import ContentAlone, LocalWindows, MeanHidden, Statistics
 from lark.throughput import distinct_tokens, gemm_seconds
 
-LOG_SECONDS = 10.0  # between lines when the output is a file
 LOGGER_SECONDS = 5.0  # between points that a logger gets of a pass
 LIMIT_AFTER = 3.0  # seconds of a pass after which its GEMM limit is measured: a shorter one needs none
 LIMIT_SHARE, LIMIT_SECONDS = 0.02, 2.0  # what measuring it takes: this share of the pass, at most these seconds
-
-
-def bar(label: str, total: float, unit: str, *, initial: int = 0, layout: str | None = None) -> tqdm:
-    """A progress line on stderr that vanishes at its end; in a log file, nothing for 10 s, then a line every 10 s."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=int(total),
-        initial=initial,
-        position=0,  # also where one that failed is still open
-        desc=label,
-        unit=f" {unit}",
-        leave=False,
-        delay=0 if terminal else LOG_SECONDS,
-        mininterval=0.2 if terminal else LOG_SECONDS,
-        miniters=1,
-        dynamic_ncols=terminal,
-        bar_format=layout,
-    )
 
 
 class Progress(Callback):

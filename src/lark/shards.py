@@ -77,7 +77,7 @@ def _once(parts: list[pa.Table]) -> list[pa.Table]:
 def merge(folder: Path, wanted: np.ndarray) -> dict[str, Any]:
     """All shards into statistics.parquet, ordered by row, and the sums of their costs.
 
-    A block of rows is in memory at a time. With the pool grow the row numbers, 16 bytes a row, which are sorted to see
+    A block of rows is in memory at a time. With the pool grow the row numbers, 40 bytes a row, which are sorted to see
     that none is missing and to cut the blocks, and what describes the mapped shards, 60 kB each (100 bytes a row of
     shards of 512), because every block draws on all of them.
     """
