@@ -1,4 +1,4 @@
-"""What the benchmarks of scoring measure: a pool and a student, the embedded ones unless others are named."""
+"""What the benchmarks measure: a pool and a student, the embedded ones unless others are named."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ from lark.policies import Policy
 from lark.probe import Probe
 from lark.scores import Lark
 from lark.selection import Rule
-from lark.student import Recipe
+from lark.recipe import Recipe
 from lark.tasks.arithmetic import generate
 from lark.tasks.files import EmbeddedTask, Task
 
@@ -36,6 +36,8 @@ def open_data(
     limit: int | None,
     dtype: str = "auto",
     probe: Probe | None = None,
+    recipe: Recipe | None = None,
+    lora: dict[str, Any] | None = None,
     callbacks: Any = (),
 ) -> TrajectoryDataModule:
     """The pool, read and tokenised for the student; nothing held out, at most `limit` problems of it."""
@@ -61,10 +63,10 @@ def open_data(
     )
     data = TrajectoryDataModule(
         task=task,
-        student=Student(name="student", path=arguments.model_path, dtype=dtype),
+        student=Student(name="student", path=arguments.model_path, dtype=dtype, lora=lora),
         selector=Rule(name="lark", score=Lark(), policy=Policy(kind="chi2", budget=2)),
         baseline=None,
-        recipe=Recipe(),
+        recipe=recipe or Recipe(),
         probe=probe or Probe(),
         seed=0,
         cache=cache,

@@ -107,7 +107,7 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     from lark.probe import Probe
     from lark.scores import Lark, Length, Random
     from lark.selection import Rule
-    from lark.student import Recipe
+    from lark.recipe import Recipe
     from lark.tasks.files import Task
 
     quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}

@@ -46,7 +46,7 @@ from lark.race_pass import RaceModule, RaceWork
 from lark.scores import Lark, Likelihood, RankSurprisal
 from lark.selection import Rule
 from lark.shards import read_columns
-from lark.student import Recipe
+from lark.recipe import Recipe
 from lark.tasks.arithmetic import generate
 from lark.tasks.files import EmbeddedTask, Task
 

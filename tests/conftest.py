@@ -114,9 +114,9 @@ def make_data(tmp_path, make_student, make_trainer):
     from lark.data import TrajectoryDataModule
     from lark.policies import Policy
     from lark.probe import Probe
+    from lark.recipe import Recipe
     from lark.scores import Lark, Random
     from lark.selection import Rule
-    from lark.student import Recipe
     from lark.tasks.files import Task
 
     def make(

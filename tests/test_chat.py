@@ -320,6 +320,60 @@ def test_the_identity_tells_templates_spans_and_splitters_apart():
     assert chats[0].identity == before == chat_for("chatml").identity
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_end_token_ends_the_assistants_turns_and_changes_nothing_else(family):
+    chat = chat_for(family)
+    own, token = SPECIAL[family][:2]
+    changed = chat.ending_with(token)
+    messages = [{"role": "system", "content": "Be brief."}, *turns("one", f"hello{own}{token}", "two", "hello")]
+    row, before = changed.encode([messages])[0], chat.encode([messages])[0]
+    assert len(row.input_ids) == len(before.input_ids)
+    different = [i for i, (a, b) in enumerate(zip(row.input_ids, before.input_ids, strict=True)) if a != b]
+    assert [text(chat, [before.input_ids[i]]) for i in different] == [own, own]
+    assert [text(chat, [row.input_ids[i]]) for i in different] == [token, token]
+    assert different[1] == row.prompt_tokens + row.end_of_turn == len(row.input_ids) - 1
+    assert changed.encode_prompt(turns("one")) == chat.encode_prompt(turns("one"))
+    assert changed.end_id == chat.tokenizer.convert_tokens_to_ids(token)
+    assert (changed.end_token, changed.own_end) == (token, own)
+
+
+def test_an_end_token_is_in_the_identity_only_if_it_changes_the_template():
+    chat = chat_for("chatml")
+    assert "end_token" not in chat.identity and chat.ending_with("<|im_end|>") == chat
+    assert chat.ending_with("<|im_start|>").span_identity["end_token"] == "<|im_start|>"
+
+
+def test_the_end_token_of_a_template_that_names_the_tokenizers():
+    template = "{% for m in messages %}{%- generation -%}{{ m.content + eos_token }}{%- endgeneration -%}{% endfor %}"
+    chat = chat_for("chatml", template=template).ending_with("<|im_start|>")
+    assert parts(chat, chat.encode([turns("hi", "hello")])[0]) == ("hi<|im_start|>", "hello<|im_start|>")
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("<|nothing|>", r"model.end_token='<\|nothing\|>' is 11 tokens .*set it to one of .*<\|im_end\|>"),
+        ("<think>", "a token that may occur within a trajectory"),
+        ("hello", "a token that may occur within a trajectory"),
+        ("", "is 0 tokens"),
+    ],
+)
+def test_an_end_token_has_to_be_one_special_token(token, message):
+    with pytest.raises(ValueError, match=message):
+        chat_for("chatml").ending_with(token)
+
+
+def test_a_template_whose_end_cannot_be_replaced_is_an_error():
+    template = (
+        "{% set end = '<|im_end|>' %}{% for m in messages %}"
+        "{% generation %}{{ m.content + end }}{% endgeneration %}{% endfor %}"
+    )
+    chat = chat_for("chatml", template=template)
+    assert parts(chat, chat.encode([turns("hi", "hello")])[0])[1] == "hello<|im_end|>"
+    with pytest.raises(ValueError, match=r"'<\|im_start\|>' cannot take the place of '<\|im_end\|>'"):
+        chat.ending_with("<|im_start|>")
+
+
 def test_the_shipped_students_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(f"{lark.__path__[0]}/students/tiny")
     chat = Chat(tokenizer=tokenizer, template=load_template("chatml", tokenizer))

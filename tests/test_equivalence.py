@@ -19,8 +19,8 @@ import torch
 from conftest import rows_of_a_pool, write_pool
 from safetensors.torch import load_file
 
-from lark.arms import Saver
 from lark.cache import read_json
+from lark.saver import Saver
 from lark.student import SFTModule
 
 COMMAND = (
@@ -136,6 +136,18 @@ def kill_when(process: subprocess.Popen, found) -> str:
     return process.communicate(timeout=DEADLINE)[0]
 
 
+def terminate_when(process: subprocess.Popen, found) -> str:
+    """SIGTERM to the process alone, not to the ranks it started, as soon as `found()` is true; what was printed."""
+    deadline = time.monotonic() + DEADLINE
+    while not found():
+        assert process.poll() is None, f"it ended before it could be stopped:\n{process.communicate()[0]}"
+        assert time.monotonic() < deadline, "nothing to stop it at"
+    process.terminate()
+    output, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 143, output
+    return output
+
+
 def arms(logs: Path) -> dict[str, Path]:
     return {read_json(path)["name"]: path.parent for path in logs.glob("arms/*/trained.json")}
 
@@ -218,3 +230,16 @@ def test_killed_while_scoring_and_while_training_it_goes_on(uninterrupted, start
     output = finish(start(tmp_path))
     assert "statistics  cache hit" in output and output.count("goes on from") == 1
     assert_same(tmp_path, uninterrupted, tolerance=0)
+
+
+@pytest.mark.parametrize("ranks", [("trainer=fsdp", *TWO_RANKS[1:]), TWO_RANKS], ids=["fsdp", "ddp"])
+def test_two_ranks_stopped_by_sigterm_while_scoring_and_while_training_go_on(ranks, uninterrupted, start, tmp_path):
+    """A divided student's checkpoint is a folder that each rank writes its part of."""
+    parts = partial(tmp_path.glob, "cache/statistics/*/part-*")
+    terminate_when(start(tmp_path, *ranks), lambda: any(parts()))
+    assert any(parts()) and not any(tmp_path.glob("cache/statistics/*/manifest.json"))
+    output = terminate_when(start(tmp_path, *ranks), lambda: any(tmp_path.glob("arms/*/training/last.ckpt")))
+    assert output.count("by SIGTERM after optimizer step") == 1, output
+    output = finish(start(tmp_path, *ranks))
+    assert output.count("goes on from") == 1
+    assert_same(tmp_path, uninterrupted, tolerance=1e-5)

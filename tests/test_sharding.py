@@ -130,13 +130,11 @@ def test_a_pass_with_gradients_is_refused_before_the_student_is_loaded(make_data
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("stop_after=null",), r"trainer=fsdp .* does not train \(stop_after=None\); set stop_after=selection"),
-        (("stop_after=training",), r"does not train \(stop_after=training\)"),
         (("baseline=lark_exact",), r"baseline=lark_exact needs the student's gradients, which trainer=fsdp"),
         (("selector=grad_match",), r"selector=grad_match needs the student's gradients, which trainer=fsdp"),
     ],
 )
-def test_a_run_that_would_train_or_take_gradients_is_refused_at_once(words, message, tmp_path):
+def test_a_run_that_would_take_gradients_of_a_divided_student_is_refused_at_once(words, message, tmp_path):
     done = lark(*COMMAND, "trainer=fsdp", *TWO_RANKS, f"paths.logs={tmp_path}", *words)
     assert done.code == 1 and not (tmp_path / "cache" / "pools").exists()
     assert re.search(message, done.err), done.err

@@ -13,8 +13,9 @@ from torch import nn
 
 from lark import stats
 from lark.packing import collate
+from lark.recipe import Recipe
 from lark.stats import Head, weighted_surprisal
-from lark.student import Recipe, SFTModule
+from lark.student import SFTModule
 
 AVERAGES = ["trajectory", "token"]
 
@@ -39,14 +40,14 @@ def sft(data, tmp_path, *, steps=4):
 def gradients(data, tmp_path, *, step=0, weights=None):
     """The whole gradient of one optimizer step as it accumulates over the micro-batches, and the number of these."""
     module = sft(data, tmp_path)
-    module.student_model = data.student.load_trainable(torch.float32)
+    module.open(torch.float32)
     if weights is not None:
         selection = data.selections["selector"]
         data.selections["selector"] = type(selection)(**{**vars(selection), "weight": weights})
-    batch = data.step(step)
-    for micro, coefficient_CR in zip(batch.micro, batch.coefficients_CR, strict=True):
-        module._loss(micro, coefficient_CR).sum().backward()
-    return flat_gradient(module.student_model.parameters()), len(batch.micro)
+    micro_batches = list(module.micro_batches(data.step(step)))
+    for micro_batch in micro_batches:
+        module.loss(*micro_batch).sum().backward()
+    return flat_gradient(module.student_model.parameters()), len(micro_batches)
 
 
 def flat_gradient(parameters):
@@ -100,16 +101,15 @@ def test_with_equal_weights_the_loss_is_the_models_own(ready, tmp_path):
     data = ready(recipe={"average": "token", "weighted": False})
     model = data.student.load_trainable(torch.float32)
     module = sft(data, tmp_path)
-    module.student_model = model
+    module.open(torch.float32)
     batch = data.step(0)
-    rows = np.concatenate([micro.rows for micro in batch.micro])
-    encoded = data.trajectories.encoded(rows)
+    rows, encoded = batch.rows, batch.encoded
     padded = collate(encoded, rows.tolist())
     labels = torch.full_like(padded.input_ids_RL, -100)
     for i, row in enumerate(encoded):
         labels[i, row.prompt_tokens : len(row.input_ids)] = torch.tensor(row.input_ids[row.prompt_tokens :])
     expected = model(input_ids=padded.input_ids_RL, labels=labels).loss
-    ours = sum(module._loss(m, c).sum() for m, c in zip(batch.micro, batch.coefficients_CR, strict=True))
+    ours = sum(module.loss(*micro_batch).sum() for micro_batch in module.micro_batches(batch))
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
@@ -119,7 +119,7 @@ def test_weighted_loss_and_gradient_by_brute_force(average, ready, tmp_path):
     selection = data.selections["selector"]
     model = data.student.load_trainable(torch.float32).double()
     batch = data.step(0)
-    rows = np.concatenate([micro.rows for micro in batch.micro])
+    rows = batch.rows
     weight = dict(zip(selection.row.tolist(), selection.weight.tolist(), strict=True))
     sums, tokens = [], []
     for row in data.trajectories.encoded(rows):
@@ -224,13 +224,12 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(lora, ready, tmp_
         data = ready(student={"gradient_checkpointing": on, "lora": lora}, recipe={"micro_batch_tokens": 10_000})
         module = sft(data, tmp_path)
         torch.manual_seed(0)
-        module.student_model = data.student.load_trainable(torch.float32)
+        module.open(torch.float32)
         calls = []
         for part in module.student_model.modules():
             if isinstance(part, nn.Module) and type(part).__name__ == "Qwen3MLP":
                 part.register_forward_pre_hook(lambda *_: calls.append(1))
-        batch = data.step(0)
-        module._loss(batch.micro[0], batch.coefficients_CR[0]).sum().backward()
+        module.loss(*next(module.micro_batches(data.step(0)))).sum().backward()
         return len(calls), flat_gradient(module.parameters())
 
     (plain, expected), (recomputed, gradient) = forwards(False), forwards(True)
@@ -276,14 +275,59 @@ def test_clipping_bounds_the_step(make_data, make_trainer, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_trajectories(make_data, make_trainer, tmp_path):
     class Broken(SFTModule):
-        def _loss(self, micro, coefficient_CR):
-            return super()._loss(micro, coefficient_CR) * (math.nan if self.global_step == 1 else 1.0)
+        def loss(self, micro, coefficient_CR):
+            return super().loss(micro, coefficient_CR) * (math.nan if self.global_step == 1 else 1.0)
 
     data = make_data(recipe={"batch_size": 2})
     with pytest.raises(
-        ValueError, match=r"optimizer step 1: loss nan.*sft\.lr=0\.001.*\(problem/candidate\): \d/\d, \d/\d$"
+        ValueError, match=r"optimizer step 1: loss nan.*sft\.lr=0\.001.*nats/token\): \d/\d: nan, \d/\d: nan$"
     ):
         fit(data, make_trainer(max_steps=3), tmp_path, steps=3, kind=Broken)
+
+
+@pytest.mark.parametrize("spike", [3.0, None])
+def test_a_spike_stops_and_names_its_trajectory_first(spike, make_data, make_trainer, tmp_path):
+    class Spiking(SFTModule):
+        def loss(self, micro, coefficient_CR):
+            factor = [50.0 if self.global_step == 10 and row == self.bad else 1.0 for row in micro.rows]
+            return super().loss(micro, coefficient_CR * torch.tensor(factor))
+
+    data = make_data(recipe={"batch_size": 2, "lr": 1e-5, "spike": spike})
+    data.prepare_data()
+    data.setup("fit")
+    Spiking.bad = int(data.step(10).rows[0])
+    if spike is None:
+        assert fit(data, make_trainer(max_steps=12), tmp_path, steps=12, kind=Spiking).global_step == 12
+        return
+    name = f"{data.trajectories.problem_id[Spiking.bad]}/{data.trajectories.candidate_id[Spiking.bad]}"
+    with pytest.raises(ValueError, match=rf"step 10: its loss of .* sft\.spike=3 times the usual .*\): {name}: \d+"):
+        fit(data, make_trainer(max_steps=12), tmp_path, steps=12, kind=Spiking)
+
+
+def test_out_of_memory_inside_a_step_halves_the_micro_batches_and_changes_nothing(make_data, make_trainer, tmp_path):
+    class Small(SFTModule):
+        most = 10**6
+
+        def loss(self, micro, coefficient_CR):
+            value = super().loss(micro, coefficient_CR)
+            if self.trainer.training and micro.tokens > self.most:
+                raise torch.OutOfMemoryError("out of memory")
+            return value
+
+    def trained(most, layout):
+        Small.most = most
+        data = make_data(recipe={"micro_batch_tokens": 1000, "layout": layout})
+        return fit(data, make_trainer(max_steps=3), tmp_path, steps=3, kind=Small)
+
+    for layout in ("buckets", "packed"):
+        plain, split = trained(10**6, layout), trained(250, layout)
+        assert plain.totals["halvings"] == 0 and split.totals["halvings"] == 2 and split.budget == 250
+        for a, b in zip(plain.parameters(), split.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"a trajectory of \d+ tokens alone .*model\.gradient_checkpointing"
+    ):
+        trained(20, "buckets")
 
 
 def test_loss_scaling_is_refused(make_data, tmp_path):
@@ -310,6 +354,8 @@ def test_loss_scaling_is_refused(make_data, tmp_path):
         {"clip": float("nan")},
         {"warmup": 1.0},
         {"checkpoint_every": 0},
+        {"micro_batch_tokens": 0},
+        {"spike": 1.0},
     ],
 )
 def test_recipe_says_which_setting_is_wrong(wrong):

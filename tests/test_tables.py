@@ -10,7 +10,7 @@ import pytest
 from summaries import accuracies, arm, run
 
 from lark.comparison import Comparison, compare
-from lark.tables import LEGEND, WIDTH, number, print_runs, texts
+from lark.tables import LEGEND, WIDTH, number, print_runs, stop_rates, texts
 
 SEEDS = (0, 1, 2)
 
@@ -249,3 +249,28 @@ def test_latex_takes_no_label_for_an_argument_of_the_line_above(name: str) -> No
 def test_a_set_s_hyphen_is_no_division_of_its_name() -> None:
     text = texts(compare(sweep(sets=("pre-",))))["comparison.tex"]
     assert "pre- avg@4" in text
+
+
+def test_stop_rates_are_said_where_a_student_does_not_always_stop() -> None:
+    assert stop_rates({"before": 1.0, "selector": 1.0}, before=1.0) == ""
+    near = stop_rates({"before": 0.97, "baseline": 1.0, "selector": 0.9}, before=0.97)
+    assert near == "stopped by themselves: before 97.0%, baseline 100.0%, selector 90.0%"
+    fallen = stop_rates({"before": 0.97, "baseline": 0.98, "selector": 0.71}, before=0.97)
+    assert "Training has made selector stop less often: raise task.max_new_tokens" in fallen
+    assert "model.end_token" in fallen
+    many = stop_rates({str(i): i / 10 for i in range(11)}, before=0.95)
+    assert many.startswith("stopped by themselves: 0 0.0%, 1 10.0%") and "5 50.0%; the other 5 students" in many
+    assert "Training has made 9 of 11 stop less often" in many
+
+
+def test_stop_rates_of_runs(capsys) -> None:
+    runs = sweep(baselines=("random",), seeds=(0,))
+    runs[0]["arms"]["selector"]["metrics"]["eval"]["stop"] = 0.6
+    comparison = compare(runs)
+    out = " ".join(printed(capsys, comparison).split())
+    assert "eval: stopped by themselves: before training 90.0%, " in out
+    assert "lark 60.0%" in out and "random 90.0%" in out and "Training has made lark stop less often" in out
+    arms = {arm["arm"]: arm for arm in csv.DictReader(io.StringIO(texts(comparison)["arms.csv"]))}
+    assert {name: float(arm["eval stop (%)"]) for name, arm in arms.items()} == pytest.approx(
+        {"before training": 90.0, "lark": 60.0, "random": 90.0}
+    )

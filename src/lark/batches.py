@@ -3,23 +3,70 @@
 Shapes: R rows (trajectories), C sets of coefficients.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 
-from lark.packing import coefficients, collate, micro_batches, problem_mean_coefficients, rank_share, step_rows
+from lark.chat import Encoded
+from lark.packing import coefficients, problem_mean_coefficients, rank_share, step_rows
+from lark.recipe import Recipe
 from lark.selection import Selection
-from lark.student import Recipe, Step
 from lark.trajectories import Trajectories
+
+HELD_OUT_ROWS = 64  # a rank reads at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One rank's part of a global batch, not yet cut into micro-batches.
+
+    encoded: the tokens of its rows [R]. coefficient_CR: what their summed surprisals are multiplied by: training has
+    one set, held-out loss one per figure. names: "problem/candidate", for messages.
+    lengths_by_rank: tokens of the rows of every rank, from which each can tell how many micro-batches another makes.
+    effective: effective sample size of the weights in the global batch, (sum w)^2 / sum w^2, in trajectories.
+    """
+
+    rows: np.ndarray
+    encoded: list[Encoded]
+    coefficient_CR: np.ndarray
+    names: tuple[str, ...]
+    lengths_by_rank: tuple[np.ndarray, ...]
+    effective: float = 0.0
+
+    def to(self, device: torch.device, **_: Any) -> "Step":
+        return self  # its micro-batches move one by one
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row.input_ids) for row in self.encoded], np.int64)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss; nothing predicts a row's very first."""
+        return sum(len(row.input_ids) - max(row.prompt_tokens, 1) for row in self.encoded)
 
 
 def training_step(
-    pool: Trajectories, selection: Selection, recipe: Recipe, *, seed: int, number: int, rank: int = 0, world: int = 1
+    pool: Trajectories,
+    selection: Selection,
+    recipe: Recipe,
+    *,
+    seed: int,
+    number: int,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Step:
-    """Optimizer step `number` as this rank computes it."""
+    """Optimizer step `number` as this rank computes it; `first` is the one at which training on `selection` began."""
     weights = selection.weight if recipe.weighted else np.ones(len(selection.row))
-    batch = step_rows(len(selection.row), recipe.batch_size, seed=seed, step=number)
+    batch = step_rows(len(selection.row), recipe.batch_size, seed=seed, step=number - first, stream=first)
     trained = pool.span_tokens[selection.row].astype(np.float64)
-    mine = rank_share(batch, pool.length[selection.row], rank=rank, world=world)
+    lengths = pool.length[selection.row]
+    shares = [rank_share(batch, lengths, rank=i, world=world) for i in range(world)]
+    mine = shares[rank]
     coefficient_R = coefficients(
         trained[mine],
         weights[mine],
@@ -27,19 +74,29 @@ def training_step(
         total_rows=len(batch),
         total_weighted_tokens=float((weights[batch] * trained[batch]).sum()),
     )
-    return _laid_out(pool, selection.row[mine], coefficient_R[None], recipe)
+    return _step(
+        pool,
+        selection.row[mine],
+        coefficient_R[None],
+        tuple(lengths[share] for share in shares),
+        effective=float(weights[batch].sum() ** 2 / np.square(weights[batch]).sum()),
+    )
 
 
-def _laid_out(pool: Trajectories, rows: np.ndarray, coefficient_CR: np.ndarray, recipe: Recipe) -> Step:
-    packed = recipe.layout == "packed"
-    cuts = micro_batches(pool.length[rows], budget=recipe.micro_batch_tokens, packed=packed)
-    micro = [collate(pool.encoded(rows[cut]), rows[cut].tolist(), packed=packed) for cut in cuts]
+def _step(
+    pool: Trajectories,
+    rows: np.ndarray,
+    coefficient_CR: np.ndarray,
+    lengths_by_rank: tuple[np.ndarray, ...],
+    effective: float = 0.0,
+) -> Step:
     return Step(
-        micro=micro,
+        rows=rows,
+        encoded=pool.encoded(rows) if len(rows) else [],
+        coefficient_CR=coefficient_CR,
         names=tuple(f"{pool.problem_id[row]}/{pool.candidate_id[row]}" for row in rows.tolist()),
-        coefficients_CR=[torch.tensor(coefficient_CR[:, cut], dtype=torch.float32) for cut in cuts],
-        trained_tokens=sum(len(m.target_N) for m in micro),
-        computed_tokens=sum(m.tokens for m in micro),
+        lengths_by_rank=lengths_by_rank,
+        effective=effective,
     )
 
 
@@ -55,12 +112,12 @@ def held_out_coefficients(pool: Trajectories) -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out_steps(
-    pool: Trajectories, row: np.ndarray, coefficients_CR: np.ndarray, *, recipe: Recipe, rank: int, world: int
-) -> list[Step]:
-    """This rank's batches of the held-out rows; as many as every other rank's, since data-parallel wrappers
-    synchronise at every batch.
-    """
-    cuts = micro_batches(pool.length[row], budget=recipe.micro_batch_tokens)
-    steps = [_laid_out(pool, row[cut], coefficients_CR[:, cut], recipe) for cut in cuts[rank::world]]
-    empty = Step(micro=[], coefficients_CR=[], trained_tokens=0, computed_tokens=0)
-    return steps + [empty] * (-(-len(cuts) // world) - len(steps))
+    pool: Trajectories, row: np.ndarray, coefficients_CR: np.ndarray, *, rank: int, world: int
+) -> Iterator[Step]:
+    """This rank's batches of the held-out rows; as many as every other rank's."""
+    order = np.argsort(-pool.length[row], kind="stable")
+    for start in range(0, len(order), HELD_OUT_ROWS * world):
+        batch = order[start : start + HELD_OUT_ROWS * world]
+        shares = [batch[i::world] for i in range(world)]
+        mine = shares[rank]
+        yield _step(pool, row[mine], coefficients_CR[:, mine], tuple(pool.length[row[share]] for share in shares))

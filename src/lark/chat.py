@@ -13,7 +13,7 @@ Qwen3's `<think>`, stay tokens.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -31,6 +31,8 @@ _STEP_END = {  # white space after a sentence or with a newline in it; with two 
 }
 
 
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}.*?\{%[-+]?\s*endgeneration\s*[-+]?%\}", re.DOTALL)
+_TURNS = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)]
 _MASK = "\ue000"  # a private-use character: no tokenizer's special tokens hold it
 Offsets = list[tuple[int, int]]
 
@@ -55,13 +57,16 @@ class Chat:
 
     `template` is the Jinja source with `{% generation %}` marks; `span="content"` (default) trains the content and
     its end-of-turn token, `span="authors"` also what the template prints up to the next token boundary after it
-    (the newline of ChatML), as LARK's released code does; `step_splitter` cuts a trajectory into steps.
+    (the newline of ChatML), as LARK's released code does; `step_splitter` cuts a trajectory into steps. `end_token`
+    ends the assistant's turns in `template` in place of `own_end` (see `ending_with`); None: as the template came.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     span: str = "content"
     step_splitter: str = "sentences"
+    end_token: str | None = None
+    own_end: str | None = None
 
     def __post_init__(self) -> None:
         if self.span not in SPANS:
@@ -88,7 +93,58 @@ class Chat:
             "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
             "template": hashlib.sha256(self.template.encode()).hexdigest()[:16],
             "span": self.span,
+            **({} if self.end_token is None else {"end_token": self.end_token}),
         }
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends the assistant's turns."""
+        row = self.encode([_TURNS[:2]])[0]
+        return row.input_ids[row.prompt_tokens + row.end_of_turn]
+
+    def ending_with(self, token: str) -> "Chat":
+        """The same chat with the assistant's turns, this one and earlier ones, ended by `token`; what others say ends
+        as before.
+
+        The template itself is changed, so that scoring, training, sampling and whoever loads the student render alike.
+        Raises ValueError when `token` is not a single special token of the tokenizer (another might occur within a
+        trajectory, which would then end there), or the template does not spell out its end between its marks.
+        """
+        special = [entry.content for entry in self.tokenizer.added_tokens_decoder.values() if entry.special]
+        if token not in special:
+            count = len(self.tokenizer(token, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+            what = f"{count} tokens" if count != 1 else "a token that may occur within a trajectory"
+            shown = ", ".join(special[:8]) + (", ..." if len(special) > 8 else "")
+            raise ValueError(
+                f"model.end_token={token!r} is {what} of this tokenizer, not a single special one; set it to one of "
+                f"{shown}, or null"
+            )
+        own = str(self.tokenizer.decode([self.end_id]))
+        if own == token:
+            return self
+        (text,), (marks,) = self._render([_TURNS], return_assistant_tokens_mask=True)
+        wanted, done = "", 0
+        for begin, end in marks:
+            wanted += text[done:begin] + text[begin:end].replace(own, token)
+            done = end
+        wanted += text[done:]
+
+        def changed(block: re.Match[str]) -> str:
+            source = block[0].replace(own, token)
+            if own == self.tokenizer.eos_token:
+                source = re.sub(r"\beos_token\b", lambda _: f"'{token}'", source)
+            return source
+
+        own_end = own if own in special else None
+        template = _GENERATION.sub(changed, self.template)
+        chat = replace(self, template=template, end_token=token, own_end=own_end)
+        if chat._render([_TURNS])[0] != [wanted]:
+            raise ValueError(
+                f"model.end_token={token!r} cannot take the place of {own!r}, which the chat template does not spell "
+                "out between {% generation %} and {% endgeneration %}; set model.template=chatml, llama3 or a file "
+                "that does, or model.end_token=null"
+            )
+        return chat
 
     def encode(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[Encoded]:
         """Tokens of whole rows, each ending with the assistant's trajectory.

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from lark.batches import held_out_coefficients, held_out_steps, training_step
+from lark.batches import Step, held_out_coefficients, held_out_steps, training_step
 from lark.cache import complete, identity_hash, read_json, source_hash
 from lark.candidates import Candidates
 from lark.contests import contests, raced
@@ -24,6 +25,7 @@ from lark.gradient_passes import (
     LossDropsModule,
     ProjectedGradientsModule,
 )
+from lark.loaders import HeldOutSteps, TrainingSteps
 from lark.models import Student
 from lark.passes import (
     ContentAlone,
@@ -41,10 +43,10 @@ from lark.pool_scores import TeacherMatched
 from lark.probe import PassModule, Probe, ProbeModule, Work, measure
 from lark.progress import describe_pass
 from lark.race_pass import RaceModule, RaceWork, describe_race, race
+from lark.recipe import Recipe
 from lark.scores import STATISTICS, DropFirst
 from lark.selection import Rule, Selection, select, speaking_of
 from lark.shards import COST_COLUMNS, read_columns, read_statistics, rows_done, statistics_blocks
-from lark.student import Recipe, Step
 from lark.tasks.files import Task
 from lark.trajectories import Say, Trajectories
 
@@ -107,7 +109,7 @@ class TrajectoryDataModule(LightningDataModule):
         self.make_trainer, self.precision = make_trainer, precision
         self.selections: dict[str, Selection] = {}
         self.costs: dict[Pass, dict[str, Any]] = {}
-        self.arm, self.recipe_in_use = "selector", recipe
+        self.use("selector")
         self._pools: dict[str, Trajectories] = {}
         self._check_rules()
         self.contests = contests(self.rules, match=match) if probe.race else ()
@@ -122,6 +124,12 @@ class TrajectoryDataModule(LightningDataModule):
                         f"{name}: skip={score.skip} of DropFirst is not what the statistics tell apart, "
                         f"probe.skip={self.probe.skip}; set both to the same"
                     )
+            if rule.refresh and (self.probe.race or self.scorer is not self.student):
+                setting = "race=true" if self.probe.race else f"model={self.probe.model}"
+                raise ValueError(
+                    f"{name}.refresh={rule.refresh} asks the student in training for the whole pool, which probe."
+                    f"{setting} rules out; set {name}.refresh=null, or probe.race=false probe.model=null"
+                )
         if isinstance(self.rules["selector"].score, TeacherMatched):
             raise ValueError(
                 f"selector={self.rules['selector'].name} copies the teachers of a selector's choice and is none; set "
@@ -311,23 +319,42 @@ class TrajectoryDataModule(LightningDataModule):
         """The selector's choice, and the baseline's with as many rows of each problem, or as many tokens."""
         if self.selections:
             return
-        like = None
-        for name, rule in self.rules.items():
-            with speaking_of(name):
-                self.selections[name] = select(
-                    rule,
-                    self.candidates,
-                    seed=self.seed,
-                    like=like,
-                    match=self.match,
-                    trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
-                )
-            like = self.selections["selector"]
+        for name in self.rules:
+            self.selections[name] = self.choose(name, self.selections.get("selector"))
 
-    def use(self, arm: str, recipe: Recipe | None = None) -> "TrajectoryDataModule":
-        """Draw training batches from `arm`'s selection ("selector" or "baseline"), by its recipe if it has its own."""
+    def choose(self, name: str, like: Selection | None) -> Selection:
+        """What the rule of that name takes of the candidates: on its own, or as the baseline of `like`."""
+        with speaking_of(name):
+            return select(
+                self.rules[name],
+                self.candidates,
+                seed=self.seed,
+                like=like,
+                match=self.match,
+                trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
+            )
+
+    def anchored_at(self, student: Student, name: str, cache: Path) -> "TrajectoryDataModule":
+        """The same opened pool for the rule of that name alone, with nothing scored yet: it asks `student`, which is
+        what the student has become, and keeps its passes in `cache`. It says nothing.
+        """
+        anew = copy(self)
+        anew.__dict__.pop("candidates", None)
+        anew.student = anew.scorer = anew.asked = student
+        anew.rules = {name: self.rules[name]}
+        anew.needs = [need for need in self.needs if need in self.rules[name].needs]
+        anew.selections, anew.costs, anew._pools = {}, {}, {"student": self.trajectories}
+        anew.cache, anew.say, anew.trainer = cache, lambda text: None, None
+        return anew
+
+    def use(
+        self, arm: str, recipe: Recipe | None = None, choice: Selection | None = None, first: int = 0
+    ) -> "TrajectoryDataModule":
+        """Draw training batches from `arm`'s selection ("selector" or "baseline"), by its recipe if it has its own; or
+        from its later `choice`, which it has trained on since optimizer step `first`.
+        """
         assert arm in self.selections or not self.selections
-        self.arm, self.recipe_in_use = arm, recipe or self.recipe
+        self.arm, self.recipe_in_use, self.choice, self.first = arm, recipe or self.recipe, choice, first
         return self
 
     def train_dataloader(self) -> DataLoader:
@@ -338,13 +365,14 @@ class TrajectoryDataModule(LightningDataModule):
                 f"sft.batch_size={self.recipe_in_use.batch_size} gives {trainer.world_size} ranks nothing to do each "
                 "step; set it to at least the number of devices"
             )
-        return DataLoader(_Steps(self, trainer), batch_size=None)
+        return DataLoader(TrainingSteps(self.step, trainer), batch_size=None)
 
     def step(self, number: int, *, rank: int = 0, world: int = 1) -> Step:
         """Optimizer step `number` of the arm in use, as this rank computes it."""
-        selection, recipe = self.selections[self.arm], self.recipe_in_use
+        selection, recipe = self.choice or self.selections[self.arm], self.recipe_in_use
+        where = {"rank": rank, "world": world}
         return training_step(
-            self.trajectories, selection, recipe, seed=self.seed, number=number, rank=rank, world=world
+            self.trajectories, selection, recipe, seed=self.seed, number=number, first=self.first, **where
         )
 
     def held_out_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
@@ -356,35 +384,6 @@ class TrajectoryDataModule(LightningDataModule):
         row, coefficients_CR = self.held_out_coefficients()
         if len(row) == 0:
             return []
-        steps = held_out_steps(
-            self.trajectories,
-            row,
-            coefficients_CR,
-            recipe=self.recipe_in_use,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
-        )
-        return DataLoader(_HeldOut(steps), batch_size=None)
-
-
-class _Steps(IterableDataset):
-    """Optimizer steps from the trainer's current one on, without end (the Trainer's max_steps ends them)."""
-
-    def __init__(self, data: TrajectoryDataModule, trainer: Trainer):
-        self.data, self.trainer = data, trainer
-
-    def __iter__(self) -> Iterator[Step]:
-        number = self.trainer.global_step
-        while True:
-            yield self.data.step(number, rank=self.trainer.global_rank, world=self.trainer.world_size)
-            number += 1
-
-
-class _HeldOut(IterableDataset):
-    """This rank's held-out batches. Iterable, so that no Trainer thinks of dividing them among the ranks once more."""
-
-    def __init__(self, steps: list[Step]):
-        self.steps = steps
-
-    def __iter__(self) -> Iterator[Step]:
-        return iter(self.steps)
+        where = {"rank": trainer.global_rank, "world": trainer.world_size}
+        steps = partial(held_out_steps, self.trajectories, row, coefficients_CR, **where)
+        return DataLoader(HeldOutSteps(steps), batch_size=None)

@@ -1,6 +1,5 @@
 """One run, from a composed configuration to its table: score, select, train and evaluate the arms, compare."""
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,19 +15,21 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lark.agreement import settle_dtype
-from lark.arms import Arm, evaluate_arm, evaluated, evaluation_identity, make_arm, train, write_selection
-from lark.cache import complete, lock, read_json, writable, write_json
+from lark.arm_evaluation import action_of, evaluate_arm, evaluation_identity
+from lark.arms import Arm, final_loss, make_arm, train, write_selection
+from lark.cache import complete, lock, writable, write_json
 from lark.config import build, model_option
 from lark.data import TrajectoryDataModule
 from lark.description import describe_recipe, describe_selections, quiet_libraries, write_statistics
+from lark.divergence import DivergedError
 from lark.evaluate import read_problems
 from lark.passes import GradientMatches, Statistics
 from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_size
 from lark.progress import PassProgress
+from lark.refresh import announce, refreshes_of, total_cost
 from lark.report import print_comparison
 from lark.selection import Rule, speaking_of
 from lark.sharding import check_sharded
-from lark.student import DivergedError
 from lark.summary import read_figures, summarise_run
 from lark.tracking import log_arm
 from lark.trainer import trainer_of
@@ -107,7 +108,7 @@ class _Run:
         return self.trainer(callbacks=[PassProgress(label)], precision="32-true", inference_mode=False)
 
     def go(self) -> float:
-        check_sharded(self.trainer().strategy, stop_after=self.config.stop_after, rules=self.rules)
+        check_sharded(self.trainer().strategy, rules=self.rules)
         started, used = world_size(), self.trainer().world_size
         if started not in (1, used):
             raise ValueError(
@@ -172,9 +173,12 @@ class _Run:
         with ExitStack() as held:
             if is_main() and not done():
                 held.enter_context(lock(folder))
-            key = f"{name} {folder.name}"
-            self.plan.share(**{key: "reuse" if is_main() and done() else "run"})
-            yield self.plan[key] == "run"
+            yield self._share(f"{name} {folder.name}", "reuse" if is_main() and done() else "run") == "run"
+
+    def _share(self, key: str, value: Any) -> Any:
+        """What rank 0 finds, on every rank."""
+        self.plan.share(**{key: value})
+        return self.plan[key]
 
     def _warm_up(
         self, data: TrajectoryDataModule, wanted: GradientMatches
@@ -217,11 +221,12 @@ class _Run:
             actions: dict[str, str] = {}
             for i, arm in enumerate(everything):  # two rules may come to the same rows and weights: one arm serves both
                 twin = arm.folder in {other.folder for other in everything[:i]}
-                actions[arm.name] = "reuse" if twin else _action(arm, identity, training_only)
+                actions[arm.name] = "reuse" if twin else action_of(arm, identity, training_only)
             self.plan.share(arms={a.name: {"hash": a.folder.name, "action": actions[a.name]} for a in everything})
             for arm in everything:
                 say(f"arm         {arm.name} ({arm.rule}): {self.plan['arms'][arm.name]['action']} {arm.folder}")
-            say(describe_recipe(self.data, steps, self.precision))
+            for line in (describe_recipe(self.data, steps, self.precision), *announce(self.data, steps)):
+                say(line)
             for arm in everything:
                 self._finish(arm, self.plan["arms"][arm.name]["action"], steps, self.problems, checker)
                 if release := locks.get(arm.name):
@@ -242,9 +247,8 @@ class _Run:
             with self._claim(f"{name} lr {arm.recipe.lr:g}", arm.folder, partial(_tried, arm)) as to_do:
                 if to_do:
                     self._try(arm, steps)
-        losses = [_final_loss(arm) for arm in tries] if is_main() else []
-        self.plan.share(**{f"{name} lr": losses.index(min(losses)) if losses else None})
-        best = tries[self.plan[f"{name} lr"]]
+        losses = [final_loss(arm) for arm in tries] if is_main() else []
+        best = tries[self._share(f"{name} lr", losses.index(min(losses)) if losses else None)]
         shown = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in zip(rates, losses, strict=False))
         say(f"rate        {name} ({rule}): {best.recipe.lr:g} of held-out losses {shown}")
         if not best.trained:
@@ -267,12 +271,12 @@ class _Run:
         locks: dict[str, ExitStack] = {}
         if is_main():
             for arm in sorted(arms, key=lambda arm: arm.folder):
-                if _action(arm, identity, training_only) != "reuse" and arm.folder not in {
+                if action_of(arm, identity, training_only) != "reuse" and arm.folder not in {
                     other.folder for other in arms if other.name in locks
                 }:
                     locks[arm.name] = held.enter_context(ExitStack())
                     locks[arm.name].enter_context(lock(arm.folder))
-                    if _action(arm, identity, training_only) == "reuse":  # another job finished it meanwhile
+                    if action_of(arm, identity, training_only) == "reuse":  # another job finished it meanwhile
                         locks.pop(arm.name).close()
         return locks
 
@@ -300,6 +304,7 @@ class _Run:
                     make_trainer=partial(self.trainer, progress=arm.name),
                     logger=logger,
                     say=say,
+                    share=self._share,
                 )
             if action in ("train", "evaluate") and self.config.stop_after != "training" and problems and checker:
                 trainer = self.trainer()
@@ -315,13 +320,17 @@ class _Run:
                     world=world,
                 )
             if logger is not None:
-                cost = self.data.cost_of(self.rules[arm.name]) if arm.name in self.rules else {}
+                cost: dict[str, Any] = {}
+                if arm.name in self.rules:
+                    cost = total_cost(self.data.cost_of(self.rules[arm.name]), arm.folder)
                 log_arm(logger, arm, cost=cost, reused=action == "reuse")
                 self.tracker.keep(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("*.jsonl")))
                 if (
                     self.config.stop_after != "training" and problems is not None
                 ):  # read now: later the arm is no longer locked
-                    self.figures[arm.name] = read_figures(arm, list(problems))
+                    self.figures[arm.name] = read_figures(arm, list(problems)) | ({"cost": cost} if cost else {})
+                    if arm.refresh:
+                        self.figures[arm.name]["refreshes"] = refreshes_of(arm.folder)
                     write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
         finally:
             if logger is not None:
@@ -377,20 +386,6 @@ class _Run:
 
 def _tried(arm: Arm) -> bool:
     return arm.trained or complete(arm.folder, "diverged.json")
-
-
-def _final_loss(arm: Arm) -> float:
-    """Held-out loss at the end (nats/token), infinite if training diverged."""
-    loss = read_json(arm.folder / "trained.json")["curve"][-1]["held_out/loss"] if arm.trained else None
-    return math.inf if loss is None else loss
-
-
-def _action(arm: Arm, identity: dict[str, Any], training_only: bool) -> str:
-    if not arm.trained:
-        return "train"
-    if not training_only and not evaluated(arm, identity):
-        return "evaluate"
-    return "reuse"
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
-from lark.cache import file_hash
+from lark.cache import file_hash, read_json, write_json
 from lark.chat import Chat, load_template
 from lark.prefixes import PrefixTree
 from lark.stats import Head
@@ -35,7 +42,11 @@ class Student:
         for passes whose choice bfloat16 would change (lark.agreement).
     attention: the transformers attention implementation.
     template: chatml | llama3 | own | a Jinja file.
+    end_token: the special token that ends the student's turns; null = the template's own. Typed into a shell as
+        'model.end_token="<|endoftext|>"': the single quotes are for the shell, the double ones for Hydra.
     lora: null trains every parameter; otherwise peft.LoraConfig's arguments.
+    adapter: a folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights
+        in their order; null = none. What is trained starts from there.
     trust_remote_code: run code that comes with the weights; never on unless set.
     """
 
@@ -46,9 +57,11 @@ class Student:
     dtype: str = "auto"
     attention: str = "sdpa"
     template: str = "chatml"
+    end_token: str | None = None
     lora: dict[str, Any] | None = None
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
+    adapter: str | tuple[str, ...] | None = None
     _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +73,12 @@ class Student:
             raise ValueError("model.path and model.id are both null; set model.path to a folder or a .gguf file")
         if self.path is not None and not self.path.startswith(SHIPPED) and not Path(self.path).exists():
             raise ValueError(f"model.path={self.path} does not exist; set it to a folder with weights or a .gguf file")
+        for folder in self.adapters:
+            if not (Path(folder) / "adapter_config.json").is_file():
+                raise ValueError(
+                    f"model.adapter={folder} holds no adapter_config.json; set it to a folder with a peft adapter, "
+                    "such as the checkpoint of an arm that was trained with LoRA"
+                )
 
     def lora_config(self) -> Any:
         """peft's LoraConfig. Raises ValueError for a setting it does not have or cannot use."""
@@ -72,6 +91,11 @@ class Student:
         if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
             raise ValueError(f"model.lora.r={config.r} is no rank; set it to a whole number from 1 on")
         return config
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The folders of the adapters that are merged into the weights."""
+        return (self.adapter,) if isinstance(self.adapter, str) else tuple(self.adapter or ())
 
     @property
     def folder(self) -> Path | None:
@@ -93,18 +117,25 @@ class Student:
         return str(self.folder), common
 
     def identity(self) -> dict[str, str | None]:
-        """What weights these are: hub id and revision, or a hash of the local files."""
+        """What weights these are: hub id and revision, or a hash of the local files; likewise of merged adapters."""
+        merged = {"adapter": self._hash("adapter", self._adapter_files)} if self.adapters else {}
         if self.folder is None:
-            return {"id": self.id, "revision": self._commit()}
-        if "weights" not in self._hashes:  # 135M parameters hash in a fraction of a second; once a process is enough
-            is_gguf = self.path is not None and self.path.endswith(".gguf")
-            files = (
-                [Path(str(self.path))]
-                if is_gguf
-                else sorted({f for pattern in _WEIGHTS for f in self.folder.glob(pattern)})
-            )
-            self._hashes["weights"] = "-".join(file_hash(file)[:16] for file in files)
-        return {"weights": self._hashes["weights"]}
+            return {"id": self.id, "revision": self._commit(), **merged}
+        return {"weights": self._hash("weights", self._weight_files), **merged}
+
+    def _hash(self, name: str, files: Callable[[], list[Path]]) -> str:
+        if name not in self._hashes:  # 135M parameters hash in a fraction of a second; once a process is enough
+            self._hashes[name] = "-".join(file_hash(file)[:16] for file in files())
+        return self._hashes[name]
+
+    def _weight_files(self) -> list[Path]:
+        assert self.folder is not None
+        if self.path is not None and self.path.endswith(".gguf"):
+            return [Path(self.path)]
+        return sorted({f for pattern in _WEIGHTS for f in self.folder.glob(pattern)})
+
+    def _adapter_files(self) -> list[Path]:
+        return [f for folder in self.adapters for f in sorted(Path(folder).glob("adapter_*"))]
 
     def _commit(self) -> str:
         """The commit that `revision` stands for now: a branch moves, and caches must notice."""
@@ -135,7 +166,8 @@ class Student:
     def load_chat(self, *, span: str = "content", step_splitter: str = "sentences") -> Chat:
         tokenizer = self.load_tokenizer()
         template = load_template(self.template, tokenizer)
-        return Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
+        chat = Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
+        return chat if self.end_token is None else chat.ending_with(self.end_token)
 
     def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The pre-trained weights, on CPU and in eval mode. Raises ValueError if they or their head are of no use."""
@@ -148,8 +180,23 @@ class Student:
             raise self._unavailable(error) from error
         for parameter in model.parameters():  # a dequantised GGUF file arrives in its own dtype
             parameter.data = parameter.data.to(dtype)  # not model.to(dtype): that would round RoPE's frequencies too
+        for folder in self.adapters:
+            model = self._merged(model, folder)
         self._check_head(model)
         return model
+
+    def _merged(self, model: Any, folder: str) -> Any:
+        """The model with the adapter in `folder` in its weights, which keep their dtype."""
+        from peft import PeftModel
+
+        try:
+            return PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+        except (*LOADING_ERRORS, RuntimeError, TypeError) as error:  # of another format, or for another model
+            reason = str(error).strip().partition("\n")[0].rstrip(":. ")
+            raise ValueError(
+                f"model.adapter={folder} is no adapter that peft can merge into model={self.name} ({reason}); set it "
+                "to one that was trained on these weights"
+            ) from error
 
     def _check_head(self, model: Any) -> None:
         """Statistics and training use hidden states and head apart: together they must give the model's own logits."""
@@ -201,7 +248,17 @@ class Student:
             )
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self.load_model(dtype), str(folder))
+        model = PeftModel.from_pretrained(self.load_model(dtype), str(folder))
+        base_model(model).generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def base(self) -> dict[str, str | None]:
+        """The weights an adapter is for, as adapter_config.json names them."""
+        if self.folder is None:
+            return {"base_model_name_or_path": self.id, "revision": self._commit()}
+        is_gguf = self.path is not None and self.path.endswith(".gguf")
+        place = Path(str(self.path)) if is_gguf else self.folder
+        return {"base_model_name_or_path": str(place.absolute())}
 
     def _unavailable(self, reason: object) -> ValueError:
         first_line = str(reason).strip().partition("\n")[0].rstrip(":. ")
@@ -275,16 +332,50 @@ def hidden_states(
     return output.last_hidden_state.flatten(0, 1)
 
 
-def save_student(model: Any, chat: Chat, folder: Path) -> None:
-    """A save_pretrained folder (the adapter alone under LoRA) with tokenizer and template; complete or absent."""
-    base = base_model(model)
+def save_student(
+    model: Any, chat: Chat, folder: Path, *, student: Student | None = None, state: dict[str, Any] | None = None
+) -> None:
+    """A save_pretrained folder (the adapter alone under LoRA) with tokenizer, template and a generation config that
+    ends an answer where the template ends a turn; complete or absent.
+
+    student: whose adapter it is; adapter_config.json then names the base so that a reader can load it: the hub's id
+    and commit, a folder or a .gguf file. state: the state dict of a model that is divided over ranks.
+    """
+    base: Any = base_model(model)
     if getattr(base.config, "quantization_config", None) is not None:
         delattr(base.config, "quantization_config")  # a dequantised GGUF student is an ordinary one from here on
+        base.hf_quantizer = None  # transformers would refuse to save it
+    base.generation_config = _generation_config(base, chat)
+    is_adapter = base is not model
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, safe_serialization=True)
+    # Embeddings are never resized; left to itself, peft asks the hub whether they were.
+    options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
+    if state is not None:
+        options["state_dict"] = state
+    model.save_pretrained(temporary, safe_serialization=True, **options)
+    base.generation_config.save_pretrained(temporary)
+    if is_adapter and student is not None:
+        settings = read_json(temporary / "adapter_config.json")
+        write_json(temporary / "adapter_config.json", settings | student.base())
     tokenizer = copy.copy(chat.tokenizer)
     tokenizer.chat_template = chat.template
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
+
+
+def _generation_config(base: Any, chat: Chat) -> GenerationConfig:
+    """The base's own, which also ends an answer at the template's end of turn and at the tokenizer's end token."""
+    config = copy.deepcopy(base.generation_config) or GenerationConfig()
+    ends = [chat.end_id]
+    for known in (config.eos_token_id, chat.tokenizer.eos_token_id):
+        ends += [known] if isinstance(known, int) else list(known or [])
+    ends = list(dict.fromkeys(ends))
+    config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    try:
+        config.validate(strict=True)
+    except ValueError:  # temperature without do_sample, say: it acts on nothing, and transformers would not save it
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = GenerationConfig(**tokens)
+    return config

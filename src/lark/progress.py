@@ -1,4 +1,4 @@
-"""One progress line for scoring and training: rate and time left, on a terminal and in a log file alike."""
+"""The progress of a pass of the student: a line with rates and the time left, points for the Trainer's logger."""
 
 import time
 from collections.abc import Mapping
@@ -18,35 +18,6 @@ from lark.throughput import distinct_tokens, gemm_seconds
 LOGGER_SECONDS = 5.0  # between points that a logger gets of a pass
 LIMIT_AFTER = 3.0  # seconds of a pass after which its GEMM limit is measured: a shorter one needs none
 LIMIT_SHARE, LIMIT_SECONDS = 0.02, 2.0  # what measuring it takes: this share of the pass, at most these seconds
-
-
-class Progress(Callback):
-    """Counts optimizer steps while training, on rank 0."""
-
-    def __init__(self, label: str):
-        self.label = label
-        self.bar: tqdm | None = None
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.bar = bar(self.label, trainer.max_steps, "steps", initial=trainer.global_step)
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self.bar is not None:
-            loss = float(trainer.callback_metrics["train/loss"])
-            self.bar.set_postfix({"loss": f"{loss:.3f}"}, refresh=False)
-            self.bar.update()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
 
 
 class PassProgress(Callback):

@@ -73,9 +73,11 @@ def record_failure(folder: Path, error: Exception) -> None:
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
     from lark.experiment import run  # torch and its friends: seconds
+    from lark.termination import terminable
 
     configuration.check_types(config)
-    return run(config, folder, group=group)
+    with terminable():
+        return run(config, folder, group=group)
 
 
 def child_main(folder: Path) -> None:
@@ -84,7 +86,12 @@ def child_main(folder: Path) -> None:
     assert isinstance(resolved, DictConfig)
     for key in ("hydra", "defaults"):
         resolved.pop(key, None)
-    job(resolved, folder, group=folder.name)
+    from lark.termination import TerminatedError
+
+    try:
+        job(resolved, folder, group=folder.name)
+    except TerminatedError:  # rank 0 answers for all; Lightning would kill it if this one failed first
+        sys.exit(0)
 
 
 def main() -> None:

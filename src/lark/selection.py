@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lark.cache import replacing
+from lark.cache import replacing, write_json
 from lark.candidates import Candidates
 from lark.groups import Groups, tie_hash
 from lark.matching import take_tokens, take_top
-from lark.passes import Pass, needs_of
+from lark.passes import GradientMatches, Pass, needs_of
 from lark.policies import Policy, prior_weights, weights
 from lark.scores import Score, imported, needs_of_column
 
@@ -63,12 +63,15 @@ class Rule:
     policy: turns the scores of one problem's candidates into weights; replaced by top_b when the rule is a baseline.
     filter: null, a boolean column of the pool (`correct`), a Between, or `module:function` giving a mask. It acts
         before scoring, so scores that depend on the other candidates are computed on the survivors.
+    refresh: null, or the optimizer steps after which the student in training is asked anew and chooses anew, again and
+        again (lark.refresh).
     """
 
     name: str
     score: Score | str
     policy: Policy
     filter: Callable[[Candidates], np.ndarray] | str | None = None
+    refresh: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.score, str):
@@ -79,6 +82,24 @@ class Rule:
             raise ValueError(f"selector.score={self.score!r} is no score; set a score or module:function")
         if not (self.filter is None or isinstance(self.filter, str) or callable(self.filter)):
             raise ValueError(f"selector.filter={self.filter!r} is no filter; set null, a column or module:function")
+        if self.refresh is not None:
+            self._check_refresh()
+
+    def _check_refresh(self) -> None:
+        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
+            raise ValueError(
+                f"selector.refresh={self.refresh} is no number of optimizer steps; set it to 1 or more, or null"
+            )
+        if not self.needs:
+            raise ValueError(
+                f"selector.refresh={self.refresh}: {self.name} asks no student, so its choice cannot change; set "
+                "selector.refresh=null, or choose a rule that reads the student's statistics, such as lark"
+            )
+        if any(isinstance(need, GradientMatches) for need in self.needs):
+            raise ValueError(
+                f"selector.refresh={self.refresh}: {self.name} rests on a warm-up arm of the untrained student; set "
+                "selector.refresh=null, or choose a rule that asks the student alone, such as lark"
+            )
 
     @property
     def takes_all(self) -> bool:
@@ -302,23 +323,62 @@ def _midranks(x_N: np.ndarray, groups: Groups) -> np.ndarray:
     return ranks
 
 
-def export(selection: Selection, read_rows: Callable[[np.ndarray], Any], path: Path, *, name: str) -> None:
-    """Write selection.jsonl: one chosen row a line, `messages`, `weight` and `meta`, as TRL and LLaMA-Factory load it.
+_TYPES_SETTLED = 8 << 20
+"""Bytes. datasets, with which other trainers read selection.jsonl, takes its types from the first 10 MB."""
 
-    `read_rows` gives an iterable of pool rows for row numbers, so that the pool is never whole in memory.
+_DATASET_INFO = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {  # all of them: a tag that is left out is none at all
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+        "observation_tag": "observation",
+        "function_tag": "function_call",
+    },
+}
+
+
+def export(selection: Selection, read_rows: Callable[[np.ndarray], Any], path: Path, *, name: str) -> None:
+    """Write selection.jsonl: one chosen row a line, `messages`, `weight` and `meta`, as TRL loads it; and beside it
+    dataset_info.json, by which LLaMA-Factory does (dataset_dir: the folder, dataset: the file's name up to the dot).
+
+    `read_rows` gives an iterable of pool rows for row numbers, so that the pool is never whole in memory. Lines follow
+    the pool, but for a field of `meta` that has its first value far down: that line goes to the top.
     """
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        rows = read_rows(selection.row)
-        for row, weight, share, score in zip(rows, selection.weight, selection.share, selection.score, strict=True):
-            meta = {
-                "problem_id": row["problem_id"],
-                "candidate_id": row["candidate_id"],
-                "teacher": row["teacher"],
-                "answer": row["answer"],
-                "correct": row["correct"],
-                "rule": name,
-                "score": float(score),
-                "share": float(share),
-            }
-            line = {"messages": row["messages"], "weight": float(weight), "meta": meta}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    valued: set[str] = set()
+    late: set[int] = set()
+    written = 0
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            rows = zip(read_rows(selection.row), selection.weight, selection.share, selection.score, strict=True)
+            for i, (row, weight, share, score) in enumerate(rows):
+                meta = {
+                    "problem_id": row["problem_id"],
+                    "candidate_id": row["candidate_id"],
+                    "teacher": row["teacher"],
+                    "answer": row["answer"],
+                    "correct": row["correct"],
+                    "rule": name,
+                    "score": float(score),
+                    "share": float(share),
+                }
+                line = {"messages": row["messages"], "weight": float(weight), "meta": meta}
+                found = {key for key, value in meta.items() if value is not None} - valued
+                if found and written > _TYPES_SETTLED:
+                    late.add(i)
+                valued |= found
+                written += file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+        if late:
+            _move_up(temporary, late)
+    write_json(path.with_name("dataset_info.json"), {path.stem: {"file_name": path.name, **_DATASET_INFO}})
+
+
+def _move_up(path: Path, lines: set[int]) -> None:
+    """Puts the lines of these numbers first."""
+    with replacing(path) as temporary, open(path, "rb") as source, open(temporary, "wb") as target:
+        for moved in (True, False):
+            source.seek(0)
+            target.writelines(line for i, line in enumerate(source) if (i in lines) == moved)

@@ -1,9 +1,11 @@
-"""Students too large for one device: their decoder layers are divided over all ranks, for passes that only run forward.
+"""Students too large for one device: their layers are divided over all ranks, for scoring and for training.
 
 FSDP2: a rank keeps 1/W of every layer's weights; a layer is gathered from the W ranks when it runs, and dropped again.
-Embedding, head and what else stands outside the layers stay whole on every rank: the head is needed whole for every
-batch, as its logits are computed in chunks outside a forward pass, and a tied embedding is the same tensor. They cost
-V x D weights a rank, twice that if they are not tied (2.2 GB for Qwen2.5-7B in bfloat16, 4.2 GB for Llama-3.1-70B).
+
+Scoring: embedding, head and what else stands outside the layers stay whole on every rank: the head is needed whole for
+every batch, as its logits are computed in chunks outside a forward pass, and a tied embedding is the same tensor. They
+cost V x D weights a rank, twice that if not tied (2.2 GB for Qwen2.5-7B in bfloat16, 4.2 GB for Llama-3.1-70B).
+Training: they are divided too, as their gradients and the optimizer's state would cost many times that.
 
 Loading: every rank opens the whole student on the CPU and keeps its part. Weights that are stored in the student's
 dtype are memory-mapped, so that the ranks of a host share one copy; others (a .gguf file, another dtype) take a whole
@@ -13,15 +15,24 @@ Shapes: W ranks, V vocabulary, D hidden size.
 """
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from lark.gradients import decoder_layers
 from lark.models import base_model
@@ -29,7 +40,9 @@ from lark.passes import GradientMatches, Gradients, LossDrops, Pass, ProjectedGr
 from lark.selection import Rule
 
 NEED_GRADIENTS = (Gradients, LossDrops, ProjectedGradients, GradientMatches)
-SCORING = ("statistics", "selection")
+TRAINED = StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
+META = "meta.pt"  # Lightning's name for what is neither weights nor the optimizer's state
+SUM_BYTES = 64 * 2**20  # of gradients that are summed over ranks at a time
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -39,19 +52,33 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Of what is trained: each rank its part."""
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=TRAINED)
 
-def check_sharded(strategy: Strategy, *, stop_after: str | None, rules: Mapping[str, Rule]) -> None:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A folder of `save_checkpoint`'s, written by any number of ranks."""
+        assert self.model is not None and len(self.optimizers) == 1
+        path, optimizer = Path(self.broadcast(checkpoint_path)), self.optimizers[0]
+        saved = {name for name, _ in self.model.named_parameters()}  # a tied weight has one name there
+        weights = get_model_state_dict(self.model, options=TRAINED)
+        state = {
+            "state_dict": {name: value for name, value in weights.items() if name in saved},
+            "optimizer_0": get_optimizer_state_dict(self.model, optimizer),
+        }
+        load(state, checkpoint_id=path)
+        self.model.load_state_dict(state["state_dict"], strict=False)
+        set_optimizer_state_dict(self.model, optimizer, state["optimizer_0"])
+        return torch.load(path / META, weights_only=True)
+
+
+def check_sharded(strategy: Strategy, *, rules: Mapping[str, Rule]) -> None:
     """ValueError where a run under trainer=fsdp would come to what it cannot do, to be called before it computes."""
-    if not isinstance(strategy, ShardedStrategy):
-        return
-    for name, rule in rules.items():
-        for need in rule.needs:
-            check_forward_only(need, f"{name}={rule.name}")
-    if stop_after not in SCORING:
-        raise ValueError(
-            f"trainer=fsdp scores and selects, but does not train (stop_after={stop_after}); set stop_after=selection "
-            "and train on its selection.jsonl, or set trainer=ddp"
-        )
+    if isinstance(strategy, ShardedStrategy):
+        for name, rule in rules.items():
+            for need in rule.needs:
+                check_forward_only(need, f"{name}={rule.name}")
 
 
 def check_forward_only(wanted: Pass, asked_by: str) -> None:
@@ -133,3 +160,56 @@ class Lockstep:
     @property
     def _device(self) -> torch.device:
         return next(self.decoder.parameters()).device
+
+
+def shard_for_training(model: Any, mesh: DeviceMesh, precision: str) -> None:
+    """Divide all parameters of `model` over `mesh` [W], in place: each layer is gathered when it runs, forwards and
+    backwards, and what stands outside them (embedding, norm, head; a tied one once) for as long as a micro-batch takes.
+
+    Weights, gradients and the optimizer's state stay in the weights' dtype; with precision=bf16-mixed, bfloat16 copies
+    are what is gathered and multiplied. `weighted_surprisal` is the method by which the model is called.
+    """
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = decoder_layers(base_model(model))
+    if not layers:
+        raise ValueError(
+            f"trainer=fsdp divides a student's decoder layers, but {type(model).__name__} has none that are known; "
+            "set trainer=ddp"
+        )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "weighted_surprisal")
+
+
+def sum_over_ranks(parameters: Iterable[nn.Parameter]) -> None:
+    """The gradients of all ranks together, in place; a parameter that got none counts as zero."""
+    batch: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if batch and (batch[0].dtype != parameter.grad.dtype or sum(g.nbytes for g in batch) > SUM_BYTES):
+            _sum_together(batch)
+            batch = []
+        batch.append(parameter.grad)
+    _sum_together(batch)
+
+
+def _sum_together(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest: float) -> float:
+    """The norm of all gradients together, which are scaled so that it does not exceed `largest`."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a divided `model`, put together on the CPU of rank 0; empty elsewhere. All ranks take part."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

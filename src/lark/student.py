@@ -1,137 +1,42 @@
 """SFTModule: weighted supervised fine-tuning, one training_step = one optimizer step.
 
 A step's loss is sum_N coefficient_N * surprisal_N over the whole global batch. The coefficients already carry weights
-and denominators (see packing.coefficients), so micro-batches and ranks only add up; weights act at any micro-batch
-size. Gradients are synchronised at the last micro-batch of a step.
+and denominators (see packing.coefficients), so micro-batches and ranks only add up: weights act at any micro-batch
+size. Gradients are summed over ranks once a step, after its last micro-batch, so that a rank that runs out of memory
+can do its part again in smaller ones. (A student that is divided over ranks, trainer=fsdp, sums them as it goes.)
 """
 
 import csv
 import hashlib
 import io
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
+from lark.batches import Step
+from lark.budget import is_out_of_memory, release_memory, training_budget
 from lark.cache import write_text
-from lark.models import Student, head_of, hidden_states
-from lark.packing import MicroBatch
+from lark.chat import Encoded
+from lark.divergence import DivergedError, Losses
+from lark.layouts import Cut, costs_of, cut
+from lark.models import Student, base_model, head_of, hidden_states
+from lark.packing import MicroBatch, collate, collate_shared
+from lark.prefixes import share_prefixes
+from lark.recipe import Recipe
+from lark.sharding import ShardedStrategy, clip_gradients, shard_for_training, sum_over_ranks
 from lark.stats import weighted_surprisal
 
-_NO_RESULT = ("checkpoint_every", "epochs", "steps", "lr_sweep")
-"""Settings of a recipe that change no student, or do so by the number of steps and the rate chosen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a student is trained; the same for every arm and independent of the number of devices.
-
-    steps: optimizer steps; null = as many as `epochs` passes over the selector's choice take.
-    batch_size: trajectories of a step's global batch.
-    lr: peak learning rate.  lr_sweep: null, or the rates of which every arm gets the best by final held-out loss.
-    warmup: share of the steps.  schedule: cosine | constant (after the warm-up).
-    weight_decay, betas: AdamW's.  clip: largest gradient norm.
-    average: trajectory (sum_k q_k L_k) | token.  weighted: false trains the same rows with weights 1.
-    layout: buckets (rows of similar length, padded) | packed (documents in one row, positions restart).
-    micro_batch_tokens: tokens of one forward-backward pass, padding included.
-    validations: held-out evaluations over the run.  checkpoint_every: optimizer steps.
-    """
-
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 64
-    lr: float = 1e-5
-    lr_sweep: tuple[float, ...] | None = None
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    average: str = "trajectory"
-    weighted: bool = True
-    layout: str = "buckets"
-    micro_batch_tokens: int = 4096
-    validations: int = 20
-    checkpoint_every: int = 20
-
-    def __post_init__(self) -> None:
-        known = {
-            "average": ("trajectory", "token"),
-            "layout": ("buckets", "packed"),
-            "schedule": ("cosine", "constant"),
-        }
-        for name, options in known.items():
-            if getattr(self, name) not in options:
-                raise ValueError(f"sft.{name}={getattr(self, name)!r} is unknown; set it to {' or '.join(options)}")
-        for name in ("batch_size", "micro_batch_tokens", "validations", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name}={getattr(self, name)} is too small; set it to at least 1")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"sft.steps={self.steps} trains nothing; set it to at least 1, or null to use sft.epochs")
-        for name in ("lr", "epochs", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"sft.{name}={getattr(self, name)} must be above 0; set it to a positive number")
-        if self.lr_sweep is not None and not (self.lr_sweep and all(lr > 0 for lr in self.lr_sweep)):
-            raise ValueError(
-                f"sft.lr_sweep={list(self.lr_sweep)} holds no or other than positive rates; set [1e-4, 3e-4]"
-            )
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"sft.warmup={self.warmup} is no share of the steps; set it from 0 to below 1")
-
-    def identity(self) -> dict[str, Any]:
-        """What a student trained for so many steps depends on (on `micro_batch_tokens` through LoRA's dropout)."""
-        settings = {name: value for name, value in vars(self).items() if name not in _NO_RESULT}
-        return settings | {"betas": list(self.betas)}
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the schedule."""
-        warmup = max(1, round(self.warmup * steps))
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return self.lr * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
-
-    def for_epochs(self, epochs: int) -> "Recipe":
-        """The same recipe for so many epochs, all rows alike, without a held-out curve: that of a warm-up arm."""
-        return replace(self, steps=None, epochs=float(epochs), validations=1, weighted=False, lr_sweep=None)
-
-    def steps_for(self, trajectories: int) -> int:
-        """Optimizer steps of a run whose selector chose `trajectories`."""
-        return self.steps or max(1, math.ceil(self.epochs * trajectories / self.batch_size))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One rank's part of an optimizer step: micro-batches, each row's coefficient, and counts for the log.
-
-    `coefficients_CR` is one [C, R] a micro-batch and multiplies its rows' summed surprisals: training has one set,
-    held-out loss one per figure. `names` are the rows' "problem/candidate", for messages.
-    """
-
-    micro: list[MicroBatch]
-    coefficients_CR: list[Tensor]
-    names: tuple[str, ...] = ()
-    trained_tokens: int
-    computed_tokens: int
-
-    def to(self, device: torch.device, **_: Any) -> "Step":
-        return Step(
-            micro=[m.to(device) for m in self.micro],
-            coefficients_CR=[c.to(device) for c in self.coefficients_CR],
-            names=self.names,
-            trained_tokens=self.trained_tokens,
-            computed_tokens=self.computed_tokens,
-        )
-
-
-class DivergedError(ValueError):
-    """Training came to a loss or gradient that is no number."""
+NAMED = 10  # trajectories that a message about a loss names
 
 
 class SFTModule(LightningModule):
@@ -146,7 +51,19 @@ class SFTModule(LightningModule):
         self.strict_loading = False  # LoRA checkpoints hold the trained parameters only
         self.student, self.recipe, self.steps, self.seed, self.folder = student, recipe, steps, seed, folder
         self.student_model: Any = None
+        self.sharded = False
+        self.not_apart: str | None = None
+        """Why the student's attention takes a mask for packed documents; None: it takes them one by one."""
+        self.budget = recipe.micro_batch_tokens or 0
+        """Tokens of a micro-batch."""
         self.curve: list[dict[str, float]] = []
+        self.losses = Losses(spike=recipe.spike)
+        self.totals = dict.fromkeys(
+            ("steps", "row_tokens", "computed_tokens", "trained_tokens", "packed_steps", "halvings"), 0
+        )
+        """Of this module on this rank: steps, tokens of trajectories, of micro-batches, in the loss, ..."""
+
+    # ---- the student
 
     def configure_model(self) -> None:
         if self.student_model is not None:
@@ -157,66 +74,172 @@ class SFTModule(LightningModule):
         device = self.trainer.strategy.root_device
         # Full fine-tuning keeps float32 master weights; trainer.precision decides what the products run in.
         dtype = torch.float32 if self.student.lora is None else self.student.resolve_dtype(device)
+        self.open(dtype)
+        if isinstance(self.trainer.strategy, ShardedStrategy) and self.trainer.world_size > 1:
+            shard_for_training(self.student_model, self.trainer.strategy.device_mesh, self.trainer.precision)
+            self.sharded = True
+
+    def open(self, dtype: torch.dtype) -> None:
+        """Load the student into `student_model`."""
         self.student_model = self.student.load_trainable(dtype)
+        base: Any = base_model(self.student_model)
+        base.eval()
+        self.not_apart = share_prefixes(base, self.student.attention)
+        base.train()
+        self.costs = costs_of(base, apart=self.not_apart is None)
+        self.student_model.weighted_surprisal = MethodType(_weighted_surprisal, self.student_model)
+
+    def on_fit_start(self) -> None:
+        """Once the student is on its device: what a micro-batch may take there."""
+        if not self.budget:
+            model, checkpointed = base_model(self.student_model), self.student.gradient_checkpointing
+            own = torch.tensor(training_budget(model, self.device, checkpointed=checkpointed), device=self.device)
+            self.budget = int(self.trainer.strategy.reduce(own, reduce_op="min"))
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self._trained(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
 
         def factor(step: int) -> float:
             return recipe.rate(step, self.steps) / recipe.lr
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
-    def _loss(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
-        hidden_XD = hidden_states(self.student_model, micro.input_ids_RL, micro.position_ids_RL)
-        return weighted_surprisal(
-            hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], head_of(self.student_model)
-        )
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    # ---- micro-batches
+
+    def micro_batches(self, batch: Step) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """The rank's part of a step, cut and laid out; each with the coefficients [C, R] of its rows."""
+        chosen = self._cut(batch.lengths)
+        for part in chosen.rows:
+            rows, encoded = batch.rows[part].tolist(), [batch.encoded[i] for i in part.tolist()]
+            if chosen.packed and self.costs.apart:
+                micro = collate_shared(encoded, rows)
+            else:
+                micro = collate(encoded, rows, packed=chosen.packed)
+            yield self._moved(micro, batch.coefficient_CR[:, part])
+        if self.sharded:  # every forward pass takes all ranks
+            most = max(len(self._cut(lengths).rows) for lengths in batch.lengths_by_rank)
+            for _ in range(most - len(chosen.rows)):
+                nothing = collate([Encoded(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])], [-1])
+                yield self._moved(nothing, np.zeros((len(batch.coefficient_CR), 1)))
+
+    def _cut(self, lengths: np.ndarray) -> Cut:
+        return cut(lengths, layout=self.recipe.layout, budget=self.budget, costs=self.costs)
+
+    def _moved(self, micro: MicroBatch, coefficient_CR: np.ndarray) -> tuple[MicroBatch, Tensor]:
+        return micro.to(self.device), torch.tensor(coefficient_CR, dtype=torch.float32, device=self.device)
+
+    def loss(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
+        """sum over the micro-batch's tokens of coefficient * surprisal, [C]."""
+        return self.student_model.weighted_surprisal(micro, coefficient_CR)
+
+    # ---- training
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         step = self.global_step
-        torch.manual_seed(_mix(self.seed, step, self.global_rank))  # dropout: resuming needs no saved state
         optimizer: Any = self.optimizers()
-        loss = torch.zeros((), device=self.device)
-        last = len(batch.micro) - 1
-        for i, (micro, coefficient_CR) in enumerate(zip(batch.micro, batch.coefficients_CR, strict=True)):
-            with self._gradients_kept_local() if i < last else nullcontext():
-                value = self._loss(micro, coefficient_CR).sum()
-                # data-parallel strategies average gradients over ranks; the coefficients already are global
-                self.manual_backward(value * self.trainer.world_size)
-            loss += value.detach().float()
-        norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.recipe.clip)
-        loss = self.trainer.strategy.reduce(loss, reduce_op="sum")
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            names = ", ".join(batch.names[:20]) + (" ..." if len(batch.names) > 20 else "")
+        loss = self._gradients(batch, step)
+        norm = clip_gradients(self._trained(), self.recipe.clip)
+        reason = self.losses.reason_to_stop(loss, norm)
+        if reason is not None:
             raise DivergedError(
-                f"training stopped at optimizer step {step}: loss {loss.item():.4g}, gradient norm {norm.item():.4g}; "
-                f"lower sft.lr={self.recipe.lr:g} or look at this step's trajectories (problem/candidate): {names}"
+                f"training stopped at optimizer step {step}: {reason}; lower sft.lr={self.recipe.lr:g} or look at this "
+                f"step's trajectories (problem/candidate: nats/token): {self._worst(batch)}"
             )
+        self.losses.append(loss)
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/gradient_norm", norm)
         self.log("train/lr", scheduler.get_last_lr()[0])
-        self.log("train/tokens", float(batch.trained_tokens), reduce_fx="sum", sync_dist=False)
+        self.log("train/effective_trajectories", batch.effective)
         scheduler.step()
 
-    def _gradients_kept_local(self) -> AbstractContextManager[None]:
-        strategy: Any = self.trainer.strategy
-        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+    def _gradients(self, batch: Step, step: int) -> float:
+        """The step's loss and, in the parameters, its gradient; both of all ranks together."""
+        while True:
+            torch.manual_seed(_mix(self.seed, step, self.global_rank))  # dropout: resuming needs no saved state
+            loss, failure, computed = torch.zeros((), device=self.device), None, 0
+            try:
+                for micro, coefficient_CR in self.micro_batches(batch):
+                    with self._kept_local():
+                        value = self.loss(micro, coefficient_CR).sum()
+                        # FSDP takes the mean over ranks, and the coefficients already are the global batch's
+                        self.manual_backward(value * (self.trainer.world_size if self.sharded else 1))
+                    loss += value.detach().float()
+                    computed += micro.tokens
+            except RuntimeError as error:
+                if self.sharded or not is_out_of_memory(error):  # the other ranks wait inside the pass it left
+                    raise
+                failure = str(error).partition("\n")[0]
+            found = torch.stack([loss, loss.new_tensor(float(failure is not None))])
+            total, failures = self.trainer.strategy.reduce(found, reduce_op="sum").tolist()
+            if not failures:
+                break
+            self._shrink(batch, failure)
+        if not self.sharded and self.trainer.world_size > 1:
+            sum_over_ranks(self._trained())
+        self.totals["steps"] += 1
+        self.totals["row_tokens"] += int(batch.lengths.sum())
+        self.totals["computed_tokens"] += computed
+        self.totals["trained_tokens"] += batch.trained_tokens
+        self.totals["packed_steps"] += self._cut(batch.lengths).packed
+        return total
 
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.parameters() if p.requires_grad]
+    def _shrink(self, batch: Step, failure: str | None) -> None:
+        """Some rank ran out of memory: all forget the step's gradients, and halve what they take at a time."""
+        longest = max(int(lengths.max(initial=0)) for lengths in batch.lengths_by_rank)
+        for parameter in self._trained():
+            parameter.grad = None
+        release_memory(self.device)
+        if self.budget <= longest:
+            hint = "" if self.student.gradient_checkpointing else "model.gradient_checkpointing=true, "
+            raise torch.OutOfMemoryError(
+                f"a trajectory of {longest:,} tokens alone does not fit into a training step's memory "
+                f"({failure or 'on another rank'}); set {hint}a lower task.max_length, or trainer=fsdp"
+            )
+        self.budget = max(self.budget // 2, longest)
+        self.totals["halvings"] += 1
+
+    def _kept_local(self) -> AbstractContextManager[None]:
+        """Without a data-parallel wrapper's own synchronisation of gradients at every micro-batch."""
+        strategy: Any = self.trainer.strategy
+        is_wrapped = isinstance(strategy, ParallelStrategy) and not isinstance(strategy, ShardedStrategy)
+        return strategy.block_backward_sync() if is_wrapped else nullcontext()
+
+    def _worst(self, batch: Step) -> str:
+        """The step's trajectories, of all ranks: what has no number for a loss first, then the highest."""
+        # ranks that share a student cannot look at one trajectory each
+        losses = [math.nan if self.sharded else self._loss_of(batch, i) for i in range(len(batch.names))]
+        found: list[Any] = [list(zip(losses, batch.names, strict=True))]
+        if self.trainer.world_size > 1:
+            found = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, list(zip(losses, batch.names, strict=True)))
+        worst = sorted(chain(*found), key=lambda one: (math.isfinite(one[0]), -one[0]))
+        shown = ", ".join(name if self.sharded else f"{name}: {loss:.3g}" for loss, name in worst[:NAMED])
+        return shown + (f" and {len(worst) - NAMED} more" if len(worst) > NAMED else "")
+
+    @torch.no_grad()
+    def _loss_of(self, batch: Step, i: int) -> float:
+        """L of one row, nats/token; alone, as in sums with other rows what is no number would spread."""
+        row = batch.encoded[i]
+        micro = collate([row], [int(batch.rows[i])])
+        return self.loss(*self._moved(micro, np.full((1, 1), 1 / len(micro.target_N)))).item()
+
+    # ---- the held-out loss
 
     def on_validation_epoch_start(self) -> None:
         self._held_out_C = torch.zeros(2, dtype=_precise(self.device), device=self.device)
 
     def validation_step(self, batch: Step, batch_idx: int) -> None:
-        for micro, coefficient_CR in zip(batch.micro, batch.coefficients_CR, strict=True):
-            self._held_out_C += self._loss(micro, coefficient_CR)
+        for micro, coefficient_CR in self.micro_batches(batch):
+            self._held_out_C += self.loss(micro, coefficient_CR)
 
     def on_validation_epoch_end(self) -> None:
         """Appends a point to the held-out curve; the pass before the first step gives the point at step 0."""
@@ -232,13 +255,23 @@ class SFTModule(LightningModule):
         if self.trainer.is_global_zero:
             write_curve(self.curve, self.folder / "loss.csv")
 
+    # ---- checkpoints
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["curve"] = self.curve
+        checkpoint |= {"curve": self.curve, "losses": self.losses.recent, "budget": self.budget}
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.curve = checkpoint["curve"]
+        self.curve, self.losses.recent, self.budget = (checkpoint[name] for name in ("curve", "losses", "budget"))
+
+
+def _weighted_surprisal(model: Any, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
+    """A method of the student, as a divided one gathers its head for its own methods only."""
+    hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
+    return weighted_surprisal(
+        hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], head_of(model)
+    )
 
 
 def _precise(device: torch.device) -> torch.dtype:

@@ -30,10 +30,13 @@ LEGEND = (
     "arms apart."
 )
 FORM = (
-    ("stop", 0.5, "end by themselves (task.max_new_tokens, model.template)"),
+    ("stop", 0.5, "end by themselves (task.max_new_tokens, model.template, model.end_token)"),
     ("boxed", 0.2, "box their answer (task.system can ask for it, or task.pattern)"),
 )
 """Shares of samples, what they should at least be, and what they are shares of."""
+STOPS_LESS = 0.1
+"""A share of samples that end by themselves so far below the untrained student's calls for a remedy."""
+STOPS_SHOWN = 6
 UNHYPHENATED = {"trajec-\ntories": "trajectories", "prob-\nlems": "problems", "detect-\nable": "detectable"}
 """Headers that are divided to make columns narrow, as a file has them."""
 
@@ -75,6 +78,28 @@ def form_of_samples(metrics: Mapping[str, float]) -> str:
         if metrics[figure] < least:
             return f"only {metrics[figure]:.0%} of the samples {what}"
     return ""
+
+
+def stop_rates(shares: Mapping[str, float], *, before: float | None) -> str:
+    """Of each student, by name, the share of samples that ended by themselves, and a remedy where training took it well
+    below `before`, the untrained student's (None: unknown); empty if all samples did.
+    """
+    lower = {name: share for name, share in shares.items() if share < 1}
+    if not lower:
+        return ""
+    few = len(shares) <= STOPS_SHOWN
+    shown = shares if few else dict(sorted(lower.items(), key=lambda item: item[1])[:STOPS_SHOWN])
+    text = "stopped by themselves: " + ", ".join(f"{name} {share:.1%}" for name, share in shown.items())
+    if not few:
+        text += f"; the other {len(shares) - len(shown)} students more often"
+    if before is not None and (worse := [name for name in lower if shares[name] < before - STOPS_LESS]):
+        count = ", ".join(worse) if few else f"{len(worse)} of {len(shares)}"
+        text += (
+            f". Training has made {count} stop less often: raise task.max_new_tokens if answers are cut off before "
+            "their end; if they go on after it, the end token was not learned: train longer, or set model.end_token "
+            "to one that the student knows"
+        )
+    return text
 
 
 def sheets(comparison: "Comparison") -> Iterator[Sheet]:
@@ -171,6 +196,10 @@ def notes(group: "Group") -> Iterator[str]:
             if text:
                 yield f"{name}: {text}" if len(labels) == 1 else f"{name}, {'; '.join(of_text)}: {text}"
         metrics = [arm.metrics[name] for arm in group.arms if name in arm.metrics]
+        shares = {arm.label: arm.metrics[name]["stop"] for arm in group.arms if "stop" in arm.metrics.get(name, {})}
+        untrained = [shares[arm.label] for arm in group.arms if not arm.trained and arm.label in shares]
+        if text := stop_rates(shares, before=untrained[0] if len(untrained) == 1 else None):
+            yield f"{name}: {text}"
         for figure, least, what in FORM:
             if low := [of_arm[figure] for of_arm in metrics if of_arm[figure] < least]:
                 shares = f"{min(low):.0%} to {max(low):.0%}" if len(low) > 1 else f"{low[0]:.0%}"
@@ -301,7 +330,7 @@ def _arm_records(comparison: "Comparison") -> list[dict[str, Any]]:
             **{
                 f"{name} {metric} (%)": 100 * arm.metrics.get(name, {}).get(metric, math.nan)
                 for name, metrics in group.sets.items()
-                for metric in metrics
+                for metric in (*metrics, "stop")
             },
         }
         for group in comparison.groups

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from lark.config import build
-from lark.progress import Progress
 from lark.sharding import ShardedStrategy
+from lark.termination import Signals
+from lark.training_progress import TrainingProgress
 
 SETTINGS = {"_target_", "_partial_", "accelerator", "devices", "num_nodes", "strategy", "precision"}
 """Everything else a Trainer takes (max_time, limit_val_batches, ...) would change results behind the caches' backs."""
@@ -42,10 +44,13 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
         }
         if settings["strategy"] == "fsdp":  # not Lightning's of that name, which is FSDP's first version
             common["strategy"] = ShardedStrategy()  # one a Trainer: it keeps what it has set up
+        callbacks = [Signals(), *keywords.pop("callbacks", [])]
         if progress is not None:
-            keywords["callbacks"] = [*keywords.get("callbacks", []), Progress(progress)]
+            callbacks.append(TrainingProgress(progress))
+        if SLURMEnvironment.detect():  # resubmitting is for who submitted; checkpoints are ours
+            common["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         try:
-            return make(**common | keywords)
+            return make(**common | keywords, callbacks=callbacks)
         except (MisconfigurationException, TypeError, ValueError) as error:
             given = " ".join(f"trainer.{k}={settings[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
             raise ValueError(f"{given} cannot be used here ({error}); set trainer=auto, or correct them") from error

@@ -1,0 +1,231 @@
+"""`python -m lark.export <arm> <folder>`: a trained student as a folder that other tools load.
+
+Under LoRA that is the adapter alone or, with --merge, one whole model; either with tokenizer, chat template, generation
+config and model card.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lark.cache import complete, read_json, write_json
+
+DTYPES = ("float32", "bfloat16", "float16")
+_ARMS = ("selector", "baseline")
+
+
+def export(
+    arm: str | Path,
+    out: str | Path,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    base: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the student that was trained in `arm` to the folder `out`, whole or not at all.
+
+    arm: logs/arms/<hash>, or a run's link to it (<run>/selector).
+    out: a folder that is not there yet, or empty.
+    merge: add the LoRA adapter to the base's weights, in float32.
+    dtype: float32 | bfloat16 | float16, to which the weights are cast at last; null keeps what the arm's files have,
+        for a merged model what the base's have.
+    base: where the base's weights are now (folder, .gguf file or hub id), if no longer where the arm found them.
+
+    Raises ValueError if there is no trained arm, `out` is in use, or the base's weights are missing or others.
+    """
+    arm, out = Path(arm), Path(out)
+    trained = _read(arm)
+    student, checkpoint = trained["student"], arm / "checkpoint"
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not an empty folder; name another, or remove it")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype {dtype} is unknown; set it to one of {', '.join(DTYPES)}")
+    if student["lora"] is None:
+        if base is not None:
+            raise ValueError(f"--base {base}: this student was trained whole and has no base; leave it out")
+        if merge:
+            say("merge       nothing to merge: every parameter was trained")
+    elif merge or base is not None:
+        student |= _moved(student, base)
+        _check_base(trained, say)
+    if (arm.parent / "replay.yaml").is_file():  # a run's link: it may reuse what another run has trained
+        trained["run"] = str(arm.parent.absolute())
+    merge = merge and student["lora"] is not None
+    temporary = out.with_name(f".{out.name}.exporting")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        if merge:
+            weights = _write_merged(student, checkpoint, temporary, dtype)
+        elif dtype is not None and student["lora"] is None:
+            weights = _write_cast(student, checkpoint, temporary, dtype)
+        else:
+            weights = _write_copy(student, checkpoint, temporary, dtype, base)
+        _write_card(temporary, trained, arm, merged=merge, weights=weights)
+        if out.exists():
+            out.rmdir()
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"export      {out}: {weights}")
+
+
+def _read(arm: Path) -> dict[str, Any]:
+    """trained.json of the arm. Raises ValueError that says what to name instead."""
+    if not complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
+        if inside := [str(arm / name) for name in _ARMS if complete(arm / name, "trained.json")]:
+            raise ValueError(f"{arm} is a run, not an arm; name {' or '.join(inside)}")
+        what = "is the student before training" if complete(arm, "metrics.json") else "holds no trained arm"
+        raise ValueError(f"{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms")
+    trained = read_json(arm / "trained.json")
+    if "student" not in trained:
+        raise ValueError(f"{arm}/trained.json does not say which student it is, as older ones; train the arm again")
+    return trained
+
+
+def _moved(student: dict[str, Any], base: str | None) -> dict[str, Any]:
+    """The student's settings that change where `base` says where its weights are."""
+    if base is None or (student["path"] is None and base == student["id"]):
+        return {}
+    if Path(base).exists():
+        return {"path": str(Path(base).absolute())}
+    return {"path": None, "id": base, "revision": None}
+
+
+def _check_base(trained: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Raises ValueError if the base's weights are missing or are not those that were trained."""
+    from lark.models import Student
+
+    try:
+        student = Student(**trained["student"])
+        found, known = student.identity(), trained["identity"]["student"]
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter's base is missing ({error}); say --base <folder, .gguf file or hub id>"
+        ) from error
+    if not found.keys() <= known.keys():  # a folder then, the hub now, or the other way round
+        say(f"base        {student.path or student.id}: not compared with what was trained ({known})")
+    elif found != {key: known[key] for key in found}:
+        raise ValueError(
+            f"{student.path or student.id} holds other weights ({found}) than those the adapter was trained on "
+            f"({ {key: known[key] for key in found} }); use --base <folder, .gguf file or hub id> with the right ones"
+        )
+
+
+def _write_merged(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: str | None) -> str:
+    """One model of base and adapter; says how near its logits are to theirs."""
+    import torch
+
+    from lark.models import Student, base_model, save_student
+
+    loader = Student(**student)
+    kept = dtype or _dtype_of_files(loader)
+    model: Any = loader.load_trained(checkpoint, torch.float32).eval()
+    tokens_RL = torch.arange(min(64, base_model(model).config.get_text_config().vocab_size))[None]
+    with torch.inference_mode():
+        expected = model(input_ids=tokens_RL, use_cache=False).logits
+    model = model.merge_and_unload()
+    with torch.inference_mode():
+        logits = model(input_ids=tokens_RL, use_cache=False).logits
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+    assert difference <= 1e-3, f"merging changes logits by {difference} of the largest"
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if head is not embedding and not torch.equal(head, embedding):
+        model.config.tie_word_embeddings = False  # a head of its own, such as modules_to_save=[lm_head] trains
+    _cast(model, kept)
+    save_student(model, _chat(student, checkpoint), folder)
+    return (
+        f"the adapter merged into its base in float32, by which no logit changed by more than {difference:.1e} of the "
+        f"largest (a row of {tokens_RL.shape[1]} tokens), then saved in {kept}"
+    )
+
+
+def _dtype_of_files(student: Any) -> str:
+    """float32 where they do not say, and for the dequantised weights of a .gguf file."""
+    from transformers import AutoConfig
+
+    source, keywords = student._source()
+    if "gguf_file" in keywords:
+        return "float32"
+    dtype = AutoConfig.from_pretrained(source, **keywords).get_text_config().dtype
+    return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+
+
+def _write_cast(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: str) -> str:
+    """A model all of whose parameters were trained, in another dtype."""
+    from transformers import AutoModelForCausalLM
+
+    from lark.models import save_student
+
+    remote = student["trust_remote_code"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=remote)
+    _cast(model, dtype)
+    save_student(model, _chat(student, checkpoint), folder)
+    return f"the whole model in {dtype}"
+
+
+def _write_copy(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: str | None, base: str | None) -> str:
+    """The arm's files as they are, but for an adapter's dtype and where it says its base is."""
+    shutil.copytree(checkpoint, folder)
+    if student["lora"] is None:
+        return "the whole model as it was trained"
+    if base is not None:
+        from lark.models import Student
+
+        settings = read_json(folder / "adapter_config.json")
+        write_json(folder / "adapter_config.json", settings | Student(**student).base())
+    if dtype is None:
+        return "the adapter as it was trained"
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return f"the adapter in {dtype}"
+
+
+def _cast(model: Any, dtype: str) -> None:
+    import torch
+
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+
+
+def _chat(student: dict[str, Any], checkpoint: Path) -> Any:
+    """Tokenizer and template as they were trained with."""
+    from transformers import AutoTokenizer
+
+    from lark.chat import Chat
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=student["trust_remote_code"])
+    return Chat(tokenizer=tokenizer, template=tokenizer.chat_template)
+
+
+def _write_card(folder: Path, trained: dict[str, Any], arm: Path, *, merged: bool, weights: str) -> None:
+    from lark.card import write_card
+
+    write_card(folder, trained, arm, merged=merged, weights=weights)
+
+
+def main() -> None:
+    about = __doc__.partition("\n")[0] if __doc__ else ""
+    parser = argparse.ArgumentParser(prog="python -m lark.export", description=about)
+    parser.add_argument("arm", type=Path, help="folder of a trained arm: <run>/selector, or logs/arms/<hash>")
+    parser.add_argument("folder", type=Path, help="folder to write to: not there yet, or empty")
+    parser.add_argument("--merge", action="store_true", help="add the LoRA adapter to its base: one whole model")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights; default: the arm's, merged the base's")
+    parser.add_argument("--base", help="where the base's weights are now: folder, .gguf file or hub id")
+    given = parser.parse_args()
+    try:
+        export(given.arm, given.folder, merge=given.merge, dtype=given.dtype, base=given.base)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lark: {error}")
+
+
+if __name__ == "__main__":
+    main()
