@@ -15,9 +15,9 @@ from lark.description import quiet_libraries
 from lark.models import Student
 from lark.policies import Policy
 from lark.probe import Probe
+from lark.recipe import Recipe
 from lark.scores import Lark
 from lark.selection import Rule
-from lark.recipe import Recipe
 from lark.tasks.arithmetic import generate
 from lark.tasks.files import EmbeddedTask, Task
 

@@ -105,9 +105,9 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     from lark.policies import Policy
     from lark.pool import read_pool
     from lark.probe import Probe
+    from lark.recipe import Recipe
     from lark.scores import Lark, Length, Random
     from lark.selection import Rule
-    from lark.recipe import Recipe
     from lark.tasks.files import Task
 
     quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}

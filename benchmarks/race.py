@@ -43,10 +43,10 @@ from lark.policies import Policy
 from lark.probe import PassModule, Probe, ProbeModule, Work, measure
 from lark.race import MARGINS, Trial, calibration_size, top
 from lark.race_pass import RaceModule, RaceWork
+from lark.recipe import Recipe
 from lark.scores import Lark, Likelihood, RankSurprisal
 from lark.selection import Rule
 from lark.shards import read_columns
-from lark.recipe import Recipe
 from lark.tasks.arithmetic import generate
 from lark.tasks.files import EmbeddedTask, Task
 

@@ -56,6 +56,29 @@ def test_an_adapter_is_merged_into_the_weights(make_student, adapter):
     assert current(replace(upon, lora=None), Path(folder)).adapters == ()
 
 
+def test_beside_bfloat16_weights_a_small_adapter_is_kept_that_in_them_would_be_lost(make_student, tmp_path):
+    ids = torch.arange(40)[None]
+    plain = make_student(lora=LORA)
+    model = plain.load_trainable(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(1e-3 * torch.randn_like(parameter).sign())
+    save_student(model, plain.load_chat(), tmp_path / "small")
+    student = make_student(adapter=str(tmp_path / "small"))
+
+    def change(dtype, **merge):
+        with torch.no_grad():
+            before = hidden_states(plain.load_model(dtype), ids, None).float()
+            return (hidden_states(student.load_model(dtype, **merge), ids, None).float() - before).flatten()
+
+    exact = change(torch.float32)
+    torch.testing.assert_close(change(torch.float32, merge=False), exact, rtol=1e-3, atol=1e-5)
+    beside, inside = (change(torch.bfloat16, merge=merge) for merge in (False, True))
+    likeness = [torch.cosine_similarity(one, exact, dim=0).item() for one in (beside, inside)]
+    assert likeness[0] > likeness[1]
+
+
 def test_adapters_that_are_none(make_student, adapter, tmp_path):
     with pytest.raises(ValueError, match=r"model\.adapter=/nowhere holds no adapter_config\.json; set it"):
         make_student(adapter="/nowhere")

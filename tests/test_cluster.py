@@ -106,7 +106,7 @@ def test_a_job_that_is_preempted_goes_on(alone: Path, cluster: dict[str, str], t
     assert {f"export LARK_SWEEP={folder.name}", "export SLURM_KILL_BAD_EXIT=1"} <= set(script)
     (text,) = (path.read_text() for path in folder.glob(".submitit/*/*_0_log.out"))
     assert text.count(f"run         {folder / '0'}") == 2
-    assert text.count("goes on from") == 1
+    assert text.count("selector    goes on from") == 1
     assert read_json(folder / "0" / "summary.json")["status"] == "finished"
     assert_same(arm(tmp_path), alone)
 

@@ -49,7 +49,8 @@ def pool_of(chat) -> Any:
 def untrained(student) -> Any:
     """The student, LoRA on top, with the head's row of its end token as pre-training leaves one that never occurs."""
     model = student.load_trainable(torch.float32)
-    weight = base_model(model).get_output_embeddings().weight.data
+    output: Any = base_model(model).get_output_embeddings()
+    weight = output.weight.data
     alike = F.cosine_similarity(weight, weight[0][None]) > 0.9  # to another that never occurred
     assert alike.sum() > 100
     mean = weight[alike].mean(0)

@@ -66,7 +66,7 @@ def test_whatever_stops_it_the_table_is_the_same(tmp_path):
         process = start(tmp_path / "parts")
         try:
             process.wait(timeout=rng.uniform(0.3, 0.9) * seconds)
-            assert process.returncode == 0, process.stderr.read()  # it was done before it could be stopped
+            assert process.returncode == 0  # it was done before it could be stopped
         except subprocess.TimeoutExpired:
             how = (signal.SIGTERM, signal.SIGKILL)[i % 2]
             process.send_signal(how)

@@ -117,7 +117,7 @@ def test_a_folder_is_replaced_so_that_one_is_always_there(dies_before, tmp_path,
             pass
 
     class FakeTrainer:
-        is_global_zero, strategy = True, FakeStrategy
+        is_global_zero, strategy, step = True, FakeStrategy, 0
 
         def save_checkpoint(self, path):
             path.mkdir()

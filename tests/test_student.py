@@ -288,6 +288,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_trajectories(make_data, m
 @pytest.mark.parametrize("spike", [3.0, None])
 def test_a_spike_stops_and_names_its_trajectory_first(spike, make_data, make_trainer, tmp_path):
     class Spiking(SFTModule):
+        bad = -1
+
         def loss(self, micro, coefficient_CR):
             factor = [50.0 if self.global_step == 10 and row == self.bad else 1.0 for row in micro.rows]
             return super().loss(micro, coefficient_CR * torch.tensor(factor))

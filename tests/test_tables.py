@@ -268,7 +268,7 @@ def test_stop_rates_of_runs(capsys) -> None:
     runs[0]["arms"]["selector"]["metrics"]["eval"]["stop"] = 0.6
     comparison = compare(runs)
     out = " ".join(printed(capsys, comparison).split())
-    assert "eval: stopped by themselves: before training 90.0%, " in out
+    assert "eval: stopped by themselves: before 90.0%, " in out
     assert "lark 60.0%" in out and "random 90.0%" in out and "Training has made lark stop less often" in out
     arms = {arm["arm"]: arm for arm in csv.DictReader(io.StringIO(texts(comparison)["arms.csv"]))}
     assert {name: float(arm["eval stop (%)"]) for name, arm in arms.items()} == pytest.approx(

@@ -84,6 +84,14 @@ def test_settings_divide_the_batch_and_hold_the_longest(module, opened):
     assert module.settings_of("trl", data, batches) == list(dict.fromkeys(max(w, longest) for w in module.WIDTHS))
 
 
+def test_the_limit_counts_both_kinds_of_products(module, opened, found):
+    data, _ = opened
+    model = importlib.import_module("contenders").fresh_model(data)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in module.Adapters(model).parameters()) == trained
+    assert all(seconds > 0 for seconds in found["ours"]["limit"].values())
+
+
 def test_report(module, found, capsys):
     arguments = module.parse(WORDS)
     tried = {"hf_grouped": {"setting": 8, "tried": {"8": 100.0, "4": 90.0}}}

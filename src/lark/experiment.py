@@ -22,9 +22,10 @@ from lark.config import build, model_option
 from lark.data import TrajectoryDataModule
 from lark.description import describe_recipe, describe_selections, quiet_libraries, write_statistics
 from lark.divergence import DivergedError
+from lark.end_token import EndTokenCheck
 from lark.evaluate import read_problems
 from lark.passes import GradientMatches, Statistics
-from lark.plan import Plan, barrier, is_main, leave_ranks, start_ranks, world_size
+from lark.plan import Plan, barrier, is_main, leave_ranks, say, start_ranks, world_size
 from lark.progress import PassProgress
 from lark.refresh import announce, refreshes_of, total_cost
 from lark.report import print_comparison
@@ -61,12 +62,6 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
         leave_ranks()
 
 
-def say(text: str) -> None:
-    """Derived facts, once (not once a rank)."""
-    if is_main():
-        print(text, flush=True)
-
-
 class _Run:
     """The parts of one run and the order in which they act."""
 
@@ -99,6 +94,7 @@ class _Run:
             precision=self.precision,
             say=say,
         )
+        self.end_check = EndTokenCheck(self.data, say)
         self.rules = self.data.rules
         self.plan = Plan(folder)
         self.figures: dict[str, dict[str, Any]] = {}
@@ -195,7 +191,16 @@ class _Run:
             if to_do:
                 make_trainer = partial(self.trainer, progress="warm-up")
                 saver = EpochSaver(arm)
-                train(arm, data, steps=steps, make_trainer=make_trainer, logger=None, say=say, callbacks=[saver])
+                train(
+                    arm,
+                    data,
+                    steps=steps,
+                    make_trainer=make_trainer,
+                    logger=None,
+                    say=say,
+                    callbacks=[saver, self.end_check],
+                    run=self.folder,
+                )
         del data.selections[arm.name]
         data.use("selector")
         return checkpoints(arm), training_cost(arm, data) if is_main() else {}
@@ -304,7 +309,9 @@ class _Run:
                     make_trainer=partial(self.trainer, progress=arm.name),
                     logger=logger,
                     say=say,
+                    callbacks=[self.end_check],
                     share=self._share,
+                    run=self.folder,
                 )
             if action in ("train", "evaluate") and self.config.stop_after != "training" and problems and checker:
                 trainer = self.trainer()
@@ -325,9 +332,7 @@ class _Run:
                     cost = total_cost(self.data.cost_of(self.rules[arm.name]), arm.folder)
                 log_arm(logger, arm, cost=cost, reused=action == "reuse")
                 self.tracker.keep(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("*.jsonl")))
-                if (
-                    self.config.stop_after != "training" and problems is not None
-                ):  # read now: later the arm is no longer locked
+                if self.config.stop_after != "training" and problems is not None:  # later the arm is no longer locked
                     self.figures[arm.name] = read_figures(arm, list(problems)) | ({"cost": cost} if cost else {})
                     if arm.refresh:
                         self.figures[arm.name]["refreshes"] = refreshes_of(arm.folder)

@@ -169,8 +169,12 @@ class Student:
         chat = Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
         return chat if self.end_token is None else chat.ending_with(self.end_token)
 
-    def load_model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The pre-trained weights, on CPU and in eval mode. Raises ValueError if they or their head are of no use."""
+    def load_model(self, dtype: torch.dtype, *, merge: bool = True) -> PreTrainedModel:
+        """The pre-trained weights, on CPU and in eval mode. Raises ValueError if they or their head are of no use.
+
+        merge: whether the last adapter goes into the weights, or stays beside them: in bfloat16, weights swallow what
+        is small against them.
+        """
         source, keywords = self._source()
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -181,16 +185,17 @@ class Student:
         for parameter in model.parameters():  # a dequantised GGUF file arrives in its own dtype
             parameter.data = parameter.data.to(dtype)  # not model.to(dtype): that would round RoPE's frequencies too
         for folder in self.adapters:
-            model = self._merged(model, folder)
+            model = self._with_adapter(model, folder, merge=merge or folder != self.adapters[-1])
         self._check_head(model)
         return model
 
-    def _merged(self, model: Any, folder: str) -> Any:
-        """The model with the adapter in `folder` in its weights, which keep their dtype."""
+    def _with_adapter(self, model: Any, folder: str, *, merge: bool) -> Any:
+        """The model with the adapter in `folder` in its weights, which keep their dtype, or in its layers."""
         from peft import PeftModel
 
         try:
-            return PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+            adapted: Any = PeftModel.from_pretrained(model, folder)
+            return (adapted.merge_and_unload() if merge else adapted.get_base_model()).eval()
         except (*LOADING_ERRORS, RuntimeError, TypeError) as error:  # of another format, or for another model
             reason = str(error).strip().partition("\n")[0].rstrip(":. ")
             raise ValueError(
@@ -228,7 +233,7 @@ class Student:
             if hasattr(base_model(model).get_output_embeddings(), "lora_A"):  # its weight alone is what we multiply by
                 raise ValueError(
                     f"model.lora.target_modules={self.lora.get('target_modules')} puts LoRA on the head, where it "
-                    "would not be trained; take the head out, or name it in model.lora.modules_to_save"
+                    "would not be trained; take the head out, or name it in +model.lora.modules_to_save=[lm_head]"
                 )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

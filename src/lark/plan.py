@@ -29,6 +29,12 @@ def is_main() -> bool:
     return rank_zero_only.rank == 0
 
 
+def say(text: str) -> None:
+    """Derived facts, once (not once a rank)."""
+    if is_main():
+        print(text, flush=True)
+
+
 def world_size() -> int:
     """Processes that run this job together; 1 before Lightning has launched any."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -142,7 +142,8 @@ class PassModule(LightningModule):
 
     def load(self, device: torch.device) -> torch.nn.Module:
         """The student, in eval mode and frozen."""
-        return self.work.student.load_model(self.work.student.resolve_dtype(device)).eval().requires_grad_(False)
+        dtype = self.work.student.resolve_dtype(device)
+        return self.work.student.load_model(dtype, merge=dtype == torch.float32).eval().requires_grad_(False)
 
     @cached_property
     def batch_tokens(self) -> int:

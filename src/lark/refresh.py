@@ -5,10 +5,9 @@ seed and match, but of the student as it is by then. A baseline takes of each pr
 selector's first choice did, at every refresh. The number of optimizer steps, the optimizer's state, the schedule and
 the held-out curve are those of one training; batches are cut from a fresh permutation of the new choice.
 
-Under LoRA the student that is asked has the adapter merged into its weights, in the dtype of its passes; training goes
-on with the adapter apart. Rules that take gradients of what is trained take those of a fresh adapter on merged weights.
-In bfloat16 the sum is rounded, by which a young adapter loses some of its small changes (half of them where B's entries
-are 5e-4, on SmolLM2-135M); model.dtype=float32 keeps all.
+Under LoRA the student that is asked has the adapter merged into its weights, or beside them where its passes are not in
+float32; training goes on with the adapter apart. Rules that take gradients of what is trained take those of a fresh
+adapter on merged weights.
 
 <arm>/refreshed/<step>/student, cache              the current student and its passes, until the choice is made
 <arm>/refreshed/<step>/selection.jsonl, .json      the choice; selection.json is written last

@@ -23,6 +23,7 @@ from lark.tables import (
     new_table,
     number,
     print_runs,
+    stop_rates,
     texts,
 )
 
@@ -123,6 +124,9 @@ def print_comparison(summary: dict[str, Any]) -> None:
         for arm, figures in summary["arms"].items():
             if note := form_of_samples(figures["metrics"][name]):
                 console.print(f"{name}, {arm}: {note}", soft_wrap=True)
+        shares = {arm: figures["metrics"][name]["stop"] for arm, figures in summary["arms"].items()}
+        if text := stop_rates(shares, before=shares.get("before")):
+            console.print(f"{name}: {text}", soft_wrap=True)
 
 
 def _comparison(summary: dict[str, Any], sets: list[str]) -> "Table":

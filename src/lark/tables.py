@@ -196,9 +196,11 @@ def notes(group: "Group") -> Iterator[str]:
             if text:
                 yield f"{name}: {text}" if len(labels) == 1 else f"{name}, {'; '.join(of_text)}: {text}"
         metrics = [arm.metrics[name] for arm in group.arms if name in arm.metrics]
-        shares = {arm.label: arm.metrics[name]["stop"] for arm in group.arms if "stop" in arm.metrics.get(name, {})}
-        untrained = [shares[arm.label] for arm in group.arms if not arm.trained and arm.label in shares]
-        if text := stop_rates(shares, before=untrained[0] if len(untrained) == 1 else None):
+        measured = [arm for arm in group.arms if "stop" in arm.metrics.get(name, {})]
+        untrained = [arm for arm in measured if not arm.trained]
+        before = untrained[0].metrics[name]["stop"] if len(untrained) == 1 else None
+        names = {arm.label: "before" if [arm] == untrained else arm.label for arm in measured}
+        if text := stop_rates({names[arm.label]: arm.metrics[name]["stop"] for arm in measured}, before=before):
             yield f"{name}: {text}"
         for figure, least, what in FORM:
             if low := [of_arm[figure] for of_arm in metrics if of_arm[figure] < least]:
