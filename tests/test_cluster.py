@@ -22,7 +22,7 @@ from lark.cache import read_json
 
 WORDS = (
     *("task.limit=24", "selector=longest", "baseline=none", "logger=csv", "stop_after=training"),
-    *("sft.steps=5", "sft.validations=5", "sft.checkpoint_every=1", "sft.lr=1e-4"),
+    *("sft.steps=30", "sft.validations=5", "sft.checkpoint_every=1", "sft.lr=1e-5"),
 )
 RUN = (sys.executable, "-m", "lark.run")
 TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")

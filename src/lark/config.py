@@ -203,6 +203,9 @@ def sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) if isinstance(error, HydraException | OmegaConfBaseException) else str(error)
     if unknown := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, option = unknown.groups()
+        if group == "hydra":  # a plugin's: hydra/launcher=joblib
+            extras = "'lark-select[sweep]' (joblib) or 'lark-select[slurm]' (slurm)"
+            return f"hydra/{option} is not installed; pip install {extras}, or leave it out"
         close = difflib.get_close_matches(option, options(group), 1)
         remedy = f"did you mean {close[0]}? It can be" if close else "set it to one of"
         return f"{group}={option} is unknown; {remedy} {', '.join(options(group))}"

@@ -25,7 +25,7 @@ from lark.divergence import DivergedError
 from lark.end_token import EndTokenCheck
 from lark.evaluate import read_problems
 from lark.passes import GradientMatches, Statistics
-from lark.plan import Plan, barrier, is_main, leave_ranks, say, start_ranks, world_size
+from lark.plan import Plan, barrier, check_ranks, is_main, leave_ranks, say, start_ranks, world_size
 from lark.progress import PassProgress
 from lark.refresh import announce, refreshes_of, total_cost
 from lark.report import print_comparison
@@ -105,12 +105,7 @@ class _Run:
 
     def go(self) -> float:
         check_sharded(self.trainer().strategy, rules=self.rules)
-        started, used = world_size(), self.trainer().world_size
-        if started not in (1, used):
-            raise ValueError(
-                f"{started} processes were started, but trainer={self.config.trainer.name} uses {used}; set "
-                "trainer=ddp trainer.devices=<processes a node> trainer.num_nodes=<nodes>, or start one process"
-            )
+        check_ranks(self.trainer().world_size, self.config.trainer.name)
         say(f"run         {self.folder}")
         say(f"logging     {self.tracker.describe()}")
         self.data.prepare_data()

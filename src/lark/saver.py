@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lark import termination
-from lark.termination import TerminatedError
 
 
 class Saver(Callback):
@@ -48,10 +47,10 @@ class Saver(Callback):
         if stop:
             if trainer.is_global_zero:
                 print(
-                    f"stopped     by SIGTERM after optimizer step {step}; the same command goes on from {self.path}",
+                    f"stopped     by {termination.name()} after optimizer step {step}; the same command goes on from {self.path}",
                     flush=True,
                 )
-            raise TerminatedError
+            termination.obey()
 
 
 def _any_rank(trainer: Trainer, here: bool) -> bool:

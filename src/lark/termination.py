@@ -1,13 +1,15 @@
 """SIGTERM, by which a scheduler says that the machine is about to be taken away: the process ends with exit code 143,
 and in training not before its last step is saved. Lightning's own handling is set aside: it talks to other ranks from
-inside the handler, at whatever point each of them happens to be.
+inside the handler, at whatever point each of them happens to be. SIGUSR2, by which SLURM tells submitit's jobs that
+their time is over, is taken the same way and then left to submitit, which queues the job again.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -16,38 +18,43 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class TerminatedError(SystemExit):
-    """SIGTERM has come."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_CODE)
+    """The process ends because a signal asked for it."""
 
 
 class _Signal:
     """There is one a process."""
 
     terminable = False
-    asked = False
+    asked = 0  # its number
     waits = False
+    requeue: Any = None  # submitit's handler
     launchers: list[Any] = []  # noqa: RUF012
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
     """Inside, SIGTERM raises TerminatedError, at once or when training is ready for it."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    _Signal.requeue = before[signal.SIGUSR2] if "SUBMITIT_EXECUTOR" in os.environ else None
     _Signal.terminable = True
     _take_over()
     try:
         yield
     finally:
-        _Signal.terminable = _Signal.asked = _Signal.waits = False
+        _Signal.terminable, _Signal.asked, _Signal.waits, _Signal.requeue = False, 0, False, None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def asked() -> bool:
     """Whether SIGTERM has come and has not been obeyed yet."""
-    return _Signal.asked
+    return bool(_Signal.asked)
+
+
+def name() -> str:
+    """Of the signal that has come."""
+    return signal.Signals(_Signal.asked or signal.SIGTERM).name
 
 
 def wait() -> None:
@@ -55,11 +62,19 @@ def wait() -> None:
     _Signal.waits = True
 
 
+def obey() -> NoReturn:
+    """Raises TerminatedError; under submitit, rank 0 is queued again, and no other rank's end counts as a failure."""
+    if _Signal.asked == signal.SIGUSR2 and _Signal.requeue is not None:
+        _Signal.requeue(signal.SIGUSR2, None)  # ends rank 0
+        raise TerminatedError(0)
+    raise TerminatedError(EXIT_CODE)
+
+
 def go_on() -> None:
     """The end of `wait`. Raises TerminatedError if SIGTERM has come meanwhile."""
     _Signal.waits = False
     if _Signal.asked:
-        raise TerminatedError
+        obey()
 
 
 def stop_waiting() -> None:
@@ -70,16 +85,18 @@ def stop_waiting() -> None:
 def _take_over() -> None:
     if threading.current_thread() is threading.main_thread():  # others get no signals
         signal.signal(signal.SIGTERM, _note)
+        if _Signal.requeue is not None:
+            signal.signal(signal.SIGUSR2, _note)
 
 
 def _note(signum: int, frame: Any) -> None:
     if _Signal.asked:  # schedulers repeat themselves
         return
-    _Signal.asked = True
+    _Signal.asked = signum
     for launcher in _Signal.launchers:
         launcher.kill(signum)  # the ranks that this one started
     if not _Signal.waits:
-        raise TerminatedError
+        obey()
 
 
 class Signals(Callback):

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from lark.config import build
+from lark.plan import environment
 from lark.sharding import ShardedStrategy
 from lark.termination import Signals
 from lark.training_progress import TrainingProgress
@@ -47,8 +47,8 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
         callbacks = [Signals(), *keywords.pop("callbacks", [])]
         if progress is not None:
             callbacks.append(TrainingProgress(progress))
-        if SLURMEnvironment.detect():  # resubmitting is for who submitted; checkpoints are ours
-            common["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        if (cluster := environment()) is not None:
+            common["plugins"] = [cluster]
         try:
             return make(**common | keywords, callbacks=callbacks)
         except (MisconfigurationException, TypeError, ValueError) as error:
