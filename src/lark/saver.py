@@ -46,10 +46,8 @@ class Saver(Callback):
             replace_checkpoint(trainer, self.path)
         if stop:
             if trainer.is_global_zero:
-                print(
-                    f"stopped     by {termination.name()} after optimizer step {step}; the same command goes on from {self.path}",
-                    flush=True,
-                )
+                said = f"stopped     by {termination.name()} after optimizer step {step}; the same command goes on from"
+                print(f"{said} {self.path}", flush=True)
             termination.obey()
 
 
