@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lark import training_progress
+from lark.budget import release_memory
 from lark.cache import complete, identity_hash, read_json, source_hash, write_json
 from lark.card import arm_facts, write_card
 from lark.data import TrajectoryDataModule
 from lark.models import save_student
+from lark.parallel import whole_state
 from lark.plan import barrier, is_main
 from lark.recipe import Recipe
 from lark.refresh import (
@@ -43,11 +46,10 @@ from lark.refresh import (
 )
 from lark.saver import Saver, newest_checkpoint
 from lark.selection import Selection, export
-from lark.sharding import whole_state
 from lark.student import SFTModule
 
 _SOURCES = (
-    *("arms", "batches", "chat", "layouts", "models", "packing", "prefixes", "recipe", "stats", "student"),
+    *("arms", "batches", "chat", "layouts", "models", "packing", "parallel", "prefixes", "recipe", "stats", "student"),
     "trajectories",
 )
 
@@ -173,10 +175,9 @@ def train(
     if is_main():
         arm.folder.mkdir(parents=True, exist_ok=True)
         write_selection(arm.name, arm.rule, data, arm.folder)
-    last, parts = newest_checkpoint(arm.last), segments(arm.folder, steps, arm.refresh)
-    begun = max(i for i, part in enumerate(parts) if i == 0 or (last and part.begun))
-    if arm.refresh:
-        begun = share(f"segment {arm.folder.name}", begun)
+    found, parts = newest_checkpoint(arm.last), segments(arm.folder, steps, arm.refresh)
+    begun = max(i for i, part in enumerate(parts) if i == 0 or (found and part.begun))
+    begun, last = share(f"training {arm.folder.name}", [begun, str(found) if found else None])
     if last:
         say(f"{arm.name:<11} goes on from {last}")
     facts: dict[str, Any] = {"name": arm.name, "steps": steps, "seconds": 0.0, **_cost(arm, data)}
@@ -186,9 +187,11 @@ def train(
         start = time.monotonic()
         keep = parts[i + 1].student if i + 1 < len(parts) else arm.checkpoint
         facts |= _train_part(
-            arm, data, part, keep, steps=steps, make_trainer=make_trainer, logger=logger, more=callbacks
+            arm, data, part, keep, last, steps=steps, make_trainer=make_trainer, logger=logger, more=callbacks
         )
         facts["seconds"] += time.monotonic() - start
+        _let_go(data)
+        last = arm.last if i + 1 < len(parts) else None  # the end of a segment is always saved
     if is_main():
         if arm.refresh:
             facts["refreshes"] = [read_json(part.folder / MANIFEST)["refresh"] for part in parts[1:]]
@@ -204,14 +207,15 @@ def _train_part(
     data: TrajectoryDataModule,
     part: Segment,
     keep: Path,
+    last: str | Path | None,
     *,
     steps: int,
     make_trainer: Callable[..., Trainer],
     logger: Any,
     more: Sequence[Callback],
 ) -> dict[str, Any]:
-    """Train to the segment's end, from the arm's last checkpoint if there is one, and `keep` the student as it is then;
-    the held-out curve so far, and how it went.
+    """Train to the segment's end, from the checkpoint `last` if there is one, and `keep` the student as it is then; the
+    held-out curve so far, and how it went.
     """
     module = SFTModule(student=data.student, recipe=arm.recipe, steps=steps, seed=data.seed, folder=arm.folder)
     validate_every = max(1, steps // arm.recipe.validations)
@@ -230,8 +234,9 @@ def _train_part(
         val_check_interval=validate_every,
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
+        inference_mode=False,  # what a divided student gathers in it could not be trained afterwards
     )
-    trainer.fit(module, datamodule=data, ckpt_path=newest_checkpoint(arm.last), weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     assert trainer.global_step == part.end, f"{trainer.global_step} of {part.end} optimizer steps done"
     if part.end == steps and module.curve and module.curve[-1]["step"] != steps:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -260,8 +265,6 @@ def _choice(
     if not before:
         return arm.selection
     if not share(f"refreshed {arm.folder.name} {part.first}", complete(part.folder, MANIFEST)):
-        data.trainer = None
-        gc.collect()  # the student in training refers to itself: it would take its memory from the passes
         anew = choose_anew(part, arm.name, data, share=share)
         if is_main():
             previous = read_choice(before[-1], data.trajectories) if before[-1].first else arm.selection
@@ -274,6 +277,15 @@ def _choice(
         forget_student(part)
     barrier()
     return read_choice(part, data.trajectories)
+
+
+def _let_go(data: TrajectoryDataModule) -> None:
+    """Of the student in training, which would take its memory from what comes next: it refers to itself."""
+    trainer, data.trainer = data.trainer, None
+    device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+    del trainer
+    gc.collect()
+    release_memory(device)
 
 
 def _cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Step:
     one set, held-out loss one per figure. names: "problem/candidate", for messages.
     lengths_by_rank: tokens of the rows of every rank, from which each can tell how many micro-batches another makes.
     effective: effective sample size of the weights in the global batch, (sum w)^2 / sum w^2, in trajectories.
+    mean_weight: what the step's loss is to be divided by to compare it with that of other steps.
     """
 
     rows: np.ndarray
@@ -35,6 +36,7 @@ class Step:
     names: tuple[str, ...]
     lengths_by_rank: tuple[np.ndarray, ...]
     effective: float = 0.0
+    mean_weight: float = 1.0
 
     def to(self, device: torch.device, **_: Any) -> "Step":
         return self  # its micro-batches move one by one
@@ -80,6 +82,7 @@ def training_step(
         coefficient_R[None],
         tuple(lengths[share] for share in shares),
         effective=float(weights[batch].sum() ** 2 / np.square(weights[batch]).sum()),
+        mean_weight=float(weights[batch].mean()) if recipe.average == "trajectory" else 1.0,
     )
 
 
@@ -88,7 +91,7 @@ def _step(
     rows: np.ndarray,
     coefficient_CR: np.ndarray,
     lengths_by_rank: tuple[np.ndarray, ...],
-    effective: float = 0.0,
+    **facts: float,
 ) -> Step:
     return Step(
         rows=rows,
@@ -96,7 +99,7 @@ def _step(
         coefficient_CR=coefficient_CR,
         names=tuple(f"{pool.problem_id[row]}/{pool.candidate_id[row]}" for row in rows.tolist()),
         lengths_by_rank=lengths_by_rank,
-        effective=effective,
+        **facts,
     )
 
 

@@ -6,6 +6,7 @@ from statistics import median
 
 WINDOW = 32  # steps that a spike is told from
 LEAST = 8  # of them, before any is
+HARMLESS = 0.5  # nats/token, below which no loss is a spike
 
 
 class DivergedError(ValueError):
@@ -13,7 +14,9 @@ class DivergedError(ValueError):
 
 
 class Losses:
-    """The losses of the last optimizer steps (nats/token). spike: see `lark.recipe.Recipe`."""
+    """The losses of the last optimizer steps (nats/token, as of weights that are 1 on average). spike: see
+    `lark.recipe.Recipe`.
+    """
 
     def __init__(self, *, spike: float | None, recent: Sequence[float] = ()):
         self.spike, self.recent = spike, list(recent)
@@ -25,6 +28,9 @@ class Losses:
         """Why a step of this loss and gradient norm must not be taken; None if it may."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss:.4g}, gradient norm {norm:.4g}"
-        if self.spike is not None and len(self.recent) >= LEAST and loss > self.spike * (usual := median(self.recent)):
+        if self.spike is None or len(self.recent) < LEAST:
+            return None
+        usual = median(self.recent)
+        if loss > max(self.spike * usual, HARMLESS):
             return f"its loss of {loss:.4g} is more than sft.spike={self.spike:g} times the usual {usual:.4g}"
         return None

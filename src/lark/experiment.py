@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lark.agreement import settle_dtype
 from lark.arm_evaluation import action_of, evaluate_arm, evaluation_identity
 from lark.arms import Arm, final_loss, make_arm, train, write_selection
-from lark.cache import complete, lock, writable, write_json
+from lark.cache import complete, lock, read_json, writable, write_json
 from lark.config import build, model_option
 from lark.data import TrajectoryDataModule
 from lark.description import describe_recipe, describe_selections, quiet_libraries, write_statistics
@@ -262,7 +262,7 @@ class _Run:
         except DivergedError as error:
             say(f"rate        {arm.name} ({arm.rule}): {arm.recipe.lr:g} diverged ({error})")
             if is_main():
-                write_json(arm.folder / "diverged.json", {"error": str(error)})
+                write_json(arm.folder / "diverged.json", {"error": str(error), "spike": arm.recipe.spike})
 
     def _locked(
         self, arms: list[Arm], identity: dict[str, Any], training_only: bool, held: ExitStack
@@ -385,7 +385,9 @@ class _Run:
 
 
 def _tried(arm: Arm) -> bool:
-    return arm.trained or complete(arm.folder, "diverged.json")
+    """Whether it was trained, or diverged under the same settings."""
+    diverged = arm.folder / "diverged.json"
+    return arm.trained or (diverged.exists() and read_json(diverged).get("spike") == arm.recipe.spike)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -47,11 +47,14 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Rows cut into micro-batches: indices of the rows of each, how they are laid out, and the expected cost."""
+    """Rows cut into micro-batches: indices of the rows of each, how they are laid out, the expected cost, and how many
+    tokens the largest computes.
+    """
 
     rows: list[np.ndarray]
     packed: bool
     cost: float
+    tokens: int
 
 
 def costs_of(model: Any, *, apart: bool) -> Costs:
@@ -60,7 +63,11 @@ def costs_of(model: Any, *, apart: bool) -> Costs:
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     embedding = {id(p) for m in model.get_decoder().modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    matrices = [p for p in model.get_decoder().parameters() if p.ndim >= 2 and id(p) not in embedding]
+    matrices = [
+        p
+        for name, p in model.get_decoder().named_parameters()
+        if p.ndim >= 2 and id(p) not in embedding and "lora_" not in name
+    ]
     # scores and their sums, each causal: half of the places
     pair = ATTENTION_SLOWDOWN * width * config.num_hidden_layers
     return Costs(token=sum(p.numel() for p in matrices), pair=pair, apart=apart)
@@ -71,10 +78,11 @@ def cut(lengths: np.ndarray, *, layout: str, budget: int, costs: Costs) -> Cut:
     alone), in `layout`; "auto" is the cheaper one.
     """
     if not len(lengths):
-        return Cut(rows=[], packed=False, cost=0.0)
+        return Cut(rows=[], packed=False, cost=0.0, tokens=0)
     options = []
     for packed, cost in ((False, costs.of_bucket), (True, costs.of_packed)):
         if layout in ("auto", "packed" if packed else "buckets"):
             rows = micro_batches(lengths, budget=budget, packed=packed)
-            options.append(Cut(rows=rows, packed=packed, cost=sum(cost(lengths[part]) for part in rows)))
+            tokens = max(int(lengths[part].sum() if packed else len(part) * lengths[part].max()) for part in rows)
+            options.append(Cut(rows=rows, packed=packed, cost=sum(cost(lengths[part]) for part in rows), tokens=tokens))
     return min(options, key=lambda option: option.cost)

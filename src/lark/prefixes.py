@@ -107,6 +107,8 @@ def share_prefixes(model: Any, implementation: str) -> str | None:
     decoder = model.get_decoder()
     if implementation not in CAUSAL_WITHOUT_MASK:
         return f"model.attention={implementation} needs a mask"
+    if implementation != "sdpa" and next(model.parameters()).device.type == "cpu":
+        return f"model.attention={implementation} cannot be tried on a CPU"
     if any(isinstance(module, torch.nn.Conv1d) for module in decoder.modules()):
         return f"{type(model).__name__} does not mix tokens by attention alone"
     name, windows = f"prefix_tree_{implementation}", set[int]()
@@ -176,10 +178,13 @@ def _attention(
     keywords.pop("position_ids", None)  # flash attention would take positions that restart for packed documents
     if prefix_tree is None:
         return inner(module, query, key, value, **keywords), None
-    result_XHE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    result_XHE: Tensor | None = None
     for group in prefix_tree.groups:
         output_RLHE = inner(module, *(_gather(x, group.node_RL) for x in (query, key, value)), **keywords)
+        if result_XHE is None:  # autocast may have made it of another dtype than the queries
+            result_XHE = output_RLHE.new_empty(query.shape[2], query.shape[1], value.shape[3])
         result_XHE[group.into_M] = output_RLHE.flatten(0, 1).index_select(0, group.taken_M)
+    assert result_XHE is not None
     return result_XHE[None], None
 
 

@@ -31,11 +31,13 @@ from lark.divergence import DivergedError, Losses
 from lark.layouts import Cut, costs_of, cut
 from lark.models import Student, base_model, head_of, hidden_states
 from lark.packing import MicroBatch, collate, collate_shared
+from lark.parallel import clip_gradients, shard_for_training, sum_over_ranks
 from lark.prefixes import share_prefixes
 from lark.recipe import Recipe
-from lark.sharding import ShardedStrategy, clip_gradients, shard_for_training, sum_over_ranks
+from lark.sharding import ShardedStrategy
 from lark.stats import weighted_surprisal
 
+PRECISIONS = ("32-true", "bf16-mixed")
 NAMED = 10  # trajectories that a message about a loss names
 
 
@@ -68,8 +70,11 @@ class SFTModule(LightningModule):
     def configure_model(self) -> None:
         if self.student_model is not None:
             return
-        if self.trainer.precision == "16-mixed":  # its loss scaling would reach the clipping of gradients
-            raise ValueError("trainer.precision=16-mixed is not supported; set it to bf16-mixed or 32-true")
+        if self.trainer.precision not in PRECISIONS:  # others scale the loss, or round the weights that are trained
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} is not supported in training; set it to "
+                f"{' or '.join(PRECISIONS)}"
+            )
         torch.manual_seed(self.seed)  # LoRA's first factor is random: the same for every arm and rank
         device = self.trainer.strategy.root_device
         # Full fine-tuning keeps float32 master weights; trainer.precision decides what the products run in.
@@ -145,13 +150,13 @@ class SFTModule(LightningModule):
         optimizer: Any = self.optimizers()
         loss = self._gradients(batch, step)
         norm = clip_gradients(self._trained(), self.recipe.clip)
-        reason = self.losses.reason_to_stop(loss, norm)
+        reason = self.losses.reason_to_stop(loss / batch.mean_weight, norm)
         if reason is not None:
             raise DivergedError(
                 f"training stopped at optimizer step {step}: {reason}; lower sft.lr={self.recipe.lr:g} or look at this "
                 f"step's trajectories (problem/candidate: nats/token): {self._worst(batch)}"
             )
-        self.losses.append(loss)
+        self.losses.append(loss / batch.mean_weight)
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
@@ -168,11 +173,7 @@ class SFTModule(LightningModule):
             loss, failure, computed = torch.zeros((), device=self.device), None, 0
             try:
                 for micro, coefficient_CR in self.micro_batches(batch):
-                    with self._kept_local():
-                        value = self.loss(micro, coefficient_CR).sum()
-                        # FSDP takes the mean over ranks, and the coefficients already are the global batch's
-                        self.manual_backward(value * (self.trainer.world_size if self.sharded else 1))
-                    loss += value.detach().float()
+                    loss += self._backward(micro, coefficient_CR)
                     computed += micro.tokens
             except RuntimeError as error:
                 if self.sharded or not is_out_of_memory(error):  # the other ranks wait inside the pass it left
@@ -192,19 +193,28 @@ class SFTModule(LightningModule):
         self.totals["packed_steps"] += self._cut(batch.lengths).packed
         return total
 
+    def _backward(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
+        """A micro-batch's loss. Where it fails, nothing of its graph outlives the call."""
+        with self._kept_local():
+            value = self.loss(micro, coefficient_CR).sum()
+            # FSDP takes the mean over ranks, and the coefficients already are the global batch's
+            self.manual_backward(value * (self.trainer.world_size if self.sharded else 1))
+        return value.detach().float()
+
     def _shrink(self, batch: Step, failure: str | None) -> None:
         """Some rank ran out of memory: all forget the step's gradients, and halve what they take at a time."""
-        longest = max(int(lengths.max(initial=0)) for lengths in batch.lengths_by_rank)
         for parameter in self._trained():
             parameter.grad = None
         release_memory(self.device)
-        if self.budget <= longest:
+        longest = max(int(lengths.max(initial=0)) for lengths in batch.lengths_by_rank)
+        largest = max(self._cut(lengths).tokens for lengths in batch.lengths_by_rank)
+        if largest <= longest:
             hint = "" if self.student.gradient_checkpointing else "model.gradient_checkpointing=true, "
-            raise torch.OutOfMemoryError(
+            raise ValueError(
                 f"a trajectory of {longest:,} tokens alone does not fit into a training step's memory "
                 f"({failure or 'on another rank'}); set {hint}a lower task.max_length, or trainer=fsdp"
             )
-        self.budget = max(self.budget // 2, longest)
+        self.budget = max(min(self.budget, largest) // 2, longest)
         self.totals["halvings"] += 1
 
     def _kept_local(self) -> AbstractContextManager[None]:

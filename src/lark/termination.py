@@ -7,14 +7,16 @@ their time is over, is taken the same way and then left to submitit, which queue
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 EXIT_CODE = 128 + signal.SIGTERM
+PATIENCE = 20.0  # seconds in which the process should have ended; a signal that comes later counts anew
 
 
 class TerminatedError(SystemExit):
@@ -26,6 +28,7 @@ class _Signal:
 
     terminable = False
     asked = 0  # its number
+    since = 0.0
     waits = False
     requeue: Any = None  # submitit's handler
     launchers: list[Any] = []  # noqa: RUF012
@@ -90,9 +93,9 @@ def _take_over() -> None:
 
 
 def _note(signum: int, frame: Any) -> None:
-    if _Signal.asked:  # schedulers repeat themselves
+    if _Signal.asked and (_Signal.waits or time.monotonic() - _Signal.since < PATIENCE):  # schedulers repeat themselves
         return
-    _Signal.asked = signum
+    _Signal.asked, _Signal.since = signum, time.monotonic()
     for launcher in _Signal.launchers:
         launcher.kill(signum)  # the ranks that this one started
     if not _Signal.waits:
@@ -100,13 +103,11 @@ def _note(signum: int, frame: Any) -> None:
 
 
 class Signals(Callback):
-    """Takes SIGTERM back from a Trainer, which registers its own handler as it starts to run."""
+    """Keeps a Trainer from registering its own handlers, and knows the ranks it started."""
 
-    def _take_back(self, trainer: Trainer, *_: Any) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         launcher = trainer.strategy.launcher
         if launcher is not None and launcher not in _Signal.launchers:
             _Signal.launchers.append(launcher)
         if _Signal.terminable:
-            _take_over()
-
-    on_sanity_check_start = on_train_start = on_validation_start = on_predict_start = _take_back  # type: ignore[assignment]
+            trainer._signal_connector.register_signal_handlers = lambda: None  # which comes after this

@@ -30,8 +30,9 @@ def gemm_seconds(
     """
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
     embedding = {id(p) for m in decoder.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    parameters = {name: p for name, p in decoder.named_parameters() if id(p) not in embedding}
-    linear = [layer.weight for layer in decoder.modules() if type(layer) is nn.Linear and _plain(layer.weight)]
+    own = {name: part for name, part in decoder.named_modules() if "lora_" not in name}  # an adapter is no need
+    parameters = {name: p for name, p in decoder.named_parameters() if id(p) not in embedding and "lora_" not in name}
+    linear = [layer.weight for layer in own.values() if type(layer) is nn.Linear and _plain(layer.weight)]
     covered = sum(weight.numel() for weight in linear)
     if (
         covered < LEAST_COVERED * sum(p.numel() for p in parameters.values())

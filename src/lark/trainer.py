@@ -44,9 +44,8 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
         }
         if settings["strategy"] == "fsdp":  # not Lightning's of that name, which is FSDP's first version
             common["strategy"] = ShardedStrategy()  # one a Trainer: it keeps what it has set up
-        callbacks = [Signals(), *keywords.pop("callbacks", [])]
-        if progress is not None:
-            callbacks.append(TrainingProgress(progress))
+        measured = [TrainingProgress(progress)] if progress is not None else []  # ahead of what saves checkpoints
+        callbacks = [Signals(), *measured, *keywords.pop("callbacks", [])]
         if (cluster := environment()) is not None:
             common["plugins"] = [cluster]
         try:

@@ -34,8 +34,9 @@ class TrainingProgress(Callback):
         self.bar: tqdm | None = None
         self.rates: dict[str, float] = {}
         """Of the last steps, by the names that the logger gets."""
-        self.seconds = self.mark = 0.0
-        """Spent on optimizer steps, without validation and checkpoints; the clock when the next one began."""
+        self.seconds = self.mark = self.flops = 0.0
+        """Spent on optimizer steps, without validation and checkpoints; the clock when one began; its products."""
+        self.memory = 0
         self.limit_tried = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,6 +44,10 @@ class TrainingProgress(Callback):
         self.first, self.trajectories = trainer.global_step, 0
         if trainer.is_global_zero:
             self.bar = bar(self.label, trainer.max_steps, "steps", initial=trainer.global_step)
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_start(self, *_: Any) -> None:
         self.mark = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -50,14 +55,16 @@ class TrainingProgress(Callback):
         self.seconds += now - self.mark
         done = trainer.global_step - self.first
         self.trajectories += len(batch.rows)
-        products = self._products(pl_module, int(batch.lengths.sum()), batch.trained_tokens)
+        flops = 2 * sum(self._products(pl_module, int(batch.lengths.sum()), batch.trained_tokens))
+        self.flops += flops
+        self.memory = max(self.memory, memory_bytes(pl_module.device))
         totals = pl_module.totals
         self.monitor.update(
             time=self.seconds,
             batches=done,
             samples=max(self.trajectories, done),
             lengths=totals["trained_tokens"],
-            flops=round(2 * sum(products)),
+            flops=round(flops),
         )
         left = self.seconds / done * (trainer.max_steps - trainer.global_step)
         if self.bar is not None and not self.limit_tried and self.seconds > LIMIT_AFTER:
@@ -68,7 +75,7 @@ class TrainingProgress(Callback):
         if trainer.world_size == 1:
             names = {"device/items_per_sec": "trained_tokens_per_s", "device/mfu": "share_of_gemm_limit"}
         self.rates = {ours: float(found[theirs]) for theirs, ours in names.items() if theirs in found}
-        points = {**self.rates, "seconds_left": left, "memory_gb": memory_bytes(pl_module.device) / 1e9}
+        points = {**self.rates, "seconds_left": left, "memory_gb": self.memory / 1e9}
         pl_module.log_dict({f"train/{name}": value for name, value in points.items()})
         if self.bar is not None:
             rates = [f"{self.rates['trained_tokens_per_s']:,.0f} trained tokens/s"] if self.rates else []
@@ -77,10 +84,16 @@ class TrainingProgress(Callback):
             loss = float(trainer.callback_metrics["train/loss"])
             self.bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *rates]), refresh=False)
             self.bar.update()
-        self.mark = time.monotonic()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.mark = time.monotonic()
+    def totals(self, trainer: Trainer, trained_tokens: int) -> dict[str, float]:
+        """Rates and memory of the whole training, by the names that trained.json gets."""
+        if not self.seconds:
+            return {}
+        found = {"step_seconds": self.seconds, "memory_gb": self.memory / 1e9}
+        found["trained_tokens_per_s"] = trainer.world_size * trained_tokens / self.seconds
+        if self.monitor.available_flops:
+            found["share_of_gemm_limit"] = self.flops / (self.seconds * self.monitor.available_flops)
+        return found
 
     @staticmethod
     def _products(module: Any, tokens: int, trained_tokens: int) -> tuple[float, float]:
@@ -116,16 +129,10 @@ class TrainingProgress(Callback):
 
 
 def facts_of(trainer: Trainer, module: Any) -> dict[str, Any]:
-    """How the training of this process went, on rank 0: for trained.json and `describe`."""
+    """How the training went since the process began: tokens and steps of this rank, rates of all ranks."""
     progress = next((one for one in trainer.callbacks if isinstance(one, TrainingProgress)), None)  # type: ignore[attr-defined]
-    measured = {} if progress is None else {"step_seconds": progress.seconds, **progress.rates}
-    return {
-        "micro_batch_tokens": module.budget,
-        "masked": module.not_apart,
-        "memory_gb": memory_bytes(module.device) / 1e9,
-        **module.totals,
-        **measured,
-    }
+    measured = progress.totals(trainer, module.totals["trained_tokens"]) if progress is not None else {}
+    return {"micro_batch_tokens": module.budget, "masked": module.not_apart, **module.totals, **measured}
 
 
 def describe(facts: Mapping[str, Any]) -> str:
@@ -145,7 +152,9 @@ def describe(facts: Mapping[str, Any]) -> str:
         parts.append(f"{facts['trained_tokens_per_s']:,.0f} trained tokens/s")
     if "share_of_gemm_limit" in facts:
         parts.append(f"{facts['share_of_gemm_limit']:.0%} of the GEMM limit")
-    return "; ".join([*parts, f"{facts['memory_gb']:.2f} GB"])
+    if "memory_gb" in facts:
+        parts.append(f"{facts['memory_gb']:.2f} GB")
+    return "; ".join(parts)
 
 
 def memory_bytes(device: torch.device) -> int:
