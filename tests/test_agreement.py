@@ -190,10 +190,10 @@ def test_a_student_that_bfloat16_ruins_is_asked_in_float32(settled, tmp_path):
 def test_never_two_students_at_once_and_none_when_cached(settled, monkeypatch):
     loads, loaded = [], Student.load_model
 
-    def load(self, dtype):
+    def load(self, dtype, **settings):
         gc.collect()
         assert all(earlier() is None for _, earlier in loads), "an earlier student is still there"
-        model = loaded(self, dtype)
+        model = loaded(self, dtype, **settings)
         loads.append((dtype, weakref.ref(model)))
         return model
 

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lark.bar
 import lark.pool
-import lark.progress
 from lark.cache import lock
 from lark.pool import PoolError, extra_column, held_out, read_pool, text_column
 
@@ -185,13 +185,13 @@ def test_a_row_group_is_not_read_whole(tmp_path):
 def test_progress_estimates_the_rows_from_what_has_been_read(read, tmp_path, monkeypatch, ending):
     totals = []
 
-    class Line(lark.progress.tqdm):
+    class Line(lark.bar.tqdm):
         def update(self, n=1):
             if self.unit == " rows":
                 totals.append(self.total)
             super().update(n)
 
-    monkeypatch.setattr(lark.progress, "tqdm", Line)
+    monkeypatch.setattr(lark.bar, "tqdm", Line)
     rows = [make_row(100 + problem) for problem in range(40)]
     for number in range(2):
         write(tmp_path / f"pool-{number}.{ending}", rows[20 * number : 20 * number + 20])

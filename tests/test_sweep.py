@@ -38,8 +38,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     def hook(module: torch.nn.Module, arguments: tuple, keywords: dict) -> None:
         rows.extend(map(tuple, keywords["input_ids"].tolist()))
 
-    def hooked(self: Student, dtype: torch.dtype):
-        model = load(self, dtype)
+    def hooked(self: Student, dtype: torch.dtype, **settings: bool):
+        model = load(self, dtype, **settings)
         model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
         return model
 
