@@ -6,6 +6,7 @@ LARK_INTERRUPTIONS: how many times (more take longer).
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,10 +50,10 @@ def table(out: str) -> list[str]:
     return [line for line in lines if "/" not in line]
 
 
-def summary(logs: Path) -> dict:
+def figures(logs: Path) -> set[str]:
+    """Of all runs that came to their end."""
     found = [read_json(path) for path in logs.glob("runs/**/summary.json")]
-    (whole,) = [one for one in found if one["status"] == "finished"]
-    return whole
+    return {json.dumps(one["sets"], sort_keys=True) for one in found if one["status"] == "finished"}
 
 
 @pytest.mark.slow
@@ -66,13 +67,13 @@ def test_whatever_stops_it_the_table_is_the_same(tmp_path):
         process = start(tmp_path / "parts")
         try:
             process.wait(timeout=rng.uniform(0.2, 0.6) * seconds)
-            assert process.returncode == 0  # it was done before it could be stopped
+            assert process.returncode == 0
+            shutil.rmtree(tmp_path / "parts" / "arms")  # it was done before it could be stopped: train anew
         except subprocess.TimeoutExpired:
             how = (signal.SIGTERM, signal.SIGKILL)[i % 2]
             process.send_signal(how)
             process.communicate(timeout=DEADLINE)
             stopped.append(process.returncode)
-    assert {143, -signal.SIGKILL} <= set(stopped), stopped
+    assert -signal.SIGKILL in stopped and {143, -signal.SIGTERM} & set(stopped), stopped  # 143, or still importing
     assert table(finished(start(tmp_path / "parts"))) == table(expected)
-    ours, theirs = (json.dumps(summary(tmp_path / name)["sets"], sort_keys=True) for name in ("parts", "whole"))
-    assert ours == theirs
+    assert figures(tmp_path / "parts") == figures(tmp_path / "whole")
