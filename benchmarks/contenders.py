@@ -1,8 +1,6 @@
 """What train.py compares: transformers.Trainer, trl.SFTTrainer and SFTModule, made to train the same, and followed."""
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback
 from omegaconf import OmegaConf
+from profiles import forget_peak, peak_bytes
 
 from lark.data import TrajectoryDataModule
 from lark.models import base_model
@@ -254,21 +253,3 @@ def device() -> torch.device:
 
 def on_device(model: torch.nn.Module) -> Any:
     return model.to(device())
-
-
-def forget_peak() -> None:
-    """So that loading a student, which may take more, is not in the peak (on a CPU: where the system is Linux)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """Of this process since `forget_peak`: allocated by a GPU's tensors, or resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # not getrusage: a process inherits that figure from the one that started it
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

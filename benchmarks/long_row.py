@@ -9,8 +9,6 @@ The last line is JSON: peak_bytes (of the whole process), dense_logits_bytes, se
 
 import argparse
 import json
-import resource
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from profiles import resident_peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lark.chat import Encoded
@@ -58,7 +57,7 @@ def main() -> None:
     start = time.perf_counter()
     (measured,) = module.measure(collate([row], [0]))
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resident_peak_bytes()
     dense = 4 * arguments.tokens * arguments.vocabulary
     loss, uniform = measured["sum_surprisal"] / measured["num_tokens"], np.log(arguments.vocabulary)
     print(

@@ -20,7 +20,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from profiles import resident_peak_bytes
 
 PARTS = ("start", "read", "tokenise", "score", "select", "write")
 SHARD_ROWS = 2_000  # rows a file of the synthetic pool
@@ -85,7 +86,7 @@ def work(pool: Path, cache: Path, scoring: bool) -> None:
     write_pool(warm / "pool", synthetic(20, 5, 12), "parquet")
     select_from(warm / "pool", warm, scoring, lambda part: None)
     tokens_N = select_from(pool, cache, scoring, say)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident_peak_bytes()
     say("done", rows=len(tokens_N), tokens=int(tokens_N.sum()), peak=peak)
 
 

@@ -17,11 +17,8 @@ Ratios above 1 mean that ours is faster. The last line is JSON: ratio_plain (tim
 
 import argparse
 import json
-import resource
-import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from inputs import add_arguments, open_data
+from profiles import operations, part_of, peak_bytes, profiler, shares
 
 from lark.data import TrajectoryDataModule
 from lark.models import head_of
@@ -78,44 +76,18 @@ def plain(model: torch.nn.Module, pool: Trajectories, rows: np.ndarray) -> tuple
 
 
 def parts(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) -> dict[str, float]:
-    """Share of a pass's time by part, from a profile of its operations (of the device, if there is one)."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    """Share of a pass's time by part."""
     vocabulary = head_of(model).weight_VD.shape[0]
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+    with profiler() as profile:
         ours(data, model, rows)
-    spent: dict[str, float] = defaultdict(float)
-    for event in profile.key_averages(group_by_input_shape=True):
-        if event.device_type.name != "CPU":
-            continue  # kernels: their time is also that of the operation that started them
-        wide = any(vocabulary in shape for shape in event.input_shapes if isinstance(shape, list))
-        if any(name in event.key for name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::_weight_int8pack_mm")):
-            part = "head's product" if wide else "linear layers"
-        elif "attention" in event.key:
-            part = "attention"
-        elif wide or "graph_" in event.key or "Torch-Compiled" in event.key:
-            part = "statistics of the logits"
-        elif any(name in event.key for name in ("aten::index", "aten::cat", "aten::copy_")):
-            part = "gathering and copying"
-        elif event.key.startswith("aten::"):
-            part = "norms, activations, positions"
-        else:
-            part = "everything else"
-        spent[part] += event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-    total = sum(spent.values())
-    return {name: value / total for name, value in sorted(spent.items(), key=lambda item: -item[1])}
+    known = {"vocabulary": vocabulary, "of_logits": "statistics of the logits"}
+    events = operations(profile.key_averages(group_by_input_shape=True))
+    return shares((part_of(event.key, event.input_shapes, **known), event) for event in events)
 
 
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
@@ -140,11 +112,11 @@ def main() -> None:
 
         ours(data, model, rows[:2])
         ours_s, module, losses = ours(data, model, rows)
-        peak = _peak_bytes()
+        peak = peak_bytes()
         model.set_attn_implementation("sdpa")
         plain(model, pool, rows[:2])
         plain_s, plain_losses = plain(model, pool, rows)
-        shares = {} if arguments.no_profile else parts(data, model, rows)
+        spent = {} if arguments.no_profile else parts(data, model, rows)
 
     lengths, spans = pool.length[rows], pool.span_tokens[rows]
     distinct = float(len(prefix_tree([row.input_ids for row in pool.encoded(rows)])[0]))
@@ -185,8 +157,8 @@ def main() -> None:
         f"({flops / products / 1e9:.0f} GFLOP/s), {figures['share_of_square_gemm_limit']:.0%} of that of square "
         f"matrices ({square / 1e9:.0f} GFLOP/s); plain takes {figures['ratio_at_the_limit']:.2f} times the limit"
     )
-    if shares:
-        print("time        " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005))
+    if spent:
+        print("time        " + ", ".join(f"{name} {share:.0%}" for name, share in spent.items() if share >= 0.005))
     print(f"memory      {peak / 2**30:.2f} GiB at most")
     print(json.dumps(figures))
 

@@ -12,12 +12,12 @@ problems; its time for the whole pool is extrapolated, and its choice has to be 
 import argparse
 import hashlib
 import json
-import resource
 import sys
 import time
 from collections import defaultdict
 
 import numpy as np
+from profiles import resident_peak_bytes
 
 from lark.candidates import Candidates
 from lark.policies import Policy
@@ -99,11 +99,6 @@ def same_choice(selection: Selection, share: dict[int, float], rows: int) -> boo
     return row == list(expected) and np.allclose(selection.share[chosen], list(expected.values()))
 
 
-def peak_gigabytes() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--problems", type=int, default=200_000)
@@ -113,12 +108,13 @@ def main() -> None:
     if arguments.problems < 1 or not 1 <= arguments.candidates <= TEACHERS:
         parser.error(f"--problems must be at least 1 and --candidates from 1 to {TEACHERS}")
 
-    start_memory, start = peak_gigabytes(), time.perf_counter()
+    start_memory, start = resident_peak_bytes() / 2**30, time.perf_counter()
     candidates = synthetic(arguments.problems, arguments.candidates)
     rows, sample = len(candidates), min(SAMPLE, arguments.problems) * arguments.candidates
     print(
         f"pool        {rows:,} rows of {arguments.problems:,} problems, {TEACHERS} teachers, made in "
-        f"{time.perf_counter() - start:.1f} s; {peak_gigabytes():.2f} GB, of which {start_memory:.2f} imports"
+        f"{time.perf_counter() - start:.1f} s; {resident_peak_bytes() / 2**30:.2f} GB, "
+        f"of which {start_memory:.2f} imports"
     )
     seconds, ratio = {}, {}
     for name in arguments.rules:
@@ -135,7 +131,7 @@ def main() -> None:
             f"{name:<11} {seconds[name]:.2f} s, {rows / seconds[name]:,.0f} rows/s, {len(selection.row):,} chosen; the "
             f"loop {looped:.2f} s (extrapolated from {sample:,} rows, same choice): ratio {ratio[name]:.2f}"
         )
-    total, peak = sum(seconds.values()), peak_gigabytes()
+    total, peak = sum(seconds.values()), resident_peak_bytes() / 2**30
     print(
         f"all rules   {total:.2f} s (aim {SECONDS:g} s for 1,000,000 rows), peak {peak:.2f} GB (aim {GIGABYTES:g} GB)"
     )

@@ -28,7 +28,6 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from contenders import (
     train_ours,
 )
 from inputs import add_arguments, open_data
+from profiles import OTHER, operations, part_of, profiler, shares
 
 from lark.data import TrajectoryDataModule
 from lark.models import base_model, head_of
@@ -164,10 +164,7 @@ def fastest(name: str, data: TrajectoryDataModule, batches: np.ndarray) -> dict[
 
 def profiled(data: TrajectoryDataModule, batches: np.ndarray) -> dict[str, float]:
     """Share of our optimizer steps' time by part, from a profile of their operations."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    profile = torch.profiler.profile(activities=activities, record_shapes=True)
+    profile = profiler()
     with tempfile.TemporaryDirectory() as folder:
         model, _ = train_ours(data, len(batches), Path(folder), profile)
     vocabulary, rank = head_of(model).weight_VD.shape[0], None
@@ -175,41 +172,19 @@ def profiled(data: TrajectoryDataModule, batches: np.ndarray) -> dict[str, float
         LORA["r"] in p.shape for p in base_model(model).parameters() if not p.requires_grad
     ):
         rank = LORA["r"]  # else LoRA's products cannot be told from the others by their shapes
-    spent: dict[str, float] = defaultdict(float)
-    for event in profile.events() or ():
-        if event.device_type.name != "CPU":
-            continue  # kernels: their time is also that of the operation that started them
-        above = []
-        parent = event.cpu_parent
-        while parent is not None:
-            above.append(parent.name)
-            parent = parent.cpu_parent
-        part = part_of(event, above, vocabulary, rank)
-        spent[part] += event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-    total = sum(spent.values())
-    return {name: value / total for name, value in sorted(spent.items(), key=lambda item: -item[1])}
+    return shares((_part(event, vocabulary, rank), event) for event in operations(profile.events()))
 
 
-def part_of(event: Any, above: list[str], vocabulary: int, rank: int | None) -> str:
-    """`above`: the operations that the event is a part of."""
+def _part(event: Any, vocabulary: int, rank: int | None) -> str:
+    above, parent = [], event.cpu_parent
+    while parent is not None:
+        above.append(parent.name)
+        parent = parent.cpu_parent
     if any(name.startswith("Optimizer") for name in [event.name, *above]):
         return "optimizer"
-    shapes = [shape for shape in event.input_shapes or () if isinstance(shape, list)]
-    wide = any(vocabulary in shape for shape in shapes)
-    if event.name in ("aten::mm", "aten::addmm", "aten::bmm"):
-        thin = any(rank in shape for shape in shapes)
-        part = "head's product" if wide else "LoRA's products" if thin else "linear layers"
-    elif "attention" in event.name:
-        part = "attention"
-    elif wide:
-        part = "softmax and loss"
-    elif any(name in event.name for name in ("aten::index", "aten::cat", "aten::copy_")):
-        part = "gathering and copying"
-    elif event.name.startswith("aten::"):
-        part = "norms, activations, positions"
-    else:
-        return "everything else"
-    return part + (" (backward)" if any(name.startswith("autograd::engine") for name in above) else "")
+    part = part_of(event.name, event.input_shapes, vocabulary=vocabulary, of_logits="softmax and loss", rank=rank)
+    backward = any(name.startswith("autograd::engine") for name in above)
+    return part + (" (backward)" if backward and part != OTHER else "")
 
 
 def invoke(name: str, *extra: str, say: str) -> dict[str, Any]:

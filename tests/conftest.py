@@ -8,6 +8,7 @@ import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,20 +92,22 @@ def make_student(student_folder):
     return lambda **settings: Student(**{"name": "small", "path": str(student_folder), **settings})
 
 
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Trainer that says and writes nothing."""
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     from lightning import Trainer
 
-    quiet = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": tmp_path,
-    }
-    return lambda **settings: Trainer(**quiet | settings)
+    return lambda **settings: Trainer(**QUIET | {"default_root_dir": tmp_path} | settings)
 
 
 @pytest.fixture

@@ -2,17 +2,14 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import rows_of_a_pool, write_pool
 from lark_command import lark
+from lark_process import TWO_RANKS, finish, start
 from scipy.stats import spearmanr
 from tiny_student import byte_tokenizer, tiny_model
 
@@ -286,18 +283,10 @@ def test_two_ranks_settle_on_one_dtype(student_folder, tmp_path):
     (tmp_path / "patched.py").write_text(PATCHED)
     pool = write_pool(tmp_path / "pool.jsonl", SMALL)
     words = ("task=jsonl", "task.checker=number", f"task.pool={pool}", f"model.path={student_folder}", "logger=csv")
-    ranks = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "stop_after=selection")
     paths = (f"paths.logs={tmp_path / 'logs'}", f"hydra.run.dir={tmp_path / 'run'}", "task.max_length=256")
-    source = os.pathsep.join([str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "patched.py"), *words, *ranks, *paths],
-        env={k: v for k, v in os.environ.items() if k != RUN_VARIABLE} | {"PYTHONPATH": source},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("\ndtype ") == 1
+    program = (str(tmp_path / "patched.py"),)
+    output = finish(start(*words, *TWO_RANKS, "stop_after=selection", *paths, program=program))
+    assert output.count("\ndtype ") == 1
     kept = json.loads((tmp_path / "run" / "summary.json").read_text())["agreement"]
     folders = list((tmp_path / "logs" / "cache" / "agreement").glob("*/manifest.json"))
     dtypes = {json.loads(path.read_text())["identity"]["dtype"] for path in folders}

@@ -1,7 +1,6 @@
 """docs/checkpoints.md: its commands, its Python and its YAML, in order, on a small student."""
 
 import json
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -9,22 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 from lark_command import SMALL, lark
+from pages import blocks, commands
 
 from lark.export import main
 from lark.models import Student
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+PAGE = "docs/checkpoints.md"
 SMALL_LORA = ["model=tiny", "model.lora={r: 4, target_modules: all-linear}", *SMALL]
 SMALL_TRL = "max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to='none', save_strategy='no', "
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
-def commands(block: str) -> list[list[str]]:
-    return [shlex.split(line.partition("  #")[0])[2:] for line in block.splitlines()]
+COMMANDS = [shlex.split(line)[2:] for line in commands(PAGE)]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_trained_student(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(place)
-    (_, *words), *exports = commands(blocks("bash")[0])
+    (_, *words), *exports = COMMANDS[:3]
     done = lark(*(word for word in words if word != "model=smollm2"), *SMALL_LORA)
     assert done.code == 0, done.err
     assert (done.folder / "selector" / "checkpoint" / "README.md").is_file()
@@ -46,25 +40,25 @@ def test_the_trained_student(place: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (place / "student" / "adapter_model.safetensors").is_file()
     assert "## Evaluation" in (place / "student-merged" / "README.md").read_text()
     found: dict = {}
-    exec(blocks("python")[0], found)
+    exec(blocks(PAGE, "python")[0], found)
     assert len(found["answer"]) > 0 and capsys.readouterr().out
 
 
 def test_the_selection_for_others(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     folders = []
-    for module, *words in commands(blocks("bash")[1]):
+    for module, *words in COMMANDS[3:]:
         assert module == "lark.run"
         done = lark(*words, *SMALL)
         assert done.code == 0, done.err
         folders.append(done.folder / "selector")
     weighted, equal = ([json.loads(line)["weight"] for line in (f / "selection.jsonl").open()] for f in folders)
     assert set(equal) == {1.0} and len(set(weighted)) > 1
-    (recipe,) = blocks("yaml")
+    (recipe,) = blocks(PAGE, "yaml")
     settings = yaml.safe_load(recipe.replace("<run>/selector", str(folders[0])))
     info = json.loads((Path(settings["dataset_dir"]) / "dataset_info.json").read_text())
     assert (folders[0] / info[settings["dataset"]]["file_name"]).is_file()
-    trl(folders[0], blocks("python")[1])
+    trl(folders[0], blocks(PAGE, "python")[1])
 
 
 def trl(folder: Path, code: str) -> None:

@@ -6,13 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from lark_process import DEADLINE, TWO_RANKS, start, wait_for
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from slurm_commands import FIRST_PORT, commands, tasks
@@ -25,8 +25,6 @@ WORDS = (
     *("sft.steps=30", "sft.validations=5", "sft.checkpoint_every=1", "sft.lr=1e-5"),
 )
 RUN = (sys.executable, "-m", "lark.run")
-TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-DEADLINE = 240.0  # seconds; a run takes about ten on an idle machine
 
 
 @pytest.fixture
@@ -78,22 +76,11 @@ def test_two_tasks_of_srun_equal_one_process(alone: Path, cluster: dict[str, str
 
 def test_a_job_that_is_preempted_goes_on(alone: Path, cluster: dict[str, str], tmp_path: Path) -> None:
     """Submitted by the launcher, told by SIGUSR2 that its time is over, requeued: the same folder and the same arm."""
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     node = ("hydra.launcher.gpus_per_node=null", "hydra.launcher.tasks_per_node=2")
     words = ("hydra/launcher=slurm", *node, *TWO_RANKS, f"paths.logs={tmp_path}")
-    sweep = subprocess.Popen(
-        (*RUN, "-m", *WORDS, *words),
-        env=cluster,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    sweep = start("-m", *WORDS, *words, **cluster)
     try:
-        deadline = time.monotonic() + DEADLINE
-        while not any(tmp_path.glob("arms/*/training/last.ckpt")):
-            assert sweep.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(sweep, lambda: any(tmp_path.glob("arms/*/training/last.ckpt")))
         for task in reversed(tasks(tmp_path / "slurm")):
             os.kill(task, signal.SIGUSR2)
         output, _ = sweep.communicate(timeout=DEADLINE)

@@ -3,22 +3,22 @@
 import math
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from pages import blocks, commands, text_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lark import config as configuration
 from lark.models import Student
 from lark.recipe import Recipe
 
-PAGE = (Path(__file__).parents[1] / "docs" / "clusters.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(?:bash|sbatch)\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if "lark.run" in line]
+PAGE = text_of("docs/clusters.md")
+BLOCKS = blocks("docs/clusters.md", "bash", "sbatch")
+COMMANDS = [line for line in commands("docs/clusters.md", "bash", "sbatch") if "lark.run" in line]
 
 
 def composed(command: str) -> DictConfig:

@@ -4,19 +4,17 @@ The other invariants stand beside what they are about: test_student.py (micro-ba
 test_probe.py (batch composition, cached = fresh), test_data.py (order of the pool).
 """
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
+from subprocess import Popen
 
+import lark_process
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import rows_of_a_pool, write_pool
+from lark_process import TWO_DEVICES, TWO_RANKS, finish, kill_when, terminate_when
 from safetensors.torch import load_file
 
 from lark.cache import read_json
@@ -36,8 +34,6 @@ COMMAND = (
     ),
     *("probe.batch_tokens=1000", "probe.shard_rows=20", "stop_after=training"),
 )
-TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-DEADLINE = 120.0  # seconds; a run takes about ten
 
 
 # ---- inside one process
@@ -97,55 +93,9 @@ def test_checkpoints_are_written_also_without_held_out_problems(make_data, make_
 # ---- whole commands
 
 
-def _start(student: Path, pool: Path, logs: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    source = str(Path(__file__).parents[1] / "src")
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LARK_RUN")}
-    return subprocess.Popen(
-        [
-            sys.executable,
-            *launcher,
-            "-m",
-            "lark.run",
-            *COMMAND,
-            f"model.path={student}",
-            f"task.pool={pool}",
-            f"paths.logs={logs}",
-            *words,
-        ],
-        env=environment | {"PYTHONPATH": os.pathsep.join([source, environment.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill_when(process: subprocess.Popen, found) -> str:
-    """SIGKILL as soon as `found()` is true; returns what was printed until then."""
-    deadline = time.monotonic() + DEADLINE
-    while not found():
-        assert process.poll() is None, f"it ended before it could be killed:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline, "nothing to kill it at"
-    os.killpg(process.pid, signal.SIGKILL)
-    return process.communicate(timeout=DEADLINE)[0]
-
-
-def terminate_when(process: subprocess.Popen, found) -> str:
-    """SIGTERM to the process alone, not to the ranks it started, as soon as `found()` is true; what was printed."""
-    deadline = time.monotonic() + DEADLINE
-    while not found():
-        assert process.poll() is None, f"it ended before it could be stopped:\n{process.communicate()[0]}"
-        assert time.monotonic() < deadline, "nothing to stop it at"
-    process.terminate()
-    output, _ = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 143, output
-    return output
+def _start(student: Path, pool: Path, logs: Path, *words: str, launcher: tuple[str, ...] = ()) -> Popen[str]:
+    places = (f"model.path={student}", f"task.pool={pool}", f"paths.logs={logs}")
+    return lark_process.start(*COMMAND, *places, *words, program=(*launcher, "-m", "lark.run"))
 
 
 def arms(logs: Path) -> dict[str, Path]:
@@ -232,7 +182,7 @@ def test_killed_while_scoring_and_while_training_it_goes_on(uninterrupted, start
     assert_same(tmp_path, uninterrupted, tolerance=0)
 
 
-@pytest.mark.parametrize("ranks", [("trainer=fsdp", *TWO_RANKS[1:]), TWO_RANKS], ids=["fsdp", "ddp"])
+@pytest.mark.parametrize("ranks", [("trainer=fsdp", *TWO_DEVICES), TWO_RANKS], ids=["fsdp", "ddp"])
 def test_two_ranks_stopped_by_sigterm_while_scoring_and_while_training_go_on(ranks, uninterrupted, start, tmp_path):
     """A divided student's checkpoint is a folder that each rank writes its part of."""
     parts = partial(tmp_path.glob, "cache/statistics/*/part-*")

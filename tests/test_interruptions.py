@@ -9,11 +9,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import lark_process
 import pytest
+from lark_process import DEADLINE, finish
 
 from lark.cache import read_json
 
@@ -22,26 +23,10 @@ COMMAND = (
     *("task.limit=24", "task.held_out=0.25", "logger=csv", "trainer=cpu", "sft.steps=12", "sft.validations=6"),
     *("sft.checkpoint_every=2", "evaluation.samples=1", "probe.shard_rows=50", "evaluation.batch_size=16"),
 )
-DEADLINE = 300.0
 
 
-def start(logs: Path) -> subprocess.Popen:
-    left_out = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LARK_RUN")
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    return subprocess.Popen(
-        [sys.executable, "-m", "lark.run", *COMMAND, f"paths.logs={logs}"],
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 0, err
-    return out
+def start(logs: Path) -> subprocess.Popen[str]:
+    return lark_process.start(*COMMAND, f"paths.logs={logs}")
 
 
 def table(out: str) -> list[str]:
@@ -59,7 +44,7 @@ def figures(logs: Path) -> set[str]:
 @pytest.mark.slow
 def test_whatever_stops_it_the_table_is_the_same(tmp_path):
     begun = time.monotonic()
-    expected = finished(start(tmp_path / "whole"))
+    expected = finish(start(tmp_path / "whole"))
     seconds = time.monotonic() - begun
     rng = random.Random(os.environ.get("LARK_INTERRUPTIONS_SEED", "0"))
     stopped = []
@@ -75,5 +60,5 @@ def test_whatever_stops_it_the_table_is_the_same(tmp_path):
             process.communicate(timeout=DEADLINE)
             stopped.append(process.returncode)
     assert -signal.SIGKILL in stopped and {143, -signal.SIGTERM} & set(stopped), stopped  # 143, or still importing
-    assert table(finished(start(tmp_path / "parts"))) == table(expected)
+    assert table(finish(start(tmp_path / "parts"))) == table(expected)
     assert figures(tmp_path / "parts") == figures(tmp_path / "whole")

@@ -147,8 +147,10 @@ def test_a_row_that_does_not_fit_by_itself_is_an_error(make_data, monkeypatch):
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_compiled_statistics_are_the_same(make_data, compile):
-    if compile and can_compile(torch.device("cpu")):
-        pytest.skip("no compiler")
+    if compile and can_compile(torch.device("cpu")) is not None:
+        with pytest.raises(ValueError, match=r"probe\.compile=true, but torch\.compile fails here .*set it to null"):
+            scored(make_data(probe={"compile": True}))
+        return
     data = scored(make_data(probe={"compile": compile}))
     expected = read_statistics(scored(make_data(cache="other")).statistics_folder)
     columns = read_statistics(data.statistics_folder)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from conftest import rows_of_a_pool
-from lightning.pytorch.loggers import Logger
+from points import Points
 
 from lark import bar, progress
 from lark.cache import read_json
@@ -18,27 +18,6 @@ A_TOKEN, A_SCORED_TOKEN = 1e-6, 3e-6  # seconds: the GEMM limit of a made-up dev
 
 class KillError(Exception):
     pass
-
-
-class Points(Logger):
-    """Remembers what is logged."""
-
-    @property
-    def name(self):
-        return "points"
-
-    @property
-    def version(self):
-        return 0
-
-    def __init__(self):
-        self.points = []
-
-    def log_metrics(self, metrics, step=None):
-        self.points.append({name.removeprefix("scoring/"): value for name, value in metrics.items()})
-
-    def log_hyperparams(self, params):
-        pass
 
 
 @pytest.fixture
@@ -84,7 +63,8 @@ def passed(make_data):
         data.prepare_data()
         wanted = wanted or Statistics()
         data.run_pass(wanted, cached=False, logger=points)
-        return data, seen, read_json(data.pass_folder(wanted) / "manifest.json"), said, points.points
+        found = [{name.removeprefix("scoring/"): value for name, value in one.items()} for _, one in points.points]
+        return data, seen, read_json(data.pass_folder(wanted) / "manifest.json"), said, found
 
     return run
 
@@ -188,7 +168,7 @@ def test_a_pass_that_goes_on_counts_what_is_left(passed, monkeypatch):
         patch.setattr(ProbeModule, "predict_step", killed)
         with pytest.raises(KillError):
             passed()
-    monkeypatch.setattr(PassProgress, "_close", lambda self: seen.append((self.bar and self.bar.total, self.done)))
+    monkeypatch.setattr(PassProgress, "close", lambda self: seen.append((self.bar and self.bar.total, self.done)))
     data, callback, manifest, said, _ = passed()
     kept = manifest["resumed_rows"]
     left = len(data.scored) - kept

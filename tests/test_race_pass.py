@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import rows_of_a_pool
 from lark_command import SMALL, lark
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lark.cache import complete, read_json
 from lark.chat import Encoded
@@ -100,20 +101,24 @@ def test_the_prompt_is_read_once(make_student):
     assert runner.computed_tokens == 40 + 5 * 9  # its last token predicts a candidate's first
 
 
-def test_a_student_without_such_caches_is_refused(make_student, monkeypatch):
-    model = make_student().load_model(torch.float32)
-    check_caches(model, "small")
-
-    def refuse(*_):
-        raise NotImplementedError("no")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("transformers.DynamicCache.batch_select_indices", refuse)
-        with pytest.raises(ValueError, match=r"model=small cannot be raced \(its cache: no\); set probe.race=false"):
-            check_caches(model, "small")
-    monkeypatch.setattr("transformers.DynamicCache.batch_select_indices", lambda *_: None)
-    with pytest.raises(ValueError, match="model=small cannot be raced"):
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("mamba", "its cache holds LinearAttentionLayer, which are not repeated and cut"),
+        ("qwen3_next", "its cache: `get_seq_length` can only be called on Attention layers.*"),
+        ("rwkv", "on its cache it computes something else, by .*"),
+    ],
+)
+def test_a_student_without_such_caches_is_refused(architecture, reason):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)).eval()
+    with pytest.raises(ValueError, match=rf"^model=small cannot be raced \({reason}\); set probe\.race=false$"):
         check_caches(model, "small")
+
+
+def test_a_student_with_caches_of_tokens_is_not_refused(make_student):
+    check_caches(make_student().load_model(torch.float32), "small")
 
 
 # The pass

@@ -1,7 +1,6 @@
 """Every command of the README, in its order, shrunken; what needs a hub or a GPU composes, and runs with `tiny`."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -11,24 +10,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from lark_command import SMALL, lark
+from pages import ROOT, blocks, commands
 
 from lark import config as configuration
 from lark.tasks.arithmetic import generate
 
-ROOT = Path(__file__).parents[1]
+README = "README.md"
 TINY = ["task.limit=10", "task.eval_limit=2", "task.max_new_tokens=8", "sft.steps=1", "evaluation.samples=1"]
 SMALLEST = [*SMALL, *TINY, "evaluation.pass_at=[1]"]
 HUB_MODELS = {f"model={name}" for name in ("smollm2", "qwen", "qwen_math", "qwen3", "llama")}
-
-
-def fenced(language: str) -> list[str]:
-    """The README's code blocks in one language."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = [line.partition("  #")[0].strip() for block in fenced("bash") for line in block.splitlines()]
-    return [line for line in lines if line]
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +26,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the files that the README's commands name, and the README's own module."""
     folder = tmp_path_factory.mktemp("workplace")
     generate(folder, problems=12, eval_problems=2, shifted_problems=1)
-    (module,) = fenced("python")
+    (module,) = blocks(README, "python")
     (folder / "my_module.py").write_text(module)
     return folder
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("make ")])
+@pytest.mark.parametrize("line", [line for line in commands(README) if line.startswith("make ")])
 def test_make_targets_exist(line: str) -> None:
     target = line.split()[1]
     plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -52,7 +42,7 @@ def test_lark_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """One test, since later commands read what earlier ones wrote."""
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
-    lines = [line for line in commands() if line.startswith("python -m lark.")]
+    lines = [line for line in commands(README) if line.startswith("python -m lark.")]
     assert len(lines) > 10
     for line in lines:
         module, *words = shlex.split(line)[2:]
@@ -84,6 +74,6 @@ def test_lark_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_table_in_readme_is_a_real_table() -> None:
     """The table shown is what the first command prints (its figures come from `make run` and are not repeated here)."""
-    (table,) = fenced("text")
+    (table,) = blocks(README, "text")
     for word in ("before training", "baseline: random", "selector: lark", "held-out", "avg@4"):
         assert word in table

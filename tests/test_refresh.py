@@ -1,9 +1,6 @@
 """Re-anchoring: the current student is asked, training goes on as if it had not been, killed anywhere it goes on."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 from conftest import rows_of_a_pool, write_pool
 from lark_command import lark
+from lark_process import TWO_RANKS, finish, start
 from safetensors.torch import load_file
 
 from lark.arms import make_arm, train
@@ -368,18 +366,8 @@ def test_two_ranks_equal_one(student_folder, tmp_path):
     ]
     done = lark(*words, f"paths.logs={tmp_path / 'one'}")
     assert done.code == 0, done.err
-    source = str(Path(__file__).parents[1] / "src")
-    clean = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LARK_RUN")}
-    ranks = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"paths.logs={tmp_path / 'two'}")
-    both = subprocess.run(
-        [sys.executable, "-m", "lark.run", *words, *ranks],
-        env=clean | {"PYTHONPATH": os.pathsep.join([source, clean.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert both.returncode == 0, both.stdout + both.stderr
-    for out in (done.out, both.stdout):
+    both = finish(start(*words, *TWO_RANKS, f"paths.logs={tmp_path / 'two'}"))
+    for out in (done.out, both):
         assert out.count("refresh     selector at step") == 2, out
     found = {name: path.parent for name in ("one", "two") for path in (tmp_path / name).glob("arms/*/trained.json")}
     for step in ("2", "4"):

@@ -1,7 +1,6 @@
 """docs/scoring.md: its commands, and every benchmark that it names, with sizes that a test can afford."""
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -9,11 +8,9 @@ from pathlib import Path
 
 import pytest
 from lark_command import SMALL, lark
+from pages import ROOT, commands
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "scoring.md").read_text(encoding="utf-8")
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line]
-COMMANDS = [line.partition("  #")[0].strip() for line in LINES]
+COMMANDS = commands("docs/scoring.md")
 SMALL_BENCHMARKS = {
     "score.py": (["--problems", "4"], {"ratio_plain", "share_of_gemm_limit", "peak_bytes", "trajectories_per_s"}),
     "long_row.py": (["--tokens", "600", "--vocabulary", "3000"], {"peak_bytes", "dense_logits_bytes"}),
@@ -35,7 +32,13 @@ def test_lark_commands(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_every_benchmark_is_on_the_page() -> None:
     named = {line.split()[1].removeprefix("benchmarks/") for line in COMMANDS if "benchmarks/" in line}
     assert named == set(SMALL_BENCHMARKS)
-    others = {"inputs.py", "selection.py", "contenders.py", "train.py"}  # train.py is on docs/training.md
+    others = {
+        "inputs.py",
+        "selection.py",
+        "contenders.py",
+        "profiles.py",
+        "train.py",
+    }  # train.py is on docs/training.md
     assert named | others == {path.name for path in (ROOT / "benchmarks").glob("*.py")}
 
 

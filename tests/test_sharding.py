@@ -1,22 +1,21 @@
 """Passes over several ranks: a student divided over them (trainer=fsdp), and a whole student on each (ddp)."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import weakref
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
+import lark_process
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 from lark_command import lark
+from lark_process import TWO_DEVICES, finish, kill_when
 from lightning import Trainer
-from test_equivalence import finish, kill_when
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
@@ -32,7 +31,6 @@ COMMAND = (
     *("task.limit=12", "logger=csv", "stop_after=selection", "baseline=local_likelihood"),
     *("probe.batch_tokens=300", f"probe.shard_rows={SHARD_ROWS}"),
 )
-TWO_RANKS = ("trainer.accelerator=cpu", "trainer.devices=2")
 TRACED = """
 import os, time
 from lark import run
@@ -135,7 +133,7 @@ def test_a_pass_with_gradients_is_refused_before_the_student_is_loaded(make_data
     ],
 )
 def test_a_run_that_would_take_gradients_of_a_divided_student_is_refused_at_once(words, message, tmp_path):
-    done = lark(*COMMAND, "trainer=fsdp", *TWO_RANKS, f"paths.logs={tmp_path}", *words)
+    done = lark(*COMMAND, "trainer=fsdp", *TWO_DEVICES, f"paths.logs={tmp_path}", *words)
     assert done.code == 1 and not (tmp_path / "cache" / "pools").exists()
     assert re.search(message, done.err), done.err
 
@@ -151,20 +149,11 @@ def one_process(tmp_path_factory):
     return done.folder
 
 
-def start(logs: Path, script: Path, *words: str, stop: int = 0) -> subprocess.Popen:
+def start(logs: Path, script: Path, *words: str, stop: int = 0) -> Popen[str]:
     """The command in processes of its own; rank r's units go to <logs>/trace."""
     script.write_text(TRACED)
-    left_out = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "LARK_RUN")
-    environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TRACE": str(logs / "trace"), "STOP": str(stop)}
-    return subprocess.Popen(
-        [sys.executable, str(script), *COMMAND, *TWO_RANKS, f"paths.logs={logs}", *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    words = (*COMMAND, *TWO_DEVICES, f"paths.logs={logs}", *words)
+    return lark_process.start(*words, program=(str(script),), TRACE=str(logs / "trace"), STOP=str(stop))
 
 
 def trace(logs: Path) -> list[tuple[int, list[int]]]:

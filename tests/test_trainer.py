@@ -27,3 +27,13 @@ def test_what_lightning_refuses_names_the_settings(tmp_path):
         make()
     with pytest.raises(ValueError, match=r"trainer.max_time=1 is not for the trainer group"):
         trainer_of(node("cpu", max_time=1), tmp_path)
+
+
+def test_a_precision_that_the_device_does_not_have_is_not_exchanged_silently(tmp_path):
+    _, make = trainer_of(node("cpu", precision="16-mixed"), tmp_path)
+    said = r"trainer\.precision=16-mixed cannot be used here \(it would be bf16-mixed\); set it to null"
+    with pytest.raises(ValueError, match=said):
+        make()
+    assert make(precision="32-true").precision == "32-true"
+    _, make = trainer_of(node("cpu", precision=32), tmp_path)
+    assert make().precision == "32-true"

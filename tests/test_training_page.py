@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from lark_command import SMALL, lark
+from pages import ROOT, blocks, commands, text_of
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line]
-COMMANDS = [shlex.split(line, comments=True) for line in LINES]
+PAGE = "docs/training.md"
+COMMANDS = [shlex.split(line) for line in commands(PAGE)]
 
 
 @pytest.mark.parametrize("words", [w[3:] for w in COMMANDS if w[2:3] == ["lark.run"]], ids=" ".join)
@@ -25,8 +24,8 @@ def test_lark_commands(words: list[str], tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_an_arm_came_to_is_printed_as_on_the_page(tmp_path: Path) -> None:
-    (pattern,) = re.findall(r"```console\n(selector .*?)\n```", PAGE)
-    pattern = re.escape(pattern).replace(r"\.\.\.", r"[\d,.]+").replace("1,024", r"1,024")
+    (printed,) = blocks(PAGE, "console")
+    pattern = re.escape(printed.strip()).replace(r"\.\.\.", r"[\d,.]+").replace("1,024", r"1,024")
     # the limit is measured in longer trainings only
     pattern = pattern.replace(r";\ [\d,.]+%\ of\ the\ GEMM\ limit", r"(; \d+% of the GEMM limit)?")
     done = lark(*SMALL, "sft.steps=7", f"paths.logs={tmp_path}")
@@ -37,5 +36,5 @@ def test_the_benchmark_says_what_the_page_says_it_takes() -> None:
     assert ["python", "benchmarks/train.py"] in COMMANDS
     command = [sys.executable, str(ROOT / "benchmarks" / "train.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for flag in re.findall(r"`(--[a-z-]+)", PAGE):
+    for flag in re.findall(r"`(--[a-z-]+)", text_of(PAGE)):
         assert flag in shown

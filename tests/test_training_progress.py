@@ -3,34 +3,13 @@
 import re
 
 import pytest
-from lightning.pytorch.loggers import Logger
+from points import Points
 
 from lark import training_progress
 from lark.student import SFTModule
 from lark.training_progress import TrainingProgress, describe, facts_of
 
 SECONDS = 0.5  # a step takes, by the made-up clock
-
-
-class Points(Logger):
-    """Remembers what is logged."""
-
-    @property
-    def name(self):
-        return "points"
-
-    @property
-    def version(self):
-        return 0
-
-    def __init__(self):
-        self.points = []
-
-    def log_metrics(self, metrics, step=None):
-        self.points.append((step, metrics))
-
-    def log_hyperparams(self, params):
-        pass
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 import json
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET, rows_of_a_pool, write_pool
 from lightning import Trainer
 from torch.multiprocessing.spawn import spawn
 
@@ -49,7 +49,7 @@ def make(folder: Path, student: dict[str, Any], recipe: dict[str, Any], trainer)
         selector=Rule(name="lark", score=Lark(), policy=Policy(kind="chi2", budget=2)),
         baseline=None,
         recipe=Recipe(**{"steps": STEPS, "batch_size": 4, "lr": 1e-4, "micro_batch_tokens": 1} | recipe),
-        probe=replace(Probe(batch_tokens=600)),
+        probe=Probe(batch_tokens=600),
         seed=0,
         cache=folder / "cache",
         make_trainer=lambda label: trainer,
@@ -60,19 +60,9 @@ def make(folder: Path, student: dict[str, Any], recipe: dict[str, Any], trainer)
 def train(folder: Path, results: Path, words: dict[str, Any], *, devices: int = 1) -> None:
     """Train a student on the folder's pool; rank 0 leaves its weights and curve in `results`."""
     strategy = ShardedStrategy() if words.get("strategy") == "fsdp" else words.get("strategy", "auto")
-    trainer = Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=devices,
-        max_steps=STEPS,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=-1,
-        default_root_dir=results,
-    )
+    steps = {"max_steps": STEPS, "num_sanity_val_steps": -1, "use_distributed_sampler": False}
+    settings: dict[str, Any] = QUIET | {"strategy": strategy, "devices": devices, "default_root_dir": results} | steps
+    trainer = Trainer(**settings)
     data = make(folder, words["student"], words.get("recipe", {}), trainer)
     data.prepare_data()
     data.score()  # from the cache
@@ -119,11 +109,9 @@ def _with_path(words: dict[str, Any], student: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, student_folder):
     """A pool whose statistics are known, so that ranks have nothing to score."""
-    from conftest import rows_of_a_pool, write_pool
-
     folder = tmp_path_factory.mktemp("ranks")
     write_pool(folder / "pool.jsonl", rows_of_a_pool(problems=20))
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, inference_mode=False, enable_progress_bar=False)
+    trainer = Trainer(**QUIET, inference_mode=False)
     data = make(folder, {"path": str(student_folder)}, {}, trainer)
     data.prepare_data()
     data.score()

@@ -10,27 +10,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from lark_command import SMALL, Done, lark
+from pages import blocks, commands, text_of
 
 from lark import passes
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "your_own_rule.md").read_text(encoding="utf-8")
+PAGE = "docs/your_own_rule.md"
+COMMANDS = commands(PAGE)
 TINY = ["task.limit=10", "task.eval_limit=2", "task.max_new_tokens=8", "sft.steps=1", "evaluation.samples=1"]
 SMALLEST = [*SMALL, *TINY, "evaluation.pass_at=[1]"]
-
-
-def fenced(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
-COMMANDS = [line for block in fenced("bash") for line in block.splitlines() if line]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder, with nothing but the page's module; later commands find what earlier ones cached."""
     folder = tmp_path_factory.mktemp("workplace")
-    (module,) = fenced("python")
+    (module,) = blocks(PAGE, "python")
     (folder / "my_rules.py").write_text(module)
     return folder
 
@@ -95,7 +89,7 @@ def names_of(cell: str) -> list[str]:
 
 
 def test_the_page_lists_the_statistics_there_are(command) -> None:
-    section = PAGE.partition("## What `candidates` holds")[2].partition("## ")[0]
+    section = text_of(PAGE).partition("## What `candidates` holds")[2].partition("## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in names_of(row)}
     table = pq.read_table(command(found("keep=tokens")).folder / "statistics.parquet")
@@ -105,7 +99,7 @@ def test_the_page_lists_the_statistics_there_are(command) -> None:
 
 
 def test_the_page_lists_the_passes_there_are() -> None:
-    rows = [line.split("|")[1:4] for line in PAGE.splitlines() if re.match(r"\| `\w+\(", line)]
+    rows = [line.split("|")[1:4] for line in text_of(PAGE).splitlines() if re.match(r"\| `\w+\(", line)]
     listed = {re.findall(r"`(\w+)\(", name)[0]: names_of(columns) for name, _, columns in rows}
     kinds = {kind.__name__: kind for kind in passes.Pass.__subclasses__() if kind is not passes.Statistics}
     assert listed.keys() == kinds.keys()

@@ -214,7 +214,8 @@ def sentence(error: BaseException) -> str:
         return _whole_group(name) if name in GROUPS else _no_setting(name, [])
     if isinstance(error, OverrideParseException):
         reason = text.partition(" See https://")[0]
-        return f"{error.override} is no setting=value ({reason}); quote what holds spaces or brackets"
+        quoted = f"'{str(error.override).partition('=')[0]}=\"...\"'"  # for the shell, and for Hydra
+        return f"{error.override} is no setting=value ({reason}); quote what holds spaces, brackets or signs: {quoted}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return f"{text} (python -m lark.run --cfg job prints every setting)"
     if isinstance(error, OSError) and error.filename is not None:

@@ -206,12 +206,14 @@ class Student:
     def _check_head(self, model: Any) -> None:
         """Statistics and training use hidden states and head apart: together they must give the model's own logits."""
         tokens_RL = torch.arange(4)[None]
-        if self.attention.startswith("flash"):  # it runs on GPUs only, and the model is not there yet
+        is_on_gpus_only = self.attention.startswith("flash")  # and the model is not there yet
+        if is_on_gpus_only:
             model.set_attn_implementation("sdpa")
         with torch.inference_mode():
             expected = model(input_ids=tokens_RL, use_cache=False).logits[0].float()
             difference = (head_of(model).logits(hidden_states(model, tokens_RL, None)) - expected).abs().max().item()
-        model.set_attn_implementation(self.attention)
+        if is_on_gpus_only:
+            model.set_attn_implementation(self.attention)
         if not difference <= 0.02 * max(1.0, expected.abs().max().item()):
             raise ValueError(
                 f"model={self.name}: {model.config.model_type} does more to its logits than this package reproduces "

@@ -112,8 +112,8 @@ def share_prefixes(model: Any, implementation: str) -> str | None:
     if any(isinstance(module, torch.nn.Conv1d) for module in decoder.modules()):
         return f"{type(model).__name__} does not mix tokens by attention alone"
     name, windows = f"prefix_tree_{implementation}", set[int]()
-    inner = partial(_windowed if implementation == "sdpa" else _told, ALL_ATTENTION_FUNCTIONS[implementation], windows)
-    AttentionInterface.register(name, partial(_attention, inner))
+    inner = partial(_windowed if implementation == "sdpa" else _told, ALL_ATTENTION_FUNCTIONS[implementation])
+    AttentionInterface.register(name, partial(_attention, inner, windows))
     sample = [[3, 1, 4, 1, 5], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 2, 6, 9]]
     device = next(model.parameters()).device
     ids_X, depths_X, tree, paths = prefix_tree(sample)
@@ -162,6 +162,7 @@ def _hidden_window(config: Any, told: set[int]) -> str | None:
 
 def _attention(
     inner: Callable[..., Tensor],
+    windows: set[int],
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -173,8 +174,10 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query [1, H, X, E], key and value [1, G, X, E] -> [1, X, H, E].
 
-    Without a tree: rows [R, H, L, E] -> [R, L, H, E], as always.
+    Without a tree: rows [R, H, L, E] -> [R, L, H, E], as always. `windows` learns which ones it is told of.
     """
+    if (window := keywords.get("sliding_window")) is not None:
+        windows.add(window)
     keywords.pop("position_ids", None)  # flash attention would take positions that restart for packed documents
     if prefix_tree is None:
         return inner(module, query, key, value, **keywords), None
@@ -194,36 +197,18 @@ def _gather(x: Tensor, node_RL: Tensor) -> Tensor:
     return x_XD.index_select(0, node_RL.view(-1)).view(*node_RL.shape, x.shape[1], -1).transpose(1, 2)
 
 
-def _told(
-    attend: Callable[..., Any],
-    windows: set[int],
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    **keywords: Any,
-) -> Tensor:
-    """Causal attention by an implementation that takes `sliding_window` itself. `windows` learns what it is told."""
-    if (window := keywords.get("sliding_window")) is not None:
-        windows.add(window)
-    return attend(module, query, key, value, None, **keywords)[0]
+def _told(attend: Callable[..., Any], module: torch.nn.Module, *query_key_value: Tensor, **keywords: Any) -> Tensor:
+    """Causal attention by an implementation that takes `sliding_window` itself."""
+    return attend(module, *query_key_value, None, **keywords)[0]
 
 
 def _windowed(
-    attend: Callable[..., Any],
-    windows: set[int],
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    **keywords: Any,
+    attend: Callable[..., Any], module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **keywords: Any
 ) -> Tensor:
     """Causal attention by sdpa. In a layer that looks back `sliding_window` tokens only, as many queries at a time, so
     that a mask has at most window x (2 window) places, however long the row.
     """
     window, length = keywords.get("sliding_window"), query.shape[2]
-    if window is not None:
-        windows.add(window)
     if window is None or length <= window:
         return attend(module, query, key, value, None, **keywords)[0]
     blocks = []

@@ -348,10 +348,10 @@ class ProbeModule(PassModule):
         encoded = self.work.pool.encoded(np.array(batch.rows))
         ends = torch.tensor([row.end_of_turn for row in encoded], device=batch.target_N.device)
         sums = trajectory_sums(tokens, batch.row_N, batch.position_N, ends, rows=len(encoded))
-        return _table_rows(batch, encoded, sums, tokens, self.work.probe)
+        return table_rows(batch, encoded, sums, tokens, self.work.probe)
 
 
-def _table_rows(
+def table_rows(
     batch: MicroBatch, encoded: list[Encoded], sums: dict[str, torch.Tensor], tokens: TokenStatistics, probe: Probe
 ) -> list[dict[str, Any]]:
     columns = {name: values.tolist() for name, values in sums.items()}

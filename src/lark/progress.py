@@ -20,7 +20,21 @@ LIMIT_AFTER = 3.0  # seconds of a pass after which its GEMM limit is measured: a
 LIMIT_SHARE, LIMIT_SECONDS = 0.02, 2.0  # what measuring it takes: this share of the pass, at most these seconds
 
 
-class PassProgress(Callback):
+class ProgressLine(Callback):
+    """A callback whose progress line, `bar` on rank 0, does not outlive the Trainer's run."""
+
+    bar: tqdm | None = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class PassProgress(ProgressLine):
     """What a pass of the student has done and how fast, in a progress line, in the Trainer's logger, and in the end in
     `figures_of`. Line and points are of rank 0 and the rows that are left to it, the figures of all ranks.
 
@@ -31,7 +45,6 @@ class PassProgress(Callback):
 
     def __init__(self, label: str):
         self.label = label
-        self.bar: tqdm | None = None
         self.limit_tried = False
         self.limit: tuple[float, float] | None = None
         """Seconds a token of the decoder, and a scored token of the head."""
@@ -109,15 +122,7 @@ class PassProgress(Callback):
         logger.log_metrics({f"scoring/{name}": value for name, value in figures.items() if value is not None})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.close()
 
     def finish(self, trainer: Trainer) -> dict[str, Any]:
         """See `figures_of`."""

@@ -19,6 +19,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lark.cache import complete, read_json, write_json
 from lark.candidates import Candidates
@@ -30,7 +31,7 @@ from lark.models import base_model, head_of, hidden_states
 from lark.packing import collate
 from lark.passes import Pass
 from lark.plan import is_main
-from lark.probe import STEP_COLUMNS, TOKEN_COLUMNS, PassModule, Work, _table_rows, measure
+from lark.probe import STEP_COLUMNS, TOKEN_COLUMNS, PassModule, Work, measure, table_rows
 from lark.race import calibration_size, cuts
 from lark.shards import COST_COLUMNS, read_columns
 from lark.stats import TokenStatistics, token_statistics, trajectory_sums
@@ -38,6 +39,7 @@ from lark.stats import TokenStatistics, token_statistics, trajectory_sums
 LEAST_CHUNK = 32  # tokens; a shorter one is not cut off for a candidate that ends
 CALIBRATION = ("calibration_surprisal", "calibration_brier", "calibration_rank")
 """Columns of the calibration's table: what the judge learns from, a value a token."""
+REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # one entry a token; others hold a state of all tokens so far
 KNOWN = ("row", "num_tokens", "sum_surprisal", "sum_brier", "stopped", "read_tokens", *COST_COLUMNS)
 """Columns of a candidate that was given up which are not null; steps and tokens are NaN where they were not read."""
 _FIELDS = tuple(TokenStatistics.__dataclass_fields__)
@@ -247,7 +249,7 @@ class RaceModule(PassModule):
         tokens = TokenStatistics(**columns)
         ends = torch.tensor([row.end_of_turn for row in encoded])
         sums = trajectory_sums(tokens, layout.row_N, layout.position_N, ends, rows=len(encoded))
-        records = _table_rows(layout, encoded, sums, tokens, self.work.probe)
+        records = table_rows(layout, encoded, sums, tokens, self.work.probe)
         estimated = None if heat is None else heat.estimate(runner.values()).total_NC
         for k, record in enumerate(records):
             read = scored[k].shape[1]
@@ -359,15 +361,19 @@ def check_caches(model: Any, name: str) -> None:
     remedy = f"model={name} cannot be raced ({{}}); set probe.race=false"
     with torch.inference_mode():
         whole_RD = hidden_states(model, ids_RL, None).view(3, 7, -1)[:, -1]
+        cache: Any = DynamicCache(config=base_model(model).config)
         try:
-            cache: Any = DynamicCache(config=base_model(model).config)
             decoder(input_ids=ids_RL[:1, :3], past_key_values=cache, use_cache=True)
-            cache.batch_repeat_interleave(3)
-            decoder(input_ids=ids_RL[:, 3:5], past_key_values=cache, use_cache=True)
-            cache.batch_select_indices(torch.tensor([0, 2], device=ids_RL.device))
-            raced_RD = decoder(input_ids=ids_RL[[0, 2], 5:], past_key_values=cache, use_cache=True).last_hidden_state
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except ValueError as error:  # by which transformers refuses a cache that is not of the student's own kind
             raise ValueError(remedy.format(f"its cache: {error}")) from error
+        if others := {type(layer).__name__ for layer in cache.layers if type(layer) not in REPEATABLE}:
+            raise ValueError(
+                remedy.format(f"its cache holds {', '.join(sorted(others))}, which are not repeated and cut")
+            )
+        cache.batch_repeat_interleave(3)
+        decoder(input_ids=ids_RL[:, 3:5], past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.tensor([0, 2], device=ids_RL.device))
+        raced_RD = decoder(input_ids=ids_RL[[0, 2], 5:], past_key_values=cache, use_cache=True).last_hidden_state
     difference = (raced_RD[:, -1] - whole_RD[[0, 2]]).abs().max().item()
     if not difference <= 0.05 * whole_RD.abs().max().item():
         raise ValueError(remedy.format(f"on its cache it computes something else, by {difference:.3g}"))

@@ -49,9 +49,18 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
         if (cluster := environment()) is not None:
             common["plugins"] = [cluster]
         try:
-            return make(**common | keywords, callbacks=callbacks)
+            made = make(**common | keywords, callbacks=callbacks)
         except (MisconfigurationException, TypeError, ValueError) as error:
             given = " ".join(f"trainer.{k}={settings[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
             raise ValueError(f"{given} cannot be used here ({error}); set trainer=auto, or correct them") from error
+        wanted = str(keywords.get("precision", settings["precision"]))
+        if not made.precision.startswith(
+            wanted
+        ):  # 32 is 32-true; where a device has it not, Lightning takes another without a word
+            raise ValueError(
+                f"trainer.precision={wanted} cannot be used here (it would be {made.precision}); set it to null, "
+                "32-true or bf16-mixed"
+            )
+        return made
 
     return settings["precision"], trainer

@@ -10,18 +10,16 @@ import psutil
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.throughput import Throughput
-from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
 
 from lark.bar import bar
 from lark.models import base_model, head_of
-from lark.progress import LIMIT_AFTER, LIMIT_SECONDS, LIMIT_SHARE
+from lark.progress import LIMIT_AFTER, LIMIT_SECONDS, LIMIT_SHARE, ProgressLine
 from lark.throughput import gemm_seconds
 
 WINDOW = 5  # optimizer steps that rates are taken over
 
 
-class TrainingProgress(Callback):
+class TrainingProgress(ProgressLine):
     """Counts optimizer steps. Line and points are of rank 0, rates of all ranks: that of rank 0 times their number.
 
     The GEMM limit is the time that the matrix products of the rows' tokens alone would take: forward, for the
@@ -31,7 +29,6 @@ class TrainingProgress(Callback):
 
     def __init__(self, label: str):
         self.label = label
-        self.bar: tqdm | None = None
         self.rates: dict[str, float] = {}
         """Of the last steps, by the names that the logger gets."""
         self.seconds = self.mark = self.flops = 0.0
@@ -117,15 +114,7 @@ class TrainingProgress(Callback):
         return 2 * (decoder + head) / needed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.close()
 
 
 def facts_of(trainer: Trainer, module: Any) -> dict[str, Any]:
