@@ -10,8 +10,9 @@ from lark.arms import Arm
 from lark.cache import identity_hash, read_json, source_hash, write_json, write_text
 from lark.chat import Chat
 from lark.data import TrajectoryDataModule
-from lark.evaluate import Sampling, evaluate, read_samples, summarise
+from lark.evaluation import Sampling, evaluate, summarise
 from lark.plan import barrier, is_main
+from lark.samples import read_samples
 from lark.verify import Checker
 
 
@@ -98,7 +99,7 @@ def evaluation_identity(
         "task": [task.checker, task.pattern, task.system, task.max_new_tokens],
         "seed": data.seed,
         "dtype": data.dtype,
-        "sources": source_hash(["lark.evaluate", "lark.generate", "lark.verify", "lark.metrics"]),
+        "sources": source_hash(["evaluation", "problems", "samples", "generate", "answers", "verify", "metrics"]),
     }
 
 

@@ -23,9 +23,9 @@ from lark.data import TrajectoryDataModule
 from lark.description import describe_recipe, describe_selections, quiet_libraries, write_statistics
 from lark.divergence import DivergedError
 from lark.end_token import EndTokenCheck
-from lark.evaluate import read_problems
 from lark.passes import GradientMatches, Statistics
 from lark.plan import Plan, barrier, check_ranks, is_main, leave_ranks, say, start_ranks, world_size
+from lark.problems import read_problems
 from lark.progress import PassProgress
 from lark.refresh import announce, refreshes_of, total_cost
 from lark.report import print_comparison

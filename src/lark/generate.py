@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from lark.answers import find_boxed
 from lark.models import base_model
-from lark.verify import find_boxed
 
 # Rows that have ended leave the batch every so many tokens: often enough that few dead rows are computed, seldom
 # enough that restarting `generate` does not show.

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from lark.arms import Arm, held_out_at_start
 from lark.cache import read_json
 from lark.data import TrajectoryDataModule
-from lark.evaluate import per_problem
 from lark.inference import paired_difference, smallest_detectable_difference
+from lark.samples import per_problem
 from lark.shards import COST_COLUMNS
 
 

@@ -164,7 +164,7 @@ class Trajectories:
             "pool": self.fingerprint,
             "checker": self.task.checker,
             "pattern": self.task.pattern,
-            "sources": source_hash(["verify"]),
+            "sources": source_hash(["answers", "verify"]),
         }
         found = in_parts(
             self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"

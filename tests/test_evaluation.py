@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_student import byte_tokenizer, tiny_model
 
-from lark.evaluate import Sampling, evaluate, per_problem, prompt_messages, read_problems, read_samples, summarise
+from lark.evaluation import Sampling, evaluate, summarise
 from lark.metrics import average_at_k
+from lark.samples import per_problem, read_samples
 from lark.verify import Checker
 
 
@@ -154,62 +155,6 @@ def test_what_cannot_be_checked_is_refused_before_generating(run, model, monkeyp
         run(pass_at=(4,))
     with pytest.raises(ValueError, match=r"task\.eval"):
         run(problems=[])
-
-
-def test_prompts():
-    user = {"role": "user", "content": "1 + 1?"}
-    assert prompt_messages({"problem": "1 + 1?"}, None) == [user]
-    assert prompt_messages({"problem": "1 + 1?"}, "Think.") == [{"role": "system", "content": "Think."}, user]
-    assert prompt_messages({"messages": [user], "problem": "other"}, "Think.") == [user]
-
-
-def write(path, *rows):
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_problems_are_read_and_normalised(tmp_path):
-    turns = [{"role": "user", "content": "2 + 2?"}]
-    path = write(
-        tmp_path / "eval.jsonl",
-        {"problem_id": 3, "problem": "1 + 1?", "answer": 2, "level": 5},
-        {"id": "test/4.json", "messages": turns, "answer": "4"},
-        {"id": 5, "problem": "?", "answer": "x"},
-    )
-    assert read_problems(path, limit=2) == [
-        {"problem_id": "3", "problem": "1 + 1?", "answer": "2", "level": 5},
-        {"id": "test/4.json", "problem_id": "test/4.json", "messages": turns, "answer": "4"},
-    ]
-    assert len(read_problems(path)) == 3
-
-
-def test_every_fault_has_file_line_and_field(tmp_path):
-    path = write(
-        tmp_path / "eval.jsonl",
-        {"id": 1, "problem": "fine", "answer": "1"},
-        '{"id": 2,\n',
-        {"problem": "no id", "answer": "1"},
-        {"id": 4, "problem": "no answer", "answer": None},
-        {"id": 5, "problem": "", "answer": "1"},
-        {"id": 6, "messages": [{"role": "assistant", "content": "x"}], "answer": "1"},
-        {"id": "1", "problem": "again", "answer": "1"},
-    )
-    with pytest.raises(ValueError) as error:
-        read_problems(path)
-    message = str(error.value)
-    assert "task.eval=" in message and "6 faulty rows" in message
-    places = [(2, "row"), (3, "problem_id"), (4, "answer"), (5, "problem"), (6, "messages"), (7, "problem_id")]
-    for line, field in places:
-        assert f"eval.jsonl, line {line}, {field}:" in message
-
-
-def test_missing_and_empty_files_and_limits_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"task\.eval"):
-        read_problems(tmp_path / "missing.jsonl")
-    with pytest.raises(ValueError, match="holds no problem"):
-        read_problems(write(tmp_path / "eval.jsonl"))
-    with pytest.raises(ValueError, match=r"task\.eval_limit=0"):
-        read_problems(tmp_path / "eval.jsonl", limit=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,93 @@
+"""Problems of an evaluation set: rows read and checked, their prompts, the answers to them."""
+
+from pathlib import Path
+from typing import Any
+
+from lark.rows import Fault, RowError, find_files, read_rows
+from lark.verify import Answer
+
+_FAULTS_SHOWN = 20
+
+
+def read_problems(path: str | Path, *, limit: int | None = None, setting: str = "task.eval") -> list[dict[str, Any]]:
+    """Rows of an evaluation file, with `problem_id` and `answer` as strings; further columns are carried along.
+
+    A row has `problem_id` or `id`, `problem` (text) or `messages` (ending with the user's turn), and `answer`.
+
+    Args:
+        path: .jsonl, .json or .parquet.
+        limit: read at most this many problems.
+        setting: the setting that named the file, for messages.
+
+    Raises:
+        ValueError: the file is missing or holds no problem, or rows are faulty (with file, line and field of each).
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"task.eval_limit={limit} leaves no problem; set it to 1 or more, or null for all")
+    problems: dict[str, dict[str, Any]] = {}
+    faults: list[Fault] = []
+    for name, file in find_files(path, setting=setting).items():
+        line = None
+        try:
+            for line, raw in read_rows(file):
+                if limit is not None and len(problems) >= limit:
+                    break
+                try:
+                    problem = _problem(raw)
+                    if problem["problem_id"] in problems:
+                        message = f"{problem['problem_id']!r} stands in an earlier row too: give each problem its own"
+                        raise RowError("problem_id", "repeated", message)
+                    problems[problem["problem_id"]] = problem
+                except RowError as error:
+                    faults.append(error.at(name, error.line or line))
+        except RowError as error:
+            faults.append(error.at(name, error.line or line))
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:_FAULTS_SHOWN])
+        more = f"\n  ... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise ValueError(f"{setting}={path} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
+    if not problems:
+        raise ValueError(f"{setting}={path} holds no problem; set it to a file with rows")
+    return list(problems.values())
+
+
+def _problem(raw: Any) -> dict[str, Any]:
+    if isinstance(raw, RowError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise RowError("row", "no object", "is no object of fields")
+    name = "problem_id" if raw.get("problem_id") is not None else "id"
+    identifier, answer, messages = raw.get(name), raw.get("answer"), raw.get("messages")
+    if not isinstance(identifier, str | int) or isinstance(identifier, bool):
+        raise RowError("problem_id", "no id", "is missing or neither a string nor an integer: number the problems")
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not str(answer).strip():
+        raise RowError("answer", "no answer", "is missing or neither text nor number: give the right answer")
+    if messages is not None:
+        well_formed = isinstance(messages, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in messages
+        )
+        if not well_formed or not messages or messages[-1]["role"] != "user":
+            message = 'is no list of {"role": ..., "content": ...} that ends with the user\'s turn'
+            raise RowError("messages", "faulty messages", message)
+    elif not isinstance(raw.get("problem"), str) or not raw["problem"].strip():
+        raise RowError("problem", "no problem", "is missing, empty or no text: give the problem, or messages")
+    return raw | {"problem_id": str(identifier), "answer": str(answer)}
+
+
+def prompt_messages(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
+    """The prompt of a problem: its own messages, or an optional system turn and the problem as user turn."""
+    if problem.get("messages"):
+        return problem["messages"]
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": problem["problem"]}]
+
+
+def answer_to(problem: dict[str, Any], text: str) -> Answer:
+    """What a checker is asked about a text that answers the problem."""
+    return Answer(
+        text=text,
+        gold=problem["answer"],
+        source_dataset=problem.get("source_dataset"),
+        metadata=problem.get("metadata"),
+    )
