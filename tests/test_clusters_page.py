@@ -1,35 +1,19 @@
 """docs/clusters.md: its commands compose, its figures follow from the student's shapes."""
 
 import math
-import re
-import shlex
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
-from pages import blocks, commands, text_of
+from omegaconf import OmegaConf
+from pages import blocks, commands, composed, text_of
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lark import config as configuration
 from lark.models import Student
-from lark.recipe import Recipe
 
 PAGE = text_of("docs/clusters.md")
 BLOCKS = blocks("docs/clusters.md", "bash", "sbatch")
 COMMANDS = [line for line in commands("docs/clusters.md", "bash", "sbatch") if "lark.run" in line]
-
-
-def composed(command: str) -> DictConfig:
-    """The configuration of a command, of a multirun's first job."""
-    words = shlex.split(command)
-    overrides = [word for word in words[words.index("lark.run") + 1 :] if word != "-m"]
-    first = [word if re.search(r"[\[{\"]", word) else word.partition(",")[0] for word in overrides]
-    configuration.register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configuration.folder()), version_base="1.3"):
-        return compose("config", first, return_hydra_config=True)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -48,29 +32,6 @@ def test_commands_compose(command: str) -> None:
         assert f"--nodes={config.trainer.num_nodes}" in block
     if "torchrun" in command:
         assert f"--nnodes={config.trainer.num_nodes} --nproc-per-node={config.trainer.devices}" in command
-
-
-def paper(trainer: str) -> DictConfig:
-    (command,) = (command for command in COMMANDS if f"trainer={trainer}" in command and "probe.top_k=50" in command)
-    return composed(command)
-
-
-def test_the_papers_settings() -> None:
-    """What the page's table says, against what its commands come to."""
-    lora, full = paper("ddp"), paper("fsdp")
-    assert (lora.sft.lr, lora.sft.epochs, lora.task.max_length) == (1e-4, 3, 8192)
-    assert (full.sft.lr, full.sft.epochs, full.task.max_length) == (1e-5, 5, 32768)
-    assert lora.model.lora == {"r": 64, "lora_alpha": 128, "lora_dropout": 0.05, "target_modules": "all-linear"}
-    assert full.model.lora is None
-    for config, steps in ((lora, 633), (full, 1055)):
-        sft, boxed = config.sft, r"Please reason step by step, and put your final answer within \boxed{}."
-        assert (sft.batch_size, sft.schedule, sft.warmup, sft.weight_decay, sft.clip) == (64, "cosine", 0.05, 0, 1.0)
-        assert (config.budget, config.probe.top_k, config.probe.span) == (3, 50, "authors")
-        assert (config.evaluation.temperature, config.evaluation.top_p) == (0.6, 0.95)
-        assert config.task.system == boxed and config.model.gradient_checkpointing
-        recipe: Recipe = configuration.build(sft)
-        kept = round(5000 * (1 - config.task.held_out))
-        assert recipe.steps_for(kept * config.budget) == steps and f"{steps:,} " in PAGE
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +54,7 @@ def test_memory(shapes: torch.nn.Module) -> None:
     layers = shapes.get_submodule("model.layers")
     matrices = [p for p in layers.parameters() if p.ndim == 2]
     n, m = (sum(p.numel() for p in part.parameters()) for part in (shapes, layers))
-    student: Student = configuration.build(paper("ddp").model)
+    student: Student = configuration.build(composed("python -m lark.run model=qwen").model)
     p = sum(student.lora_config().r * sum(matrix.shape) for matrix in matrices)
     d, e = 3584, sum(sum(matrix.shape) for matrix in matrices) // 28 + 8 * 3584
     columns = {

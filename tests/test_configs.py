@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lark import config as configuration
 from lark.config import build
+from lark.diagnostics import Diagnostics
 from lark.models import Student
 from lark.selection import Rule
 from lark.tasks.files import Task
@@ -19,10 +20,19 @@ CONF = configuration.folder()
 OPTIONS = [(group, name) for group in configuration.GROUPS for name in configuration.options(group)]
 REQUIRED = {
     ("task", "jsonl"): ["task.pool=pool.jsonl"],
+    ("task", "hub"): ["task.pool=owner/name", "task.columns.messages=messages"],
+    ("task", "teachers"): ["task.pool=folder"],
     ("selector", "custom"): ["selector.score=numpy:zeros"],
     ("baseline", "custom"): ["baseline.score=numpy:zeros"],
 }
-CLASSES = {"task": Task, "model": Student, "selector": Rule, "baseline": Rule, "logger": (Wandb, Csv)}
+CLASSES = {
+    "task": Task,
+    "model": Student,
+    "selector": Rule,
+    "baseline": Rule,
+    "logger": (Wandb, Csv),
+    "diagnostics": Diagnostics,
+}
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -43,7 +53,7 @@ def test_option_composes_and_builds(group: str, name: str) -> None:
         assert built.func is Trainer
         if name in ("auto", "cpu"):
             built(logger=False, enable_checkpointing=False)
-    elif name == "none":
+    elif (group, name) == ("baseline", "none"):
         assert build(config.baseline) == {"name": "none"}
     else:
         assert isinstance(build(config[group]), CLASSES[group])

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from lark.inference import Interval, holm, paired_difference, sign_flip_p, smallest_detectable_difference
+from lark.inference import Interval, holm, mean_interval, paired_difference, sign_flip_p, smallest_detectable_difference
 
 
 def simulated_accuracies(
@@ -271,3 +271,24 @@ def test_bad_input_of_the_tests():
             holm(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"power=1\.0"):
         smallest_detectable_difference(1.0, power=1.0)
+
+
+def test_interval_of_a_mean_is_that_of_a_difference_from_0_within_0_and_1():
+    rng = np.random.default_rng(0)
+    value_P = rng.binomial(4, rng.beta(0.3, 0.3, 60)) / 4
+    found, difference = mean_interval(value_P), paired_difference(value_P[None], np.zeros((1, 60)))
+    assert (found.estimate, found.low, found.high) == (value_P.mean(), difference.low, difference.high)
+    assert found.label == ""
+    rare = np.zeros(40)
+    rare[0] = 0.25
+    assert mean_interval(rare).low == 0 < mean_interval(rare).high
+    assert mean_interval(1 - rare).high == 1
+    assert mean_interval(np.ones(5)).low == mean_interval(np.ones(5)).high == 1
+    assert mean_interval(np.ones(1)).label == "one problem, no interval"
+
+
+@pytest.mark.parametrize(("a", "b", "least"), [(0.3, 0.3, 0.92), (0.3, 2.7, 0.89)])
+def test_coverage_of_the_mean_of_30_problems(a, b, least):
+    rng, trials = np.random.default_rng(1), 300
+    found = [mean_interval(rng.binomial(4, rng.beta(a, b, 30)) / 4, resamples=500) for _ in range(trials)]
+    assert np.mean([one.low <= a / (a + b) <= one.high for one in found]) >= least

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark.layouts import ATTENTION_SLOWDOWN, Costs, costs_of, cut
+from lark.layouts import ATTENTION_SLOWDOWN, Costs, costs_of, cut, launched
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40).map(np.array)
 
@@ -40,6 +40,15 @@ def test_rows_of_one_length_are_not_packed_and_uneven_ones_are_unless_attention_
     assert cut(uneven, layout="auto", budget=4000, costs=apart).packed
     long_rows = np.array([4000, 3000, 2000, 1000])
     assert not cut(long_rows, layout="auto", budget=16_000, costs=masked).packed
+
+
+def test_where_operations_are_started_one_by_one_small_steps_are_not_packed_and_large_ones_are():
+    """Uneven rows come in many groups; on a GPU a small student would wait for each group's operations to start."""
+    lengths = np.linspace(100, 2000, 32).astype(int)
+    small = Costs(token=1e8, pair=3e4, apart=True)  # 100M parameters
+    large = Costs(token=7e9, pair=1e6, apart=True)
+    for costs, packed in ((small, True), (launched(small, layers=30), False), (launched(large, layers=30), True)):
+        assert cut(lengths, layout="auto", budget=100_000, costs=costs).packed is packed
 
 
 def test_costs_of_a_student(make_student):

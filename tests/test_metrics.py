@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark.metrics import AverageAtK, PassAtK, ProblemMean, average_at_k, pass_at_k
+from lark.metrics import AverageAtK, MajorityAtK, PassAtK, ProblemMean, average_at_k, majority_at_k, pass_at_k
 
 verdicts = st.integers(1, 7).flatmap(
     lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=5)
@@ -33,6 +33,44 @@ def test_many_samples_neither_overflow_nor_lose_digits():
     correct_PN = torch.zeros(1, 2000, dtype=torch.bool)
     correct_PN[0, 0] = True
     assert pass_at_k(correct_PN, 1000).item() == pytest.approx(0.5, abs=1e-15)
+
+
+samples_of_problems = st.integers(1, 7).flatmap(
+    lambda n: st.lists(
+        st.lists(st.tuples(st.integers(-1, 3), st.booleans()), min_size=n, max_size=n), min_size=1, max_size=4
+    )
+)
+
+
+@given(samples_of_problems)
+def test_maj_at_k_is_what_drawing_one_of_the_most_frequent_answers_earns(problems):
+    expected = []
+    for samples in problems:
+        verdicts = {vote: [correct for other, correct in samples if other == vote] for vote, _ in samples if vote >= 0}
+        most = max(map(len, verdicts.values()), default=0)
+        credits = [sum(of_answer) / most for of_answer in verdicts.values() if len(of_answer) == most]
+        expected.append(sum(credits) / len(credits) if credits else 0)
+    vote_PN, correct_PN = (torch.tensor([[sample[i] for sample in samples] for samples in problems]) for i in (0, 1))
+    assert majority_at_k(vote_PN, correct_PN).tolist() == pytest.approx(expected, abs=1e-12)
+    metric = MajorityAtK()
+    for i in range(len(problems)):
+        metric.update(vote_PN[i : i + 1], correct_PN[i : i + 1])
+    assert metric.compute().item() == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("votes", "correct", "credit"),
+    [
+        ([0, 0, 1, 2], [1, 1, 0, 0], 1),  # the majority is right
+        ([0, 0, 1, 2], [0, 0, 1, 0], 0),
+        ([0, 0, 1, 1], [1, 1, 0, 0], 1 / 2),  # a tie of two
+        ([0, 1, 2, -1], [1, 0, 0, 0], 1 / 3),  # who says nothing has no vote
+        ([-1, -1, -1, 0], [0, 0, 0, 1], 1),  # and is no majority
+        ([-1, -1, -1, -1], [0, 0, 0, 0], 0),
+    ],
+)
+def test_majorities_by_hand(votes, correct, credit):
+    assert majority_at_k(torch.tensor([votes]), torch.tensor([correct]).bool()).item() == pytest.approx(credit)
 
 
 @pytest.mark.parametrize("k", [0, 5])

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lark.models import base_model, head_of, hidden_states, rope_border, save_student
+from lark.models import base_model, head_of, hidden_states, save_student
+from lark.positions import rope_border
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 

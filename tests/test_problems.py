@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lark.problems import prompt_messages, read_problems
+from lark.problems import answer_to, level_of, prompt_messages, read_problems
 
 
 def test_prompts():
@@ -42,12 +42,19 @@ def test_every_fault_has_file_line_and_field(tmp_path):
         {"id": 5, "problem": "", "answer": "1"},
         {"id": 6, "messages": [{"role": "assistant", "content": "x"}], "answer": "1"},
         {"id": "1", "problem": "again", "answer": "1"},
+        {"id": 8, "problem": "?", "answer": "1", "level": [5]},
+        {"id": 9, "problem": "?", "answer": "1", "checker": "maths"},
+        {"id": 10, "problem": "?", "answer": "1", "pattern": "(", "checker": "number"},
+        {"id": 11, "problem": "?", "answer": "1", "pattern": "no group"},
+        {"id": 12, "problem": "?", "answer": "1", "pattern": 3},
+        {"id": 13, "problem": "?", "answer": "1", "prompt": 1},
     )
     with pytest.raises(ValueError) as error:
         read_problems(path)
     message = str(error.value)
-    assert "task.eval=" in message and "6 faulty rows" in message
+    assert "task.eval=" in message and "12 faulty rows" in message
     places = [(2, "row"), (3, "problem_id"), (4, "answer"), (5, "problem"), (6, "messages"), (7, "problem_id")]
+    places += [(8, "level"), (9, "checker"), (10, "pattern"), (11, "pattern"), (12, "pattern"), (13, "prompt")]
     for line, field in places:
         assert f"eval.jsonl, line {line}, {field}:" in message
 
@@ -59,3 +66,16 @@ def test_missing_and_empty_files_and_limits_are_named(tmp_path):
         read_problems(write(tmp_path / "eval.jsonl"))
     with pytest.raises(ValueError, match=r"task\.eval_limit=0"):
         read_problems(tmp_path / "eval.jsonl", limit=0)
+
+
+def test_levels_are_text():
+    assert [level_of(row) for row in ({"level": 5}, {"level": " Level 5 "}, {"level": None}, {})] == [
+        *("5", "5", None, None)
+    ]
+
+
+def test_a_row_brings_its_own_checker_and_pattern():
+    row = {"problem_id": "1", "problem": "?", "answer": "B", "checker": "choice", "pattern": r"pick (\w)"}
+    assert (answer_to(row, "pick B").kind, answer_to(row, "pick B").pattern) == ("choice", r"pick (\w)")
+    plain = answer_to({"problem_id": "1", "problem": "?", "answer": "B"}, "B")
+    assert (plain.kind, plain.pattern, plain.gold, plain.text) == (None, None, "B", "B")

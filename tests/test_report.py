@@ -207,11 +207,13 @@ def test_the_end_of_a_sweep_prints_and_writes_the_comparison_only(tmp_path, monk
     out, err, code = at_the_end_of(tmp_path, capsys)
     assert code == 1  # a job failed
     assert err == f"failed: {tmp_path / '6'}: budget=0 is no number\n"
-    *table, last = out.splitlines()
+    *table, files, page = out.splitlines()
     assert "\n".join(table) in printed
-    assert last.startswith(f"comparison  {tmp_path}: ")
-    assert all(name in last for name in FILES)
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == FILES
+    assert files.startswith(f"comparison  {tmp_path}: ")
+    assert all(name in files for name in FILES)
+    assert page == f"page        {tmp_path / 'report.html'}"
+    written_now = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert written_now == FILES | {"report.html", "plotly.min.js"}
     assert json.loads((tmp_path / "comparison.json").read_text())["failed"][0][1] == "budget=0 is no number"
     (tmp_path / "6" / "summary.json").unlink()
     assert at_the_end_of(tmp_path, capsys)[1:] == ("", 0)

@@ -1,13 +1,17 @@
 """Loggers: one W&B run each, kept apart, with no text unless it may leave; CSV files."""
 
 import csv
+import math
+import os
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 import wandb
 from lark_command import SMALL, lark
+from omegaconf import OmegaConf
 from wandb.proto import wandb_internal_pb2
-from wandb_file import read_wandb, records
+from wandb_file import media, read_wandb, records
 
 from lark import progress
 from lark.cache import read_json
@@ -55,7 +59,7 @@ def test_text_stays_unless_it_may_leave(text: bool, tmp_path: Path) -> None:
     log_two(Wandb(name="offline", mode="offline", text=text), tmp_path)
     assert len(wandb_files(tmp_path)) == 2
     everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
-    assert b"a confidential trajectory" not in everything
+    assert (b"a confidential trajectory" in everything) == text
     assert (b"samples-eval.jsonl" in everything) == text
 
 
@@ -90,9 +94,9 @@ def test_csv(tmp_path: Path) -> None:
 
 
 def x_axes(path: Path) -> dict[str, str]:
-    """What each metric, or all, are plotted against."""
+    """What the metrics of each pattern are plotted against; empty: nothing."""
     found = map(wandb_internal_pb2.Record.FromString, records(path.read_bytes()))  # type: ignore[attr-defined]
-    return {m.metric.glob_name: m.metric.step_metric for m in found if m.HasField("metric") and m.metric.step_metric}
+    return {one.metric.glob_name: one.metric.step_metric for one in found if one.metric.glob_name}
 
 
 def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], dict[str, float]]:
@@ -127,7 +131,7 @@ def test_a_pass_in_wandb(make_data, tmp_path: Path) -> None:
         assert series[-1] == pytest.approx(figures[name])
     left = run.series("scoring/seconds_left")
     assert left[0] > 1e-6 > left[-2] >= left[-1] == 0
-    assert x_axes(path) == {"*": "scoring/trajectories"}
+    assert x_axes(path)["scoring/*"] == "scoring/trajectories"
 
 
 def test_a_pass_in_csv(make_data, tmp_path: Path) -> None:
@@ -139,9 +143,50 @@ def test_a_pass_in_csv(make_data, tmp_path: Path) -> None:
     assert float(rows[-1]["scoring/tokens_per_s"]) == pytest.approx(figures["tokens_per_s"])
 
 
-def test_optimizer_steps_are_the_axis_of_everything_else(tmp_path: Path) -> None:
+def test_every_prefix_has_its_axis(tmp_path: Path) -> None:
     log_two(Wandb(name="offline", mode="offline"), tmp_path)
-    assert [x_axes(path) for path in wandb_files(tmp_path)] == [{"*": "trainer/global_step"}] * 2
+    by_step = dict.fromkeys(("train/*", "held_out/*", "refresh/*", "evaluation/*"), "trainer/global_step")
+    once = dict.fromkeys(("selection/*", "diagnostics/*", "comparison/*", "cost/*"), "")
+    expected = {"scoring/*": "scoring/trajectories", **by_step, **once}
+    assert [x_axes(path) for path in wandb_files(tmp_path)] == [expected] * 2
+
+
+def test_summary_plots_tables_and_datasets(tmp_path: Path) -> None:
+    tracker = Wandb(name="offline", mode="offline")
+    logger = tracker.open(title="one", group="sweep", job_type="selector", config={}, folder=tmp_path)
+    tracker.summarise(logger, {"decisions/layout": "packed", "decisions/lr": 0.5, "decisions/ceiling": math.nan})
+    tracker.picture(logger, {"held_out": go.Figure(go.Scatter(x=[0, 1], y=[3.0, 2.0]))})
+    tracker.tabulate(logger, {"tables/teachers": [{"teacher": "a", "share": 0.25}, {"teacher": "b", "share": 0.75}]})
+    (kept := tmp_path / "selection.json").write_text('{"rule": "lark"}')
+    tracker.keep_selection(logger, "choice", [kept], written={"ids.jsonl": ["1\n", "2\n"]}, about={"texts": False})
+    tracker.finish()
+    assert "WANDB_DATA_DIR" not in os.environ
+    (path,) = wandb_files(tmp_path)
+    run = read_wandb(path)
+    assert (run.summary["decisions/layout"], run.summary["decisions/lr"]) == ("packed", 0.5)
+    assert media(run, "plots/held_out")["data"][0]["y"] == [3.0, 2.0]
+    table = media(run, "tables/teachers")
+    assert (table["columns"], table["data"]) == (["teacher", "share"], [["a", 0.25], ["b", 0.75]])
+    files = run.artifacts["dataset/choice"]
+    assert {name: file.read_text() for name, file in files.items()} == {
+        "selection.json": '{"rule": "lark"}',
+        "ids.jsonl": "1\n2\n",
+    }
+    assert all(file.is_relative_to(run.folder) for of in run.artifacts.values() for file in of.values())
+
+
+def test_csv_keeps_decisions(tmp_path: Path) -> None:
+    tracker = Csv(name="csv")
+    logger = tracker.open(title="one", group="sweep", job_type="selector", config={"seed": 3}, folder=tmp_path)
+    tracker.summarise(logger, {"decisions/layout": "packed"})
+    tracker.summarise(logger, {"decisions/lr": 0.5})
+    logger.save()
+    (path,) = tmp_path.rglob("hparams.yaml")
+    assert OmegaConf.load(path) == {
+        "seed": 3,
+        "job_type": "selector",
+        "summary": {"decisions/layout": "packed", "decisions/lr": 0.5},
+    }
 
 
 def test_a_pass_that_runs_is_a_run_and_one_from_the_cache_is_none(

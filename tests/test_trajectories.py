@@ -145,13 +145,6 @@ def test_what_a_row_takes_in_memory(open_pool):
     assert len({id(name) for name in pool.problem_id}) == 8 and len({id(name) for name in pool.candidate_id}) == 4
 
 
-def test_overlap_counts_every_evaluation_problem_that_is_asked_in_the_pool(open_pool):
-    pool = open_pool()
-    prompts = [pool.rows[row]["messages"][-2]["content"] for row in (0, 31)]
-    asked = [{"problem": text} for text in [*prompts, prompts[0].lower(), "What?"]]
-    assert pool.overlap(asked) == 3 and pool.overlap([]) == 0
-
-
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_a_folder_of_shards_is_the_pool_of_one_file(ending, open_pool, tmp_path):
     import pyarrow as pa

@@ -30,7 +30,7 @@ def token_budget(model: Any, device: torch.device) -> int:
     hidden = model.get_input_embeddings().weight.shape[1]
     fitting = int(
         SHARE_OF_FREE_MEMORY
-        * _free_bytes(device, "probe.batch_tokens")
+        * free_bytes(device, "probe.batch_tokens")
         / (model.dtype.itemsize * (8 * hidden + 3 * width))
     )
     return min(max(fitting, LEAST_TOKENS), MOST_TOKENS)
@@ -54,7 +54,7 @@ def training_budget(model: Any, device: torch.device, *, checkpointed: bool) -> 
     # Of what is trained the gradient, twice (ddp holds buckets for it), and two moments; autocast's bfloat16 copy.
     to_come = sum(4 * _own_bytes(p) for p in model.parameters() if p.requires_grad)
     to_come += sum(_own_bytes(p) // 2 for p in model.parameters() if p.dtype == torch.float32)
-    free = SHARE_OF_FREE_MEMORY * (_free_bytes(device, "sft.micro_batch_tokens") - to_come)
+    free = SHARE_OF_FREE_MEMORY * (free_bytes(device, "sft.micro_batch_tokens") - to_come)
     return min(max(int(free / (ACTIVATION_BYTES * kept)), LEAST_TOKENS), MOST_TOKENS)
 
 
@@ -63,7 +63,7 @@ def _own_bytes(parameter: torch.Tensor) -> int:
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).nbytes
 
 
-def _free_bytes(device: torch.device, setting: str) -> int:
+def free_bytes(device: torch.device, setting: str) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -127,6 +128,14 @@ def lock(path: str | Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def freed(path: Path) -> Path:
+    """The path with nothing there: a folder goes with what is in it, of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    return path
 
 
 def writable(folder: str | Path, setting: str) -> Path:

@@ -17,7 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-GROUPS = ("task", "model", "selector", "baseline", "trainer", "logger")
+GROUPS = ("task", "model", "selector", "baseline", "diagnostics", "trainer", "logger")
 BLOCKS = ("probe", "sft", "evaluation")
 VALUES = ("seed", "stop_after", "budget", "match", "paths")
 STOPS = ("statistics", "selection", "training")

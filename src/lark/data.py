@@ -40,6 +40,7 @@ from lark.passes import (
     Statistics,
 )
 from lark.pool_scores import TeacherMatched
+from lark.positions import positions_of
 from lark.probe import PassModule, Probe, ProbeModule, Work, measure
 from lark.progress import describe_pass
 from lark.race_pass import RaceModule, RaceWork, describe_race, race
@@ -61,7 +62,7 @@ MODULES: dict[type[Pass], type[PassModule]] = {
     ProjectedGradients: ProjectedGradientsModule,
     GradientMatches: GradientMatchesModule,
 }
-_SOURCES = ("chat", "models", "packing", "passes", "prefixes", "probe", "shards", "trajectories")
+_SOURCES = ("chat", "models", "packing", "passes", "positions", "prefixes", "probe", "shards", "trajectories")
 
 WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[Path, float], ...], dict[str, float]]]
 """Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates, and what they cost."""
@@ -165,6 +166,13 @@ class TrajectoryDataModule(LightningDataModule):
             self.say(
                 f"warning     the pool's columns {', '.join(sorted(hidden))} are hidden by the student's statistics of "
                 "that name; rename them to use them"
+            )
+        positions = positions_of(self.student)
+        if beyond := int((self.trajectories.length[self.trajectories.fits] > positions).sum()):
+            self.say(
+                f"warning     {beyond:,} trajectories are longer than the {positions:,} positions of "
+                f"{self.student.name}; lower task.max_length, or set model.config (max_position_embeddings, "
+                "rope_parameters)"
             )
         if self.scorer is not self.student:
             self.say(

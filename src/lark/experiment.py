@@ -1,7 +1,6 @@
 """One run, from a composed configuration to its table: score, select, train and evaluate the arms, compare."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,22 +16,25 @@ from omegaconf import DictConfig, OmegaConf
 from lark.agreement import settle_dtype
 from lark.arm_evaluation import action_of, evaluate_arm, evaluation_identity
 from lark.arms import Arm, final_loss, make_arm, train, write_selection
-from lark.cache import complete, lock, read_json, writable, write_json
+from lark.cache import complete, freed, lock, read_json, writable, write_json
 from lark.config import build, model_option
+from lark.dashboard import log_arm, log_choice, log_comparison, log_pass
 from lark.data import TrajectoryDataModule
 from lark.description import describe_recipe, describe_selections, quiet_libraries, write_statistics
+from lark.diagnostics import Diagnosis
 from lark.divergence import DivergedError
 from lark.end_token import EndTokenCheck
-from lark.passes import GradientMatches, Statistics
+from lark.page.pool_sample import write_sample
+from lark.page.write import write_own_page
+from lark.passes import GradientMatches, Pass, Statistics
 from lark.plan import Plan, barrier, check_ranks, is_main, leave_ranks, say, start_ranks, world_size
 from lark.problems import read_problems
 from lark.progress import PassProgress
-from lark.refresh import announce, refreshes_of, total_cost
+from lark.refresh import announce, refreshes_of
 from lark.report import print_comparison
 from lark.selection import Rule, speaking_of
 from lark.sharding import check_sharded
-from lark.summary import read_figures, summarise_run
-from lark.tracking import log_arm
+from lark.summary import read_figures, settings, summarise_run
 from lark.trainer import trainer_of
 from lark.verify import Checker
 from lark.warmup import EpochSaver, checkpoints, training_cost, warm_up_arm, warmed_up
@@ -69,7 +71,7 @@ class _Run:
         config = OmegaConf.create(_plain(config))  # every interpolation resolved
         self.config, self.folder, self.logs, self.group = config, folder, logs, group
         seed_everything(config.seed, verbose=False)
-        parts = {name: build(config[name]) for name in ("task", "model", "selector")}
+        parts = {name: build(config[name]) for name in ("task", "model", "selector", "diagnostics")}
         with speaking_of("baseline"):
             baseline = build(config.baseline)
         probe = build(config.probe)
@@ -94,6 +96,7 @@ class _Run:
             precision=self.precision,
             say=say,
         )
+        self.diagnosis = Diagnosis(parts["diagnostics"], self.data, folder)
         self.end_check = EndTokenCheck(self.data, say)
         self.rules = self.data.rules
         self.plan = Plan(folder)
@@ -116,21 +119,22 @@ class _Run:
             name: read_problems(path, limit=self.data.task.eval_limit)
             for name, path in self.data.trajectories.evaluation_files.items()
         }
-        self.overlap = {name: self.data.trajectories.overlap(rows) for name, rows in self.problems.items()}
-        for name, count in self.overlap.items():
-            if count:
-                say(f"warning     {count} of {len(self.problems[name])} problems of {name} are in the pool too")
+        self.overlap = self.data.trajectories.overlaps
         self._score()
         if self.config.stop_after == "statistics":
             return self._stop(f"statistics  {self.folder / 'statistics.parquet'}")
         self.data.select()
         self._keep_statistics()
-        for line in describe_selections(self.data):
-            say(line)
+        say("\n".join(describe_selections(self.data)))
+        self.diagnosis.of_selections(self._claim)
         if self.config.stop_after == "selection":
             for name in self.rules if is_main() else ():
-                self._free(self.folder / name)
-                write_selection(name, self.rules[name].name, self.data, self.folder / name)
+                freed(self.folder / name)
+                rule = self.rules[name].name
+                write_selection(name, rule, self.data, self.folder / name)
+                title = f"{name}-{rule}-seed{self.data.seed}"
+                with self._logged(title, "selection", arm=name, rule=rule) as logger:
+                    log_choice(logger, self.tracker, name, self.folder / name, self.data, self._taken)
             return self._stop(f"selection   {self.folder / 'selector' / 'selection.jsonl'}")
         return self._arms()
 
@@ -150,10 +154,11 @@ class _Run:
             with self._claim(wanted.name, folder, partial(complete, folder)) as to_do, ExitStack() as held:
                 logger = None
                 if to_do and is_main():
-                    held.callback(self.tracker.finish)
                     title = f"{wanted.name}-{self.data.scorer.name}"
-                    logger = self._open(title, "scoring", hash=folder.name, **wanted.identity())
+                    logger = held.enter_context(self._logged(title, "scoring", hash=folder.name, **wanted.identity()))
                 self.data.run_pass(wanted, cached=not to_do, logger=logger)
+                if logger is not None:
+                    log_pass(logger, self.tracker, self.data.costs[wanted])
         self._keep_statistics()  # whatever becomes of the selection
 
     @contextmanager
@@ -231,6 +236,8 @@ class _Run:
                 self._finish(arm, self.plan["arms"][arm.name]["action"], steps, self.problems, checker)
                 if release := locks.get(arm.name):
                     release.close()
+            finish = partial(self._finish, steps=steps, problems=self.problems, checker=checker)
+            self.diagnosis.of_arms(arms, make, self._claim, finish, identity, training_only)
         barrier()
         if not is_main():
             return float("nan")
@@ -289,13 +296,13 @@ class _Run:
         checker: Checker | None,
     ) -> None:
         """Train and evaluate the arm as far as it is not done, and log it; without problems it stays unfinished."""
-        logger = None
-        if is_main():
-            job_type = "reused" if action == "reuse" else arm.name
-            rate = f"-lr{arm.recipe.lr:g}" if problems is None else ""
-            title = f"{arm.name}-{arm.rule}-seed{self.data.seed}{rate}"
-            logger = self._open(title, job_type, arm=arm.name, rule=arm.rule, hash=arm.folder.name)
-        try:
+        with ExitStack() as held:
+            logger = None
+            if is_main():
+                job_type = "reused" if action == "reuse" else arm.name
+                rate = f"-lr{arm.recipe.lr:g}" if problems is None else ""
+                title, names = f"{arm.name}-{arm.rule}-seed{self.data.seed}{rate}", {"arm": arm.name, "rule": arm.rule}
+                logger = held.enter_context(self._logged(title, job_type, hash=arm.folder.name, **names))
             if action == "train":
                 train(
                     arm,
@@ -304,7 +311,7 @@ class _Run:
                     make_trainer=partial(self.trainer, progress=arm.name),
                     logger=logger,
                     say=say,
-                    callbacks=[self.end_check],
+                    callbacks=[self.end_check, *self.diagnosis.callbacks(arm)],
                     share=self._share,
                     run=self.folder,
                 )
@@ -322,66 +329,55 @@ class _Run:
                     world=world,
                 )
             if logger is not None:
-                cost: dict[str, Any] = {}
-                if arm.name in self.rules:
-                    cost = total_cost(self.data.cost_of(self.rules[arm.name]), arm.folder)
-                log_arm(logger, arm, cost=cost, reused=action == "reuse")
-                self.tracker.keep(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("*.jsonl")))
+                cost = log_arm(logger, self.tracker, arm, self.data, action=action, taken=self._taken)
                 if self.config.stop_after != "training" and problems is not None:  # later the arm is no longer locked
                     self.figures[arm.name] = read_figures(arm, list(problems)) | ({"cost": cost} if cost else {})
                     if arm.refresh:
                         self.figures[arm.name]["refreshes"] = refreshes_of(arm.folder)
                     write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
-        finally:
-            if logger is not None:
-                self.tracker.finish()
 
     def _keep_statistics(self) -> None:
         if is_main():
             write_statistics(self.folder / "statistics.parquet", self.data.candidates, self.data.selections, self.rules)
+            write_sample(self.folder, self.data, dict(settings(self.config)))
 
     def _stop(self, text: str) -> float:
         if is_main():
             checked = {"agreement": self.data.agreement} if self.data.agreement else {}
             stopped = {"status": "finished", "stopped_after": self.config.stop_after}
             write_json(self.folder / "summary.json", stopped | checked)
+            write_own_page(self.folder, say)
         say(text)
         return float("nan")
 
     def _report(self, arms: list[Arm], training_only: bool) -> float:
         for arm in arms:
-            link = self._free(self.folder / arm.name)
+            link = freed(self.folder / arm.name)
             link.symlink_to(os.path.relpath(arm.folder, self.folder), target_is_directory=True)
         if training_only:
             return self._stop(f"training    {', '.join(str(arm.folder / 'checkpoint') for arm in arms)}")
         summary = summarise_run(self.config, arms, self.figures, self.data, self.plan["arms"])
-        summary["problems_in_pool"] = self.overlap
+        summary |= {"problems_in_pool": self.overlap, "diagnostics": self.diagnosis.figures()}
         write_json(self.folder / "summary.json", summary)
-        self._log_comparison(summary)
+        with self._logged(f"comparison-seed{self.data.seed}", "comparison", agreement=self.data.agreement) as logger:
+            log_comparison(logger, self.tracker, summary, self.data, self.diagnosis.found, self._taken)
         print_comparison(summary)
         say(f"summary     {self.folder / 'summary.json'}")
+        write_own_page(self.folder, say)
         first = next(iter(summary["sets"].values()), {}).get("difference")
         return first["estimate"] if first else float("nan")
 
-    @staticmethod
-    def _free(path: Path) -> Path:
-        """The path with nothing there: an earlier run in this folder may have left a link to an arm, or a selection."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-        return path
-
-    def _open(self, title: str, job_type: str, **config: Any) -> Logger:
+    @contextmanager
+    def _logged(self, title: str, job_type: str, **config: Any) -> Iterator[Logger]:
+        """A run of the logger, which ends with the block."""
         config |= _plain(self.config)
-        return self.tracker.open(title=title, group=self.group, job_type=job_type, config=config, folder=self.logs)
+        try:
+            yield self.tracker.open(title=title, group=self.group, job_type=job_type, config=config, folder=self.logs)
+        finally:
+            self.tracker.finish()
 
-    def _log_comparison(self, summary: dict[str, Any]) -> None:
-        logger = self._open(f"comparison-seed{self.data.seed}", "comparison", agreement=self.data.agreement)
-        for name, spec in summary["sets"].items():
-            if difference := spec.get("difference"):
-                keys = ("estimate", "low", "high", "smallest_detectable")
-                logger.log_metrics({f"comparison/{name}/{key}": difference[key] for key in keys})
-        self.tracker.finish()
+    def _taken(self, wanted: Pass) -> str:
+        return self.plan[f"{wanted.name} {self.data.pass_folder(wanted).name}"]
 
 
 def _tried(arm: Arm) -> bool:

@@ -147,7 +147,7 @@ def _dtype_of_files(student: Any) -> str:
     """float32 where they do not say, and for the dequantised weights of a .gguf file."""
     from transformers import AutoConfig
 
-    source, keywords = student._source()
+    source, keywords = student.source()
     if "gguf_file" in keywords:
         return "float32"
     dtype = AutoConfig.from_pretrained(source, **keywords).get_text_config().dtype

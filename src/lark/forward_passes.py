@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from lark.chat import Encoded
-from lark.models import head_of, rope_border
+from lark.models import head_of
 from lark.packing import MicroBatch, collate, collate_shared, consecutive, micro_batches
 from lark.passes import LocalWindows, Pass
+from lark.positions import rope_border
 from lark.probe import PassModule, Work
 from lark.stats import step_sums, token_statistics
 

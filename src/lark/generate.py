@@ -1,27 +1,35 @@
 """Generation with transformers: prompts -> samples, reproducible whatever batch a sample is drawn in.
 
-Shapes: R rows of a batch (one sample of one problem each), L tokens so far, S new tokens, V vocabulary.
+Shapes: S rows of a batch (one sample of one problem each), L tokens so far, V vocabulary.
 """
 
-import hashlib
-import json
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from lark.answers import find_boxed
+from lark.budget import free_bytes, is_out_of_memory, release_memory
+from lark.decoding import Decoder, cache_bytes, reason_against
+from lark.draws import draw, noise
 from lark.models import base_model
 
-# Rows that have ended leave the batch every so many tokens: often enough that few dead rows are computed, seldom
-# enough that restarting `generate` does not show.
-_SEGMENT = 16
+MOST_ROWS_OF_A_CPU = 64  # with more of them none gets cheaper
+MOST_ROWS = 256
+ROWS_OF_UNKNOWN_SIZE = 32
+SHARE_OF_FREE_MEMORY = 0.5  # the rest: activations, what the allocator loses, other processes
+# Samples that have ended are handed over, and new ones read in their places, once they are so large a share of the
+# batch: a pass over few prompts costs about as much as a token for the whole batch, which waits for it. Where none are
+# left to read, the places are closed up, which copies the cache.
+FREE = 1 / 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,38 @@ class Sample:
     r"""States an answer in a closed \boxed{...} outside its thought."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What decides a sample, beside its row."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+
+
+@dataclass
+class _Row:
+    """A sample that waits or is under way."""
+
+    problem_id: str
+    sample: int
+    prompt: Sequence[int]
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    noise_L: np.ndarray | None = None
+
+    def begin(self, settings: _Settings) -> None:
+        if settings.temperature > 0:
+            self.noise_L = noise(self.seed, self.problem_id, self.sample, settings.max_new_tokens)
+
+    def next_noise(self) -> float:
+        return 0.0 if self.noise_L is None else float(self.noise_L[len(self.tokens)])
+
+    def ended(self, settings: _Settings) -> bool:
+        return self.tokens[-1] in settings.stop_ids or len(self.tokens) == settings.max_new_tokens
+
+
 def generate_samples(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,15 +94,21 @@ def generate_samples(
     top_p: float,
     max_new_tokens: int,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     stop_ids: Sequence[int],
     done: Collection[tuple[str, int]] = (),
+    say: Callable[[str], None] = print,
 ) -> Iterator[list[Sample]]:
-    """Draws samples from a causal language model, longest prompts first; yields them a batch at a time.
+    """Draws samples from a causal language model, longest prompts first; yields them as they end.
 
     A sample's randomness depends on (seed, problem, sample, position) alone. In exact arithmetic the batch a sample
     is drawn in, and the order of problems, therefore change nothing; rounding can still tip a token whose probability
-    border lies at the drawn number. The model's own generation settings (a top_k, a repetition penalty) are not used.
+    border lies at the drawn number. With the same prompts, batch size, device and dtype, and the same samples done
+    before, they are the same bit for bit. The model's own generation settings (a top_k, a repetition penalty) are not
+    used.
+
+    Samples of a problem share the pass over their prompt, and one that has ended makes room for the next. Where a
+    model's cache does not allow that, whole batches are generated one after the other, which is said.
 
     Args:
         model: transformers causal language model, or one wrapped by peft; used where it is and in its dtype. Between
@@ -74,44 +120,78 @@ def generate_samples(
         top_p: share of probability, after temperature, of the most likely tokens that are drawn from.
         max_new_tokens: tokens after which a sample is cut off.
         seed: of the sampling noise.
-        batch_size: samples generated at once.
+        batch_size: samples generated at once; halved, and said, where they do not fit into memory. None: what
+            `fitting_batch_size` finds and says, which follows from the memory that is free.
         stop_ids: tokens that end a sample.
         done: (problem id, sample number) of samples to leave out.
+        say: where those lines go.
 
     Raises:
-        ValueError: a setting is out of its range, or a prompt leaves no room for the new tokens.
+        ValueError: a setting is out of its range, a prompt leaves no room for the new tokens, or one sample alone does
+            not fit into memory.
     """
+    base: Any = base_model(model)
     check_sampling(samples, temperature, top_p, batch_size)
-    if max_new_tokens < 1:
-        raise ValueError(f"task.max_new_tokens={max_new_tokens} must be at least 1")
-    if not stop_ids:
-        raise ValueError("evaluation has no end token to stop at; give the tokenizer an eos_token")
-    assert len(prompts) == len(keys) == len(set(keys)), "one distinct key per prompt"
-    longest = max(map(len, prompts), default=0)
-    limit = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = check_prompts(prompts, keys, max_new_tokens, stop_ids)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"task.max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
             f"positions; set it to at most {limit - longest}, or shorten or leave out the long problems"
         )
-    rows = [(i, n) for i, key in enumerate(keys) for n in range(samples) if (key, n) not in done]
-    rows.sort(key=lambda row: -len(prompts[row[0]]))  # stable; the batch that needs most memory comes first
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        noise_RS = None
-        if temperature > 0:
-            noise_RS = np.stack([_noise(seed, keys[i], n, max_new_tokens) for i, n in batch])
-        with _generating(model) as generator:
-            tokens = _generate(
-                generator, [prompts[i] for i, _ in batch], noise_RS, temperature, top_p, max_new_tokens, list(stop_ids)
-            )
-        yield [_sample(tokenizer, keys[i], n, ids, set(stop_ids)) for (i, n), ids in zip(batch, tokens, strict=True)]
+    rows = [
+        _Row(key, n, ids, seed)
+        for key, ids in zip(keys, prompts, strict=True)
+        for n in range(samples)
+        if (key, n) not in done
+    ]
+    rows.sort(key=lambda row: -len(row.prompt))  # stable; what needs most memory comes first
+    if not rows:
+        return
+    settings = _Settings(
+        temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop_ids=frozenset(stop_ids)
+    )
+    with _generating(model):
+        reason = reason_against(base)
+    if reason is not None:
+        say(f"generation  batch after batch, each sample with a prompt of its own ({reason})")
+    size = batch_size or fitting_batch_size(model, longest + max_new_tokens, shares=reason is None, say=say)
+    waiting, going, ended = deque(rows), dict[int, _Row](), list[_Row]()
+    decoder = Decoder(base, size)
+    while waiting or going:
+        shortage = None
+        try:
+            with _generating(model):
+                if reason is None:
+                    _advance(decoder, waiting, going, ended, settings)
+                else:
+                    _whole_batch(base, size, waiting, ended, settings)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            shortage = str(error).partition("\n")[0]
+        if shortage is not None:  # outside the handler: the error would keep the failed pass alive
+            if size == 1:
+                raise ValueError(
+                    f"one sample of up to {longest + max_new_tokens} tokens does not fit into memory ({shortage}); "
+                    "lower task.max_new_tokens, or set model.dtype=bfloat16"
+                )
+            say(f"generation  out of memory with {size} samples at once: going on with {size // 2}")
+            size //= 2
+            # What they have so far is read again with their prompts.
+            waiting.extendleft(sorted(going.values(), key=lambda row: len(row.prompt) + len(row.tokens)))
+            going = {}
+            decoder = Decoder(base, size)
+            release_memory(base.device)
+        if ended:
+            yield [decoded(tokenizer, row.problem_id, row.sample, row.tokens, stop_ids) for row in ended]
+            ended = []
 
 
-def check_sampling(samples: int, temperature: float, top_p: float, batch_size: int) -> None:
+def check_sampling(samples: int, temperature: float, top_p: float, batch_size: int | None) -> None:
     """ValueError for the first of these settings of `generate_samples` that is out of its range."""
     for name, value in {"samples": samples, "batch_size": batch_size}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"evaluation.{name}={value} must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"evaluation.temperature={temperature} must be 0 (most likely token) or a positive number")
@@ -119,43 +199,135 @@ def check_sampling(samples: int, temperature: float, top_p: float, batch_size: i
         raise ValueError(f"evaluation.top_p={top_p} must lie above 0 and not above 1 (1 draws from all tokens)")
 
 
-def _noise(seed: int, problem_id: str, sample: int, count: int) -> np.ndarray:
-    """`count` uniform numbers in [0, 1) of one sample, [S] in float32; a longer draw begins with a shorter one."""
-    digest = hashlib.sha256(json.dumps([seed, problem_id, sample]).encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return generator.random(count, dtype=np.float32)
+def check_prompts(
+    prompts: Sequence[Sequence[int]], keys: Sequence[str], max_new_tokens: int, stop_ids: Sequence[int]
+) -> int:
+    """Tokens of the longest prompt. ValueError if nothing may be generated, or without end."""
+    if max_new_tokens < 1:
+        raise ValueError(f"task.max_new_tokens={max_new_tokens} must be at least 1")
+    if not stop_ids:
+        raise ValueError("evaluation has no end token to stop at; give the tokenizer an eos_token")
+    assert len(prompts) == len(keys) == len(set(keys)), "one distinct key per prompt"
+    assert all(len(ids) > 0 for ids in prompts), "a prompt has tokens"
+    return max(map(len, prompts), default=0)
 
 
-class KeyedSampler(LogitsProcessor):
-    """Draws each row's next token by inverse distribution function from a given uniform number, leaving only that one.
-
-    Together with greedy decoding this is sampling with noise of our own choosing: `generate` offers one random
-    generator for the whole batch, under which a sample depends on its neighbours.
-
-    Args:
-        noise_RS: uniform numbers in [0, 1), per row and new token.
-        prompt_length: tokens before the first new one.
+def fitting_batch_size(model: Any, tokens: int, *, shares: bool = True, say: Callable[[str], None] = print) -> int:
+    """Rows of so many tokens whose keys, values and logits fit into half of the free memory of the model's device: a
+    power of two, at most 256 (on a CPU 64). shares: as `reason_against` has it; otherwise a row's size is not known.
     """
+    base: Any = base_model(model)
+    if not shares:
+        say(f"generation  {ROWS_OF_UNKNOWN_SIZE} samples at once; evaluation.batch_size=<number> sets others")
+        return ROWS_OF_UNKNOWN_SIZE
+    with _generating(model):
+        each = cache_bytes(base)
+    release_memory(base.device)
+    on_cpu = base.device.type == "cpu"
+    free = psutil.virtual_memory().available if on_cpu else free_bytes(base.device, "evaluation.batch_size")
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    row_bytes = 1.25 * each * tokens + 16 * vocabulary  # buffers grow by a quarter; logits in two precisions, a copy
+    most = MOST_ROWS_OF_A_CPU if on_cpu else MOST_ROWS
+    size = min(most, 2 ** max(0, int(SHARE_OF_FREE_MEMORY * free / row_bytes).bit_length() - 1))
+    say(
+        f"generation  {size} samples at once ({each / 1024:,.0f} KiB of keys and values a token, up to {tokens:,} "
+        f"tokens a sample, {free / 2**30:.1f} GiB free)"
+    )
+    return size
 
-    def __init__(self, noise_RS: Tensor, prompt_length: int) -> None:
-        self.noise_RS = noise_RS
-        self.prompt_length = prompt_length
+
+def _advance(
+    decoder: Decoder, waiting: deque[_Row], going: dict[int, _Row], ended: list[_Row], settings: _Settings
+) -> None:
+    """Read rows that wait into free places, then go on until enough rows have ended for others to be read.
+
+    going: rows under way, by slot. ended: receives those that have ended. If it raises, every row is still in one of
+    the three, with the tokens that were drawn.
+    """
+    if waiting and decoder.free:
+        rows = list(islice(waiting, decoder.free))
+        slots, logits_SV = decoder.admit([[*row.prompt, *row.tokens] for row in rows])
+        for slot, row in zip(slots, rows, strict=True):
+            row.begin(settings)
+            going[slot] = waiting.popleft()
+        _draw(decoder, slots, logits_SV, going, ended, settings)
+    while going:
+        free = len(decoder.start) - len(going)
+        if free >= FREE * len(decoder.start):
+            if waiting:
+                return
+            moved = [going[slot] for slot in decoder.compact()]
+            going.clear()
+            going.update(enumerate(moved))
+        if len(ended) >= max(1, FREE * len(decoder.start)):
+            return
+        tokens = [going[slot].tokens[-1] if slot in going else 0 for slot in range(len(decoder.start))]
+        _draw(decoder, range(len(tokens)), decoder.advance(tokens), going, ended, settings)
+
+
+def _draw(
+    decoder: Decoder,
+    slots: Sequence[int],
+    logits_SV: Tensor,
+    going: dict[int, _Row],
+    ended: list[_Row],
+    settings: _Settings,
+) -> None:
+    """The next token of the rows in these slots (of those under way); rows that it ends leave."""
+    numbers = [going[slot].next_noise() if slot in going else 0.0 for slot in slots]
+    noise_S = torch.tensor(numbers, dtype=torch.float32, device=logits_SV.device)
+    drawn = draw(logits_SV, noise_S, settings.temperature, settings.top_p).tolist()
+    left = []
+    for slot, token in zip(slots, drawn, strict=True):
+        if slot in going:
+            going[slot].tokens.append(token)
+            if going[slot].ended(settings):
+                ended.append(going.pop(slot))
+                left.append(slot)
+    decoder.release(left)
+
+
+class _Draws(LogitsProcessor):
+    """Leaves only the drawn one of each row's tokens: greedy decoding then is sampling with noise of our own."""
+
+    def __init__(self, rows: Sequence[_Row], prompt_length: int, settings: _Settings) -> None:
+        self.rows, self.prompt_length, self.settings = rows, prompt_length, settings
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise_R1 = self.noise_RS[:, input_ids.shape[1] - self.prompt_length, None]
-        # In float64 the sum of a large vocabulary keeps the borders between tokens apart; Apple's GPUs lack it.
-        precise = torch.float32 if scores.device.type == "mps" else torch.float64
-        cumulative_RV = scores.to(precise).softmax(dim=-1).cumsum(dim=-1)
-        # The noise is a multiple of 2^-24 below 1, so the product stays below the total and the token found, the first
-        # whose cumulative probability exceeds it, has probability above 0.
-        drawn_R1 = torch.searchsorted(cumulative_RV, noise_R1.to(precise) * cumulative_RV[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_R1, 0.0)
+        place = input_ids.shape[1] - self.prompt_length
+        numbers = [0.0 if row.noise_L is None else float(row.noise_L[place]) for row in self.rows]
+        noise_S = torch.tensor(numbers, dtype=torch.float32, device=scores.device)
+        drawn_S = draw(scores, noise_S, self.settings.temperature, self.settings.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn_S[:, None], 0.0)
+
+
+def _whole_batch(base: Any, size: int, waiting: deque[_Row], ended: list[_Row], settings: _Settings) -> None:
+    """The next rows, from their prompts to the last one's end, as transformers generates them."""
+    rows = list(islice(waiting, size))
+    for row in rows:
+        row.begin(settings)
+    width, stop = max(len(row.prompt) for row in rows), sorted(settings.stop_ids)
+    padding = [width - len(row.prompt) for row in rows]
+    output = base.generate(
+        input_ids=torch.tensor(
+            [[stop[0]] * n + list(row.prompt) for n, row in zip(padding, rows, strict=True)], device=base.device
+        ),
+        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=base.device),
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=settings.max_new_tokens, eos_token_id=stop, pad_token_id=stop[0]
+        ),
+        logits_processor=LogitsProcessorList([_Draws(rows, width, settings)]),
+    )
+    for row, new in zip(rows, output[:, width:].tolist(), strict=True):
+        end = next((place for place, token in enumerate(new) if token in settings.stop_ids), len(new) - 1)
+        row.tokens = new[: end + 1]
+        ended.append(waiting.popleft())
 
 
 @contextmanager
-def _generating(model: Any) -> Iterator[Any]:
+def _generating(model: Any) -> Iterator[None]:
     """The transformers model in eval mode and without generation settings of its own; restores both."""
-    generator = base_model(model)
+    generator: Any = base_model(model)
     training = [module for module in model.modules() if module.training]
     settings = generator.generation_config
     # `generate` fills whatever a given GenerationConfig leaves open from the model's own one.
@@ -163,71 +335,15 @@ def _generating(model: Any) -> Iterator[Any]:
     model.eval()
     try:
         with torch.inference_mode():
-            yield generator
+            yield
     finally:
         generator.generation_config = settings
         for module in training:
             module.training = True
 
 
-def _generate(
-    generator: Any,
-    prompts: Sequence[Sequence[int]],
-    noise_RS: np.ndarray | None,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    stop_ids: list[int],
-) -> list[list[int]]:
-    """New token ids of each prompt, up to and with its end token."""
-    device = generator.device
-    width = max(map(len, prompts))
-    ids_RL = torch.tensor([[stop_ids[0]] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
-    mask_RL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    stop = torch.tensor(stop_ids, device=device)
-    all_noise_RS = None if noise_RS is None else torch.from_numpy(noise_RS).to(device)
-    alive = torch.arange(len(prompts), device=device)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    cache, produced = None, 0
-    while len(alive) and produced < max_new_tokens:
-        processors = LogitsProcessorList()
-        if all_noise_RS is not None:
-            processors.append(TemperatureLogitsWarper(float(temperature)))
-            if top_p < 1:
-                processors.append(TopPLogitsWarper(top_p))
-            processors.append(KeyedSampler(all_noise_RS[alive], width))
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=min(_SEGMENT, max_new_tokens - produced),
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-            return_dict_in_generate=True,
-            use_cache=True,
-        )
-        output = generator.generate(
-            input_ids=ids_RL,
-            attention_mask=mask_RL,
-            past_key_values=cache,
-            generation_config=config,
-            logits_processor=processors,
-        )
-        new_RS = output.sequences[:, ids_RL.shape[1] :]
-        produced += new_RS.shape[1]
-        ended_RS = torch.isin(new_RS, stop)
-        ended_R = ended_RS.any(dim=1)
-        length_R = torch.where(ended_R, ended_RS.int().argmax(dim=1) + 1, new_RS.shape[1])
-        for row, new, length in zip(alive.tolist(), new_RS.tolist(), length_R.tolist(), strict=True):
-            tokens[row] += new[:length]
-        going = (~ended_R).nonzero().squeeze(1)
-        cache = output.past_key_values
-        if len(going) < len(alive):
-            cache.batch_select_indices(going)
-        alive, ids_RL = alive[going], output.sequences[going]
-        mask_RL = torch.cat([mask_RL[going], mask_RL.new_ones(len(going), new_RS.shape[1])], dim=1)
-    return tokens
-
-
-def _sample(tokenizer: Any, key: str, number: int, ids: list[int], stop_ids: set[int]) -> Sample:
+def decoded(tokenizer: Any, key: str, number: int, ids: list[int], stop_ids: Collection[int]) -> Sample:
+    """A sample from its token ids, the end token included."""
     stop = ids[-1] in stop_ids
     text = tokenizer.decode(ids[:-1] if stop else ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return Sample(

@@ -5,7 +5,7 @@ Shapes: S seeds, P problems, R resamples, F sign flips.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -109,6 +109,30 @@ def paired_difference(
         problems=problems,
         label=label,
     )
+
+
+def mean_interval(value_P: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """Mean over problems of values from 0 to 1, such as avg@k, with its bootstrap interval, cut to [0, 1].
+
+    The bootstrap is that of `paired_difference` over problems, against 0. Problems are resampled with the samples that
+    were drawn for them, so the interval covers which problems were asked and the noise of sampling. Where all values
+    are equal it has no width. Simulated coverage of nominal 95 % intervals, and half their mean width in points, for
+    problems whose chances are Beta(0.3, 0.3), Beta(0.3, 2.7) and Beta(0.1, 3) distributed (600 trials each):
+
+        problems  k   mean .50      mean .10     mean .03
+           30     4   .96 (15.7)    .93 (7.1)    .86 (3.9)
+           30    32   .97 (14.8)    .93 (5.7)    .82 (2.9)
+          100     4   .95 (8.3)     .94 (3.9)    .95 (2.2)
+          500     4   .95 (3.7)     .96 (1.7)    .94 (1.0)
+
+    Raises:
+        ValueError: as `paired_difference`.
+    """
+    value_1P = np.asarray(value_P, np.float64)[None]
+    found = paired_difference(value_1P, np.zeros_like(value_1P), level=level, resamples=resamples, seed=seed)
+    low, high = (float(np.clip(end, 0, 1)) for end in (found.low, found.high))
+    label = found.label if found.problems == 1 else ""
+    return replace(found, low=low, high=high, label=label)
 
 
 def _reflated(x_SP: np.ndarray) -> tuple[np.ndarray, float, float]:

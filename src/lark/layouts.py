@@ -2,23 +2,26 @@
 
 buckets: rows of similar length, right-padded to the longest. Padding is computed for nothing.
 packed: rows one after another, none padded. Where the student's attention takes documents one by one (lark.prefixes),
-that is all there is to it; where it gets a mask instead, it also multiplies the tokens of different documents, which
-costs dearly in long rows.
+in groups of similar length, that is all there is to it, but for what starting each group's operations takes on a GPU,
+which is idle meanwhile if the step is small. Where it gets a mask instead, it also multiplies the tokens of different
+documents, which costs dearly in long rows.
 
 Shapes: N rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from lark.packing import micro_batches
-from lark.prefixes import PADDING
+from lark.prefixes import PADDING, group_sizes
 
 ATTENTION_SLOWDOWN = 3.0  # of attention's multiplications against those of the matrices, measured on a CPU
 GATHERING = 0.03  # of the matrices' time, what gathering documents for attention takes at most
+LAUNCH = 2e9  # multiply-adds of which a GPU could do as many while one operation is started (10 us; estimated)
+PASS_LAUNCHES, GROUP_LAUNCHES = 100, 40  # operations a layer, there and back: of a micro-batch, of a group in it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +29,29 @@ class Costs:
     """What a forward pass of a student takes, in multiply-adds of its matrices.
 
     token: of one token in all matrices of the decoder. pair: of two tokens in the attention of all layers.
-    apart: whether attention takes the documents of a packed row one by one.
+    apart: whether attention takes the documents of a packed row one by one. start, group: of starting a micro-batch's
+    operations, and those of each group of documents in it.
     """
 
     token: float
     pair: float
     apart: bool
+    start: float = 0.0
+    group: float = 0.0
 
     def of_bucket(self, lengths: np.ndarray) -> float:
         longest = float(lengths.max())
-        return len(lengths) * (self.token * longest + self.pair * longest**2)
+        return self.start + len(lengths) * (self.token * longest + self.pair * longest**2)
 
     def of_packed(self, lengths: np.ndarray) -> float:
         total = float(lengths.sum())
         if not self.apart:
-            return self.token * total + 2 * self.pair * total**2  # a mask hides half of the places, and saves none
+            return (
+                self.start + self.token * total + 2 * self.pair * total**2
+            )  # a mask hides half of the places, and saves none
         pairs = (1 + PADDING) * float(np.square(lengths, dtype=np.float64).sum())
-        return (1 + GATHERING) * self.token * total + self.pair * pairs
+        starts = self.start + self.group * len(group_sizes(lengths))
+        return starts + (1 + GATHERING) * self.token * total + self.pair * pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +80,11 @@ def costs_of(model: Any, *, apart: bool) -> Costs:
     # scores and their sums, each causal: half of the places
     pair = ATTENTION_SLOWDOWN * width * config.num_hidden_layers
     return Costs(token=sum(p.numel() for p in matrices), pair=pair, apart=apart)
+
+
+def launched(costs: Costs, *, layers: int) -> Costs:
+    """The costs on a GPU, where the host starts every operation, of a student of so many decoder layers."""
+    return replace(costs, start=PASS_LAUNCHES * layers * LAUNCH, group=GROUP_LAUNCHES * layers * LAUNCH)
 
 
 def cut(lengths: np.ndarray, *, layout: str, budget: int, costs: Costs) -> Cut:

@@ -34,6 +34,27 @@ def pass_at_k(correct_PN: Tensor, k: int) -> Tensor:
     return table[correct_PN.to(torch.long).sum(dim=1)]
 
 
+def majority_at_k(vote_PN: Tensor, correct_PN: Tensor) -> Tensor:
+    """Credit of the answer that most of a problem's k = N samples agree on, [P] in float64.
+
+    1 if it is correct, else 0; of answers with equally many votes, the share that is correct, which is what drawing one
+    of them would earn on average. Samples without an answer do not vote; a problem without any vote earns 0. (Majority
+    voting over samples: self-consistency, arXiv 2203.11171.)
+
+    Args:
+        vote_PN: integers; within a problem, equal ones are the same answer, and negative ones no answer (`lark.votes`).
+        correct_PN: in bool; what counts of an answer is the share of its samples that are correct.
+    """
+    _check_shape(vote_PN)
+    assert vote_PN.shape == correct_PN.shape, f"{tuple(vote_PN.shape)} votes, {tuple(correct_PN.shape)} verdicts"
+    votes_PN = vote_PN >= 0
+    same_PNN = (vote_PN[:, :, None] == vote_PN[:, None, :]) & votes_PN[:, None, :]
+    count_PN = same_PNN.sum(dim=2) * votes_PN
+    # Every answer of the most votes has equally many samples: the mean over these is the mean over answers.
+    tied_PN = votes_PN & (count_PN == count_PN.amax(dim=1, keepdim=True))
+    return (tied_PN & correct_PN).sum(dim=1).double() / tied_PN.sum(dim=1).clamp(min=1)
+
+
 def check_pass_at(k: int, num_samples: int) -> None:
     """ValueError unless pass@k can be estimated from this number of samples."""
     if not 1 <= k <= num_samples:
@@ -61,8 +82,10 @@ class ProblemMean(Metric):
         return average_at_k(values_PN)
 
     def update(self, values_PN: Tensor) -> None:
-        """Adds problems, given what was observed for each of their samples, [P, N] in bool."""
-        value_P = self.per_problem(values_PN)
+        """Adds problems, given what was observed for each of their samples, [P, N] in bool, or numbers."""
+        self.add(self.per_problem(values_PN))
+
+    def add(self, value_P: Tensor) -> None:
         self.total += value_P.sum()
         self.problems += len(value_P)
 
@@ -88,6 +111,14 @@ class PassAtK(ProblemMean):
 
     def per_problem(self, values_PN: Tensor) -> Tensor:
         return pass_at_k(values_PN, self.k)
+
+
+class MajorityAtK(ProblemMean):
+    """maj@k over all k = N samples of a problem (`majority_at_k`)."""
+
+    def update(self, vote_PN: Tensor, correct_PN: Tensor) -> None:  # type: ignore[override]
+        """Adds problems, given the votes and verdicts of each of their samples, both [P, N]."""
+        self.add(majority_at_k(vote_PN, correct_PN))
 
 
 def _check_shape(values_PN: Tensor) -> None:

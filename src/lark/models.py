@@ -1,7 +1,7 @@
 """The student: where its weights come from, its tokenizer, its head, LoRA."""
 
 import copy
-import math
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +47,7 @@ class Student:
     lora: null trains every parameter; otherwise peft.LoraConfig's arguments.
     adapter: a folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights
         in their order; null = none. What is trained starts from there.
+    config: entries of the student's config.json that are changed, such as {max_position_embeddings: 32768}.
     trust_remote_code: run code that comes with the weights; never on unless set.
     """
 
@@ -62,6 +63,7 @@ class Student:
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
     adapter: str | tuple[str, ...] | None = None
+    config: dict[str, Any] | None = None
     _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +109,7 @@ class Student:
         path = Path(self.path)
         return path.parent if path.suffix == ".gguf" else path
 
-    def _source(self) -> tuple[str, dict[str, Any]]:
+    def source(self) -> tuple[str, dict[str, Any]]:
         """from_pretrained's first argument and keywords."""
         common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.folder is None:
@@ -119,6 +121,8 @@ class Student:
     def identity(self) -> dict[str, str | None]:
         """What weights these are: hub id and revision, or a hash of the local files; likewise of merged adapters."""
         merged = {"adapter": self._hash("adapter", self._adapter_files)} if self.adapters else {}
+        if self.config:
+            merged["config"] = json.dumps(self.config, sort_keys=True)
         if self.folder is None:
             return {"id": self.id, "revision": self._commit(), **merged}
         return {"weights": self._hash("weights", self._weight_files), **merged}
@@ -154,7 +158,7 @@ class Student:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        source, keywords = self._source()
+        source, keywords = self.source()
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
         except LOADING_ERRORS as error:
@@ -175,13 +179,18 @@ class Student:
         merge: whether the last adapter goes into the weights, or stays beside them: in bfloat16, weights swallow what
         is small against them.
         """
-        source, keywords = self._source()
+        source, keywords = self.source()
+        keywords |= {"attn_implementation": self.attention, "use_safetensors": self._safetensors()}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=self.attention, use_safetensors=self._safetensors(), **keywords
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords, **(self.config or {}))
         except LOADING_ERRORS as error:
             raise self._unavailable(error) from error
+        except TypeError as error:
+            if not self.config:
+                raise
+            raise ValueError(
+                f"model.config={self.config} cannot be used ({error}); take out what the student's config.json lacks"
+            ) from error
         for parameter in model.parameters():  # a dequantised GGUF file arrives in its own dtype
             parameter.data = parameter.data.to(dtype)  # not model.to(dtype): that would round RoPE's frequencies too
         for folder in self.adapters:
@@ -303,28 +312,6 @@ def head_of(model: Any) -> Head:
         softcap=getattr(config, "final_logit_softcapping", None),
         scale=scale,
     )
-
-
-def rope_border(model: Any) -> float:
-    """Tokens from which on rotary positions depend on the longest row of a forward pass (infinite: they never do): a
-    longer row would change the others'.
-    """
-    config = base_model(model).config.get_text_config()
-    found = math.inf
-    for rope in _rope_settings(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
-        if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
-            own = rope.get("original_max_position_embeddings")
-            border = own or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-            found = min(found, border)
-    return found
-
-
-def _rope_settings(parameters: Any) -> list[dict[str, Any]]:
-    """Those of all layers, or one of each kind of layer."""
-    if not isinstance(parameters, dict):
-        return []
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    return nested or [parameters]
 
 
 def hidden_states(

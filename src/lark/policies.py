@@ -100,8 +100,9 @@ class PolicyResult:
     """Temperature in force, in units of the score: by budget tau_B = sum_j p_j (e_j - e_(B+1))_+, infinite where the
     weights are the prior, 0 where ties at the top decide; NaN without valid candidates and for top_b and prior."""
     gap_G: np.ndarray
-    """Mean score of the B best, weighted by the prior, minus e_(B+1): what the budget form's stability rests on.
-    Infinite where nothing is excluded; NaN without a budget or without valid candidates."""
+    """Mean score of the B best, weighted by the prior, minus e_(B+1): what the budget form's stability rests on under a
+    uniform prior (any other: on tau; docs/theory.md, 5.4 and 5.5). Infinite where nothing is excluded; NaN without a
+    budget or without valid candidates."""
     within_budget_G: np.ndarray
     """True where 1 .. B candidates are valid, so that the budget excludes none."""
     tied_G: np.ndarray

@@ -69,31 +69,40 @@ def prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Pre
     return ids_X, depths_X, PrefixTree(groups=tuple(_groups(paths, nodes))), paths
 
 
+def group_sizes(lengths: np.ndarray) -> list[int]:
+    """How many sequences of `lengths` [R], the longest first, each group takes."""
+    sizes, start, ordered = [], 0, -np.sort(-lengths)
+    for stop in range(1, len(ordered) + 1):
+        padded = (stop + 1 - start) * ordered[start]
+        most = min(GROUP_TOKENS, (1 + PADDING) * ordered[start : stop + 1].sum())
+        if stop == len(ordered) or padded > most:
+            sizes.append(stop - start)
+            start = stop
+    return sizes
+
+
 def _groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
     lengths = np.array([len(path) for path in paths])
     order = np.argsort(-lengths, kind="stable")
     seen = np.zeros(nodes, bool)
     groups, start = [], 0
-    for stop in range(1, len(order) + 1):
-        padded = (stop + 1 - start) * lengths[order[start]]
-        most = min(GROUP_TOKENS, (1 + PADDING) * lengths[order[start : stop + 1]].sum())
-        if stop == len(order) or padded > most:
-            group = [paths[i] for i in order[start:stop].tolist()]
-            node_RL = np.zeros((len(group), len(group[0])), np.int64)
-            new_RL = np.zeros(node_RL.shape, bool)
-            for row, path in enumerate(group):
-                node_RL[row, : len(path)] = path
-                new_RL[row, : len(path)] = ~seen[path]
-                seen[path] = True
-            taken_M = np.flatnonzero(new_RL)
-            groups.append(
-                Group(
-                    node_RL=torch.from_numpy(node_RL),
-                    taken_M=torch.from_numpy(taken_M),
-                    into_M=torch.from_numpy(node_RL.reshape(-1)[taken_M]),
-                )
+    for size in group_sizes(lengths):
+        group = [paths[i] for i in order[start : start + size].tolist()]
+        node_RL = np.zeros((len(group), len(group[0])), np.int64)
+        new_RL = np.zeros(node_RL.shape, bool)
+        for row, path in enumerate(group):
+            node_RL[row, : len(path)] = path
+            new_RL[row, : len(path)] = ~seen[path]
+            seen[path] = True
+        taken_M = np.flatnonzero(new_RL)
+        groups.append(
+            Group(
+                node_RL=torch.from_numpy(node_RL),
+                taken_M=torch.from_numpy(taken_M),
+                into_M=torch.from_numpy(node_RL.reshape(-1)[taken_M]),
             )
-            start = stop
+        )
+        start += size
     return groups
 
 

@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader
 from lark.budget import LEAST_TOKENS, is_out_of_memory, release_memory, token_budget
 from lark.cache import write_json
 from lark.chat import SPANS, STEPS, Encoded
-from lark.models import Student, head_of, hidden_states, rope_border
+from lark.models import Student, head_of, hidden_states
 from lark.packing import MicroBatch, collate, collate_shared, micro_batches, prefix_units
 from lark.passes import HeadGradients, Pass
+from lark.positions import rope_border
 from lark.prefixes import share_prefixes
 from lark.progress import figures_of
 from lark.sharding import Lockstep, ShardedStrategy, check_forward_only
@@ -33,9 +34,7 @@ from lark.stats import VERSION, TokenStatistics, can_compile, step_sums, token_s
 from lark.trajectories import Trajectories
 
 COMPILE_FROM = {"cpu": 3e10, "cuda": 1e12}
-"""Logits from which on compiling the statistics (15 s) takes less than it saves: measured on a CPU (0.7 ns a logit),
-estimated for CUDA.
-"""
+"""Logits from which on compiling the statistics (15 s) pays: measured on a CPU (0.7 ns a logit), estimated for CUDA."""
 STEP_COLUMNS = ("step_tokens", "step_surprisal", "step_first_surprisal")
 TOKEN_COLUMNS = ("token_surprisal", "token_rank", "token_entropy", "token_log_sum_p2")
 

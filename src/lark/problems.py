@@ -1,10 +1,13 @@
 """Problems of an evaluation set: rows read and checked, their prompts, the answers to them."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lark.answers import compile_pattern
 from lark.rows import Fault, RowError, find_files, read_rows
-from lark.verify import Answer
+from lark.verify import KINDS, Answer
 
 _FAULTS_SHOWN = 20
 
@@ -12,7 +15,9 @@ _FAULTS_SHOWN = 20
 def read_problems(path: str | Path, *, limit: int | None = None, setting: str = "task.eval") -> list[dict[str, Any]]:
     """Rows of an evaluation file, with `problem_id` and `answer` as strings; further columns are carried along.
 
-    A row has `problem_id` or `id`, `problem` (text) or `messages` (ending with the user's turn), and `answer`.
+    A row has `problem_id` or `id`, `problem` (text) or `messages` (ending with the user's turn), and `answer`. It may
+    have `level` (by which metrics are given too), `prompt` (the name of the prompt's version), and `checker` and
+    `pattern`, which take the place of the task's.
 
     Args:
         path: .jsonl, .json or .parquet.
@@ -72,7 +77,24 @@ def _problem(raw: Any) -> dict[str, Any]:
             raise RowError("messages", "faulty messages", message)
     elif not isinstance(raw.get("problem"), str) or not raw["problem"].strip():
         raise RowError("problem", "no problem", "is missing, empty or no text: give the problem, or messages")
+    _check_optional(raw)
     return raw | {"problem_id": str(identifier), "answer": str(answer)}
+
+
+def _check_optional(raw: dict[str, Any]) -> None:
+    level, kind, pattern, prompt = (raw.get(name) for name in ("level", "checker", "pattern", "prompt"))
+    if level is not None and (not isinstance(level, str | int | float) or isinstance(level, bool)):
+        raise RowError("level", "faulty level", "is neither text nor a number: correct it or leave it out")
+    if kind is not None and kind not in KINDS:
+        raise RowError("checker", "unknown checker", f"{kind!r} is unknown: set it to one of {', '.join(KINDS)}")
+    if prompt is not None and not isinstance(prompt, str):
+        raise RowError("prompt", "faulty prompt", "is no text: give the name of the prompt's version, or leave it out")
+    if pattern is not None and not isinstance(pattern, str):
+        raise RowError("pattern", "faulty pattern", "is no text: give a regular expression, or leave it out")
+    try:
+        compile_pattern(pattern)
+    except ValueError as error:
+        raise RowError("pattern", "faulty pattern", str(error).replace("task.pattern=", "")) from error
 
 
 def prompt_messages(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
@@ -83,6 +105,12 @@ def prompt_messages(problem: dict[str, Any], system: str | None) -> list[dict[st
     return [*turns, {"role": "user", "content": problem["problem"]}]
 
 
+def level_of(problem: Mapping[str, Any]) -> str | None:
+    """The problem's level as text, such as "5" for 5 and for "Level 5"; None if it has none."""
+    level = problem.get("level")
+    return None if level is None else re.sub(r"^level\s+(?=\S)", "", str(level).strip(), flags=re.IGNORECASE)
+
+
 def answer_to(problem: dict[str, Any], text: str) -> Answer:
     """What a checker is asked about a text that answers the problem."""
     return Answer(
@@ -90,4 +118,6 @@ def answer_to(problem: dict[str, Any], text: str) -> Answer:
         gold=problem["answer"],
         source_dataset=problem.get("source_dataset"),
         metadata=problem.get("metadata"),
+        kind=problem.get("checker"),
+        pattern=problem.get("pattern"),
     )

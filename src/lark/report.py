@@ -84,10 +84,11 @@ def _missing(part: Mapping[str, Any], figures: Mapping[str, Any], within: str = 
                 yield from _missing(part[found], inner, f"{within}{found}.")
 
 
-def report(folders: Sequence[Path], *, form: str, output: Path | None) -> None:
+def report(folders: Sequence[Path], *, form: str, output: Path | None, page: Path | None = None) -> None:
     """Print the table of a single run, or the comparison of several.
 
-    form: table, or one of FORMATS, which then is all that stdout gets; output: a folder to write all of them to.
+    form: table, or one of FORMATS, which then is all that stdout gets; output: a folder to write all of them to; page:
+    the HTML file to write the page to (lark.page).
     Raises ValueError where there is no summary.json, nothing to put into a file, or `output` cannot be written.
     """
     from lark.comparison import compare
@@ -111,6 +112,11 @@ def report(folders: Sequence[Path], *, form: str, output: Path | None) -> None:
         )
     if output:
         write_files(contents, writable(output, "--output"), file=beside)
+    if page:
+        from lark.page.write import write_page
+
+        writable(page.parent, "--page")
+        print(f"page        {write_page(folders, page)}", file=beside)
 
 
 def print_comparison(summary: dict[str, Any]) -> None:
@@ -187,18 +193,21 @@ def _value(figure: float | None) -> float:
 
 
 class ComparisonCallback(Callback):
-    """Prints the comparison of a multirun's jobs, whose own tables have been printed, and writes it to the sweep's
-    folder; exits 1 if a job failed.
+    """Prints the comparison of a multirun's jobs, whose own tables have been printed, and writes it and the page to the
+    sweep's folder; exits 1 if a job failed.
     """
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         from lark.comparison import compare
+        from lark.page.write import write_own_page
 
         folder = Path(config.hydra.sweep.dir)
         comparison = compare(read_summaries([folder]))
         if comparison.runs > 1:
             print_runs(comparison)
             write_files(texts(comparison), folder)
+        if comparison.runs > 1 or len(comparison.stopped) > 1:
+            write_own_page(folder, print)
         print_failures(comparison)
         if comparison.failed:
             sys.exit(1)
@@ -227,9 +236,10 @@ def main() -> None:
         default="table",
         help="what to print; csv: the arms and, after an empty line, the differences",
     )
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the page, and plotly.min.js beside it")
     arguments = parser.parse_args()
     try:
-        report(arguments.folders, form=arguments.format, output=arguments.output)
+        report(arguments.folders, form=arguments.format, output=arguments.output, page=arguments.page)
     except (ValueError, OSError) as error:
         sys.exit(f"lark: {error}")
 

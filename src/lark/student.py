@@ -28,7 +28,7 @@ from lark.budget import is_out_of_memory, release_memory, training_budget
 from lark.cache import write_text
 from lark.chat import Encoded
 from lark.divergence import DivergedError, Losses
-from lark.layouts import Cut, costs_of, cut
+from lark.layouts import Cut, costs_of, cut, launched
 from lark.models import Student, base_model, head_of, hidden_states
 from lark.packing import MicroBatch, collate, collate_shared
 from lark.parallel import clip_gradients, shard_for_training, sum_over_ranks
@@ -100,6 +100,9 @@ class SFTModule(LightningModule):
             model, checkpointed = base_model(self.student_model), self.student.gradient_checkpointing
             own = torch.tensor(training_budget(model, self.device, checkpointed=checkpointed), device=self.device)
             self.budget = int(self.trainer.strategy.reduce(own, reduce_op="min"))
+        if self.device.type != "cpu":
+            config = base_model(self.student_model).config.get_text_config()
+            self.costs = launched(self.costs, layers=config.num_hidden_layers)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe

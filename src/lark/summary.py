@@ -15,9 +15,14 @@ from lark.shards import COST_COLUMNS
 
 
 def read_figures(arm: Arm, sets: list[str]) -> dict[str, Any]:
-    """What an arm's evaluation left on disk: metrics by set, and each problem's avg@k."""
+    """What an arm's evaluation left on disk: metrics by set, intervals of avg@k, both by level where a set has levels,
+    and each problem's avg@k.
+    """
+    written = read_json(arm.folder / "metrics.json") if sets else {}
     return {
-        "metrics": read_json(arm.folder / "metrics.json")["sets"] if sets else {},
+        "metrics": written.get("sets", {}),
+        "intervals": written.get("intervals", {}),
+        "levels": written.get("levels", {}),
         "per_problem": {
             name: {
                 key: float(np.mean(values)) for key, values in per_problem(arm.folder / f"samples-{name}.jsonl").items()

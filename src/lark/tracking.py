@@ -1,18 +1,31 @@
 """Where a run's figures go: W&B (online, or offline when there is no key) or CSV files. One logger an arm or pass."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from lark.arms import Arm
-from lark.cache import read_json
+AXES = {
+    "scoring": "scoring/trajectories",
+    "train": "trainer/global_step",
+    "held_out": "trainer/global_step",
+    "refresh": "trainer/global_step",
+    "evaluation": "trainer/global_step",
+    "selection": None,
+    "diagnostics": None,
+    "comparison": None,
+    "cost": None,
+}
+"""What metrics with these prefixes are plotted against: trajectories of the pass, optimizer steps; None: one value."""
 
-STEPS = {"scoring": "scoring/trajectories"}
-"""What metrics are plotted against, by job type; optimizer steps for all others."""
+HIDDEN = ("epoch",)
+"""Logged by Lightning; no panel is wanted."""
+
+DATA_FOLDER = "WANDB_DATA_DIR"
+"""Where W&B stages the files of artifacts; left to itself below the home folder, apart from an offline run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +83,83 @@ class Wandb:
             raise ValueError(
                 f"W&B could not start a run ({error}); set logger=offline, or connect and `wandb login`"
             ) from error
-        step = STEPS.get(job_type, "trainer/global_step")
-        run.define_metric(step)
-        run.define_metric("*", step_metric=step, step_sync=True)
+        for step in dict.fromkeys(filter(None, AXES.values())):
+            run.define_metric(step, hidden=True)
+        for prefix, step in AXES.items():
+            run.define_metric(f"{prefix}/*", step_metric=step, step_sync=step is not None)
+        for name in HIDDEN:
+            run.define_metric(name, hidden=True)
+        os.environ.setdefault(DATA_FOLDER, _staging(run))
         return WandbLogger(experiment=run)
+
+    @property
+    def pictures(self) -> bool:
+        """Whether it takes plots, tables and artifacts, which need not be made otherwise."""
+        return True
+
+    def summarise(self, logger: Any, values: Mapping[str, Any]) -> None:
+        """Values that a run has one of: numbers and words."""
+        logger.experiment.summary.update(dict(values))
+
+    def picture(self, logger: Any, figures: Mapping[str, Any]) -> None:
+        """Plotly figures, as plots/<name>."""
+        import wandb
+
+        logger.experiment.log({f"plots/{name}": wandb.Plotly(figure) for name, figure in figures.items()})
+
+    def tabulate(self, logger: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Tables by their whole name, a mapping a row."""
+        import wandb
+
+        logged = {}
+        for name, rows in tables.items():
+            columns: list[Any] = list(rows[0]) if rows else []
+            logged[name] = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in rows])
+        logger.experiment.log(logged)
+
+    def keep_selection(
+        self,
+        logger: Any,
+        name: str,
+        files: Sequence[Path],
+        *,
+        written: Mapping[str, Iterable[str]],
+        about: dict[str, Any],
+    ) -> None:
+        """A dataset artifact of files, and of others that are `written` from lines, by their names."""
+        import wandb
+
+        artifact = wandb.Artifact(name, type="dataset", metadata=about)
+        for file in files:
+            artifact.add_file(str(file), skip_cache=True)
+        for file_name, lines in written.items():
+            with artifact.new_file(file_name, encoding="utf-8") as file:
+                file.writelines(lines)
+        logger.experiment.log_artifact(artifact)
 
     def keep(self, logger: Logger, name: str, files: list[Path]) -> None:
         """Keep files that hold text, if they may leave the machine."""
-        if self.text:
+        if self.text and files:
             import wandb
 
             artifact = wandb.Artifact(name, type="arm")
             for file in files:
-                artifact.add_file(str(file))
+                artifact.add_file(str(file), skip_cache=True)
             logger.experiment.log_artifact(artifact)  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         """Without this, consecutive runs in one process merge into one."""
         import wandb
 
+        staging = None if wandb.run is None else _staging(wandb.run)
         wandb.finish()
+        if os.environ.get(DATA_FOLDER) == staging:
+            os.environ.pop(DATA_FOLDER, None)
+
+
+def _staging(run: Any) -> str:
+    """Beside the run's other files."""
+    return str(Path(run.dir).parent / "staging")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +177,31 @@ class Csv:
         logger.log_hyperparams(config | {"job_type": job_type})
         return logger
 
+    pictures = False
+
+    def summarise(self, logger: Any, values: Mapping[str, Any]) -> None:
+        """Into hparams.yaml, as metrics.csv takes numbers by step only."""
+        logger.log_hyperparams({"summary": dict(logger.experiment.hparams.get("summary", {})) | dict(values)})
+
+    def picture(self, logger: Any, figures: Mapping[str, Any]) -> None:
+        """There is nowhere to show them."""
+
+    def tabulate(self, logger: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Their contents are in the run's folder."""
+
+    def keep_selection(
+        self,
+        logger: Any,
+        name: str,
+        files: Sequence[Path],
+        *,
+        written: Mapping[str, Iterable[str]],
+        about: dict[str, Any],
+    ) -> None:
+        """The files are on this machine already."""
+
     def keep(self, logger: Logger, name: str, files: list[Path]) -> None:
         """The files are on this machine already."""
 
     def finish(self) -> None:
         """Nothing is open between runs."""
-
-
-def log_arm(logger: Any, arm: Arm, *, cost: Mapping[str, float], reused: bool) -> None:
-    """Final figures and what choosing cost; a reused arm's held-out curve too, since this group has not seen it."""
-    if reused and arm.selection is not None:
-        for point in read_json(arm.folder / "trained.json")["curve"]:
-            logger.log_metrics({k: v for k, v in point.items() if k != "step"}, step=int(point["step"]))
-    path = arm.folder / "metrics.json"
-    if path.exists():
-        for name, metrics in read_json(path)["sets"].items():
-            logger.log_metrics({f"evaluation/{name}/{key}": value for key, value in metrics.items()})
-    if cost:
-        logger.log_metrics({f"cost/{name}": value for name, value in cost.items()})
-    logger.save()

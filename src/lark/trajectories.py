@@ -6,7 +6,7 @@ ids some 60 bytes for each distinct one. Rules, batches and the held-out split a
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,36 +16,39 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lark.cache import source_hash
+from lark.cache import file_hash, identity_hash, read_json, source_hash, write_json
 from lark.chat import Chat, Encoded, truncated
 from lark.groups import Groups
+from lark.overlap import find_overlap, repeated_problems
 from lark.parts import Compute, in_parts
 from lark.pool import arrow_column, extra_column, held_out, read_pool, text_column
-from lark.tasks.files import Task
-from lark.verify import Answer, Checker
+from lark.problems import read_problems
+from lark.rows import find_files
+from lark.tasks.files import Say, Task
+from lark.verify import SOURCES, Answer, Checker
 
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2**19  # tokenised at once: as Python lists a token takes some 100 bytes
-
-Say = Callable[[str], None]
-"""How derived facts reach the user (print on rank 0, nothing elsewhere)."""
 
 
 class Trajectories:
     """Reads, checks and tokenises the task's pool, or finds that done in `cache`.
 
     Arrays over the pool's rows: problem_id, candidate_id, length (tokens of the whole row), span_tokens (T, the
-    trained ones), correct (1, 0 or NaN), is_held_out, fits (not overlong, not empty). `dropped` counts rows by reason,
-    `truncated` those cut to task.max_length, `verdicts` the `correct` filled in and the checks that timed out.
-    Raises ValueError when no candidate is left to choose from.
+    trained ones), correct (1, 0 or NaN), is_held_out, fits (not overlong, not empty, not left out as an evaluation
+    problem's). `dropped` counts rows by reason, `truncated` those cut to task.max_length, `verdicts` the `correct`
+    filled in and the checks that timed out. `overlaps` tells of each evaluation set how many of its problems the pool
+    has too, `repeated` lists the ids of problems that the pool asks under several ids.
+    Raises ValueError when no candidate is left to choose from, and for task.overlap=error where problems overlap.
     """
 
     def __init__(self, task: Task, chat: Chat, *, cache: Path, say: Say = print):
         self.task, self.chat, self.cache = task, chat, cache
-        source, self.evaluation_files = task.sources(cache)
+        source, self.evaluation_files = task.sources(cache, say)
         pool = read_pool(source, cache=cache, on_error=task.on_error, limit=task.limit)  # type: ignore[arg-type]
         self.rows, self.fingerprint = pool.rows, pool.fingerprint
         self.problem_id = text_column(self.rows, "problem_id")
         self.candidate_id = text_column(self.rows, "candidate_id")
+        self.overlaps, self.repeated, in_sets = self._compared()
         self.correct, self.verdicts = self._verdicts()
         self.tokens = self._tokenised()
         self.length = self._number("length")
@@ -53,14 +56,21 @@ class Trajectories:
         self.truncated = int((self.length < self._number("full_length")).sum())
         self.fits = (self.length <= task.max_length) & (self.span_tokens > 0)
         self.is_held_out = held_out(self.problem_id, task.held_out)
+        self.dropped = {**Counter(task.dropped(cache)) + Counter(pool.dropped), "overlong": int((~self.fits).sum())}
+        if task.overlap == "drop" and in_sets:
+            leave = np.fromiter((problem in in_sets for problem in self.problem_id), bool, len(self.problem_id))
+            self.dropped["in an evaluation set"] = int((leave & self.fits).sum())
+            self.fits &= ~leave
+        self.left_out = sorted(in_sets) if task.overlap == "drop" else []
         self.scored = np.flatnonzero(self.fits & ~self.is_held_out)
-        self.dropped = {**pool.dropped, "overlong": int((~self.fits).sum())}
         self._describe(say)
+        self._describe_overlap(say, in_sets)
         if len(self.scored) == 0:
             raise ValueError(
                 f"task.pool={source}: no candidate is left to choose from ({len(self.rows)} rows, "
                 f"{self.dropped['overlong']} longer than task.max_length={task.max_length}, "
-                f"{int(self.is_held_out.sum())} held out); raise task.max_length or lower task.held_out"
+                + (f"{self.dropped['in an evaluation set']} of evaluation problems, " if self.left_out else "")
+                + f"{int(self.is_held_out.sum())} held out); raise task.max_length or lower task.held_out"
             )
 
     def _describe(self, say: Say) -> None:
@@ -91,6 +101,7 @@ class Trajectories:
             "max_length": task.max_length,
             "overlong": task.overlong,
             **self.chat.span_identity,
+            **({"left_out": identity_hash({"problems": self.left_out})} if self.left_out else {}),
         }
 
     def _tokenised(self) -> datasets.Dataset:
@@ -164,7 +175,7 @@ class Trajectories:
             "pool": self.fingerprint,
             "checker": self.task.checker,
             "pattern": self.task.pattern,
-            "sources": source_hash(["answers", "verify"]),
+            "sources": source_hash(SOURCES),
         }
         found = in_parts(
             self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"
@@ -213,12 +224,67 @@ class Trajectories:
         for start in range(0, len(rows), BATCH_ROWS):
             yield from messages[rows[start : start + BATCH_ROWS].tolist()]["messages"]
 
-    def overlap(self, problems: list[dict[str, Any]]) -> int:
-        """Evaluation problems whose text is, but for case and white space, the prompt of a problem of the pool."""
-        asked = Counter(_plain_text(p.get("problem") or p["messages"][-1]["content"]) for p in problems)
+    def _prompts(self) -> Iterator[tuple[str, str]]:
+        """(id, what its last turn of the user asks) of each problem."""
         first = np.unique(Groups.from_ids(self.problem_id).index_N, return_index=True)[1]  # one row a problem
-        prompts = (_plain_text(messages[-2]["content"]) for messages in self._messages(first))
-        return sum(asked[text] for text in set(filter(asked.__contains__, prompts)))
+        for problem, messages in zip(self.problem_id[first], self._messages(first), strict=True):
+            yield problem, next(turn["content"] for turn in reversed(messages[:-1]) if turn["role"] == "user")
+
+    def _compared(self) -> tuple[dict[str, dict[str, Any]], list[list[str]], dict[str, str]]:
+        """What evaluation sets and the pool have in common, what the pool asks twice, and the pool's problems (id ->
+        set and id) that evaluation sets have; from the cache or by reading every problem once.
+        """
+        limit = self.task.eval_limit
+        identity = {
+            "pool": self.fingerprint,
+            "sets": {name: _contents(path) for name, path in self.evaluation_files.items()},
+            "eval_limit": limit,
+            "sources": source_hash(["overlap", "problems"]),
+        }
+        path = self.cache / "overlap" / f"{identity_hash(identity)}.json"
+        if not path.is_file():
+            sets = {name: read_problems(file, limit=limit) for name, file in self.evaluation_files.items()}
+            asked = {name: [(p["problem_id"], question_of(p)) for p in problems] for name, problems in sets.items()}
+            found = find_overlap(asked, self._prompts())
+            write_json(
+                path,
+                {
+                    "identity": identity,
+                    "problems": {name: len(problems) for name, problems in sets.items()},
+                    "evaluation": found.evaluation,
+                    "pool": found.pool,
+                    "repeated": repeated_problems(self._prompts()),
+                },
+            )
+        known = read_json(path)
+        if known["pool"] and self.task.overlap == "error":
+            remedy = "take them out, or set task.overlap=drop"
+            raise ValueError(f"task.overlap=error: {_in_words(known['pool'])}; {remedy}")
+        overlaps = {
+            name: {
+                "problems": known["problems"][name],
+                "in_pool": len(ids),
+                "share": len(ids) / known["problems"][name],
+                "examples": ids[:20],
+            }
+            for name, ids in known["evaluation"].items()
+        }
+        return overlaps, known["repeated"], known["pool"]
+
+    def _describe_overlap(self, say: Say, in_sets: dict[str, str]) -> None:
+        counts = [f"{found['in_pool']:,} of {found['problems']:,} {name}" for name, found in self.overlaps.items()]
+        if counts:
+            say(f"overlap     evaluation problems that are in the pool: {', '.join(counts)}")
+        if in_sets:
+            left = "they are left out" if self.left_out else "task.overlap=drop leaves them out"
+            say(f"warning     {_in_words(in_sets)}; {left}")
+        if self.repeated:
+            more = sum(map(len, self.repeated)) - len(self.repeated)
+            say(
+                f"warning     {more:,} problems of the pool are asked under another id too (first: "
+                f"{', '.join(self.repeated[0][:3])}); give each question one id: rules choose within a problem, and "
+                "held-out problems should be no others"
+            )
 
     def read_rows(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
         """Pool rows with `correct` as filled in, a few at a time."""
@@ -246,5 +312,16 @@ _TOKENS = pa.schema(
 _VERDICTS = pa.schema([("correct", pa.bool_()), ("timed_out", pa.bool_())])
 
 
-def _plain_text(text: str) -> str:
-    return " ".join(text.lower().split())
+def question_of(problem: dict[str, Any]) -> str:
+    """The bare text of an evaluation problem, or its last turn where there is none."""
+    return problem.get("problem") or problem["messages"][-1]["content"]
+
+
+def _in_words(in_sets: dict[str, str]) -> str:
+    shown = ", ".join(f"{problem} ({place})" for problem, place in list(in_sets.items())[:3])
+    more = " ..." if len(in_sets) > 3 else ""
+    return f"{len(in_sets):,} problems of the pool are in evaluation sets: {shown}{more}"
+
+
+def _contents(path: Path) -> list[str]:
+    return [file_hash(file) for file in find_files(path, setting="task.eval").values()]

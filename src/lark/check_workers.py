@@ -1,0 +1,126 @@
+"""Worker processes in which answers are checked: killed at a time limit, bounded in memory, kept from doing harm."""
+
+import multiprocessing
+import multiprocessing.context
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+_WORKER_BYTES = 2 * 1024**3  # far above what a check needs; keeps a tower of exponents from taking the machine down
+_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.kill", "os.killpg")
+_FORBIDDEN += ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_FORBIDDEN += ("os.chown", "subprocess.Popen", "pty.spawn", "signal.pthread_kill")
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def start_pool(library: str, workers: int) -> ProcessPool:
+    """Processes with the library imported, started by a fork server or spawned: never forked from a process that has
+    threads or a GPU context."""
+    return ProcessPool(
+        max_workers=workers,
+        initializer=_start_worker,
+        initargs=(library,),
+        context=_process_context([library]),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def outcome(future: Future[bool]) -> tuple[bool, bool]:
+    """(correct, timed out) of one check; one that took its process down counts as timed out."""
+    try:
+        return future.result(), False
+    except (FutureTimeoutError, TimeoutError, ProcessExpired, MemoryError):
+        return False, True
+
+
+def math_equal(gold: str, answer: str) -> bool:
+    """Whether math-verify takes the LaTeX expressions for equal; it is not symmetric."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Boxed, because math-verify looks for LaTeX in text, and only at that one place: else it takes any number it finds
+    # in what it cannot read ("5 or 6" would be 6).
+    unlimited: Any = None  # its annotation says int, its documentation None
+    wanted, found = (
+        parse(
+            rf"\boxed{{{text}}}",
+            extraction_config=[LatexExtractionConfig()],
+            extraction_mode="first_match",
+            parsing_timeout=unlimited,
+        )
+        for text in (gold, answer)
+    )
+    return bool(verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True))
+
+
+def reasoning_gym_equal(source_dataset: str, entry: dict[str, Any], answer: str) -> bool:
+    """Whether the verifier of a reasoning_gym data set gives the answer its full score, 1.0.
+
+    Raises:
+        ValueError: the verifier fails on the right answer too.
+    """
+    from reasoning_gym import get_score_answer_fn
+
+    score: Any = get_score_answer_fn(source_dataset)
+    try:
+        return float(score(answer=answer, entry=entry)) == 1.0
+    except MemoryError:
+        raise
+    except Exception:  # a verifier of somebody else's may raise anything on an answer it cannot read: that one is wrong
+        try:
+            score(answer=entry["answer"], entry=entry)
+        except (
+            Exception
+        ) as error:  # on the right answer too: the row is incomplete, and all answers would count as wrong
+            raise ValueError(
+                f"the reasoning_gym verifier of source_dataset={source_dataset!r} fails on the row itself "
+                f"({type(error).__name__}: {error}); give the row the metadata reasoning_gym made it with"
+            ) from error
+        return False
+
+
+def _process_context(libraries: Sequence[str]) -> multiprocessing.context.BaseContext:
+    if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
+        # a launcher's worker process (joblib) has a method of its own, which the processes started here do not know
+        multiprocessing.set_start_method("spawn", force=True)
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The server imports the library once, so a worker that replaces a killed one is there at once.
+    context.set_forkserver_preload(list(libraries))
+    return context
+
+
+def _start_worker(library: str) -> None:
+    """Imports the library before the clock of the first check runs, and bounds what a check can do."""
+    import importlib
+    import logging
+    import sys
+
+    importlib.import_module(library)
+    # math-verify warns on every call that its own time limit is off; ours replaces it.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    if library == "math_verify":  # the first comparison builds its grammar, a second that is nobody's time
+        assert math_equal("x^2+2x+1", "(x+1)^2"), "algebra works"
+    if os.name == "posix":
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        soft = _WORKER_BYTES if hard == resource.RLIM_INFINITY else min(_WORKER_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    sys.dont_write_bytecode = True
+    sys.addaudithook(_refuse_harm)
+
+
+def _refuse_harm(event: str, arguments: tuple[Any, ...]) -> None:
+    """Some verifiers of reasoning_gym evaluate the answer as Python. Nothing a check needs writes, connects or starts
+    anything, so what does is refused; a process of its own is the limit of what else such text can reach."""
+    if event == "open":
+        path, _, flags = arguments
+        harmful = bool((flags or 0) & _WRITING) and not isinstance(path, int) and path != os.devnull
+    else:
+        harmful = event in _FORBIDDEN or event.startswith(("socket.", "shutil.", "ctypes."))
+    if harmful:
+        raise PermissionError(f"a check may not do this: {event}")

@@ -1,0 +1,69 @@
+"""What the commands that compose a configuration have in common: how they start, and what a user sees of an error.
+
+Imports nothing heavy: `--help` and `--cfg job` must answer at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lark import config as configuration
+
+USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+"""What a user can act on: one sentence, no traceback. Anything else is a defect of ours and shows where."""
+
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def start(hydra_main: Callable[[], Any], child_main: Callable[[Path], Any]) -> None:
+    """Run the command line; errors a user can act on are one sentence and exit code 1, unless HYDRA_FULL_ERROR=1.
+
+    child_main: what a further rank that Lightning launched does instead, given the folder of the job.
+    """
+    child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
+    sys.argv = configuration.absolute_config_path(sys.argv)
+    os.environ[configuration.SWEEP_VARIABLE] = configuration.sweep_name(sys.argv)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
+    try:
+        child_main(Path(child)) if child else hydra_main()
+    except USER_ERRORS as error:  # Hydra's: jobs answer for themselves
+        if FULL_ERROR and not child:  # a child inherits what was set above
+            raise
+        if isinstance(error, OSError) and not isinstance(error, HydraException) and not child:
+            remedy = "set paths.logs (or hydra.run.dir) to a folder you may write to"
+            sys.exit(f"lark: {error.filename} cannot be written ({error.strerror}); {remedy}")
+        sys.exit(f"lark: {configuration.sentence(error)}")
+    finally:
+        os.environ.pop(configuration.SWEEP_VARIABLE, None)
+
+
+def write_replay(config: DictConfig, folder: Path) -> None:
+    """replay.yaml: every group composed, so that nothing has to be chosen again; what depends on `seed`, `budget` or
+    `paths.logs` still does, so that these can be overridden.
+    """
+    from lark.cache import write_text
+
+    resolved = OmegaConf.to_container(config, resolve=False)
+    hydra_block = {
+        "run": {"dir": f"{folder.parent}/{folder.name}-replay"},
+        "job": {"name": "lark", "chdir": False},
+        "output_subdir": ".hydra",
+    }
+    defaults = ["_self_"]
+    text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, "hydra": hydra_block, **dict(resolved)}))  # type: ignore[arg-type]
+    write_text(folder / "replay.yaml", text)
+
+
+def read_replay(folder: Path) -> DictConfig:
+    """The configuration of the job in `folder`, for a further rank of it."""
+    config = OmegaConf.load(folder / "replay.yaml")
+    assert isinstance(config, DictConfig)
+    for key in ("hydra", "defaults"):
+        config.pop(key, None)
+    return config

@@ -1,0 +1,141 @@
+"""python -m lark.evaluate: ask any student the problems of a task's evaluation sets, or check saved samples again.
+
+torch, lightning and transformers are imported only after Hydra has composed the configuration.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lark import config as configuration
+from lark.command import FULL_ERROR, USER_ERRORS, read_replay, start, write_replay
+
+GROUPS = ("task", "model", "trainer", "logger")
+BLOCKS = ("evaluation",)
+VALUES = ("seed", "checkpoint", "recheck", "paths")
+MAIN = "evaluate"
+"""The name of the configuration; another is that of a replay."""
+OF_CHECKPOINT = ("path", "id", "revision", "dtype", "attention")
+"""What may be said of an arm's student: where its base is now, and how it is loaded."""
+
+configuration.register_resolvers()
+
+
+@hydra.main(version_base="1.3", config_path=str(configuration.folder()), config_name=MAIN)
+def hydra_main(config: DictConfig) -> float:
+    """One evaluation; returns avg@k on the first set."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        return _evaluate(config, folder, list(HydraConfig.get().overrides.task))
+    except USER_ERRORS as error:
+        if FULL_ERROR:
+            raise
+        sys.exit(f"lark: {configuration.sentence(error)}")
+
+
+def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
+    with open_dict(config):
+        config.pop("sft", None)
+    if isinstance(config.task, DictConfig) and OmegaConf.is_missing(config.task, "pool"):
+        config.task.pool = []  # nobody reads it
+    check(config)
+    if config.recheck is not None:
+        folder.rmdir()  # Hydra made it
+        return check_again(config, {word.partition("=")[0].lstrip("+") for word in overrides})
+    if config.checkpoint is not None and HydraConfig.get().job.config_name == MAIN:
+        take_checkpoint(config, overrides)
+    write_replay(config, folder)
+    group = folder.parent.name if HydraConfig.get().mode == RunMode.MULTIRUN else folder.name
+    return job(config, folder, group=group)
+
+
+def check(config: DictConfig) -> None:
+    """Names, groups and types; raises ValueError naming the setting."""
+    for group in GROUPS:
+        if not isinstance(config.get(group), DictConfig):
+            raise ValueError(configuration._whole_group(group))
+    known = [*GROUPS, *BLOCKS, *VALUES]
+    if unknown := [str(name) for name in config if name not in known]:
+        raise ValueError(configuration._no_setting(unknown[0], known))
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ValueError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
+    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
+        raise ValueError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
+    for name, path in config.paths.items():
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"paths.{name}={path} is no folder; set it to one you may write to")
+    for name in ("checkpoint", "recheck"):
+        if not isinstance(config[name], str | None):
+            raise ValueError(f"{name}={config[name]} is no folder; set it to one, or to null")
+    if config.checkpoint is not None and config.recheck is not None:
+        raise ValueError(f"checkpoint={config.checkpoint} and recheck={config.recheck} are both set; leave one out")
+    for name in (*GROUPS, *BLOCKS):
+        configuration._check_node(name, config[name])
+
+
+def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
+    """Put the student that was trained in the arm config.checkpoint in the place of config.model.
+
+    Raises ValueError if it is no trained arm, or the command line asks for another student.
+    """
+    from lark.export import _read
+
+    arm = Path(config.checkpoint)
+    arm = arm.parent if arm.name == "checkpoint" else arm
+    student = _read(arm)["student"]
+    for word in overrides:
+        name = word.partition("=")[0].lstrip("+")
+        if name == "model" or (name.startswith("model.") and name.removeprefix("model.") not in OF_CHECKPOINT):
+            raise ValueError(
+                f"checkpoint={config.checkpoint} brings its own student; leave {word} out, or the checkpoint (of a "
+                f"student's settings it takes model.{', model.'.join(OF_CHECKPOINT)})"
+            )
+        if name.startswith("model."):
+            key = name.removeprefix("model.")
+            student |= {"path": None} if key == "id" else {}
+            student[key] = config.model[key]
+    if student["lora"] is None:  # all its weights are in the checkpoint
+        student |= {"path": str((arm / "checkpoint").absolute()), "id": None, "revision": None, "adapter": None}
+    config.checkpoint = str(arm.absolute())
+    config.model = OmegaConf.create({"_target_": "lark.models.Student", **student})
+
+
+def check_again(config: DictConfig, told: set[str]) -> float:
+    from lark.cache import writable
+    from lark.recheck import recheck
+
+    cache = writable(config.paths.cache, "paths.cache")
+    found = recheck(Path(config.recheck), configuration.build(config.task), told=told, cache=cache)
+    *_, last = found.values()
+    return next(iter(last["intervals"].values()))["estimate"]
+
+
+def job(config: DictConfig, folder: Path, *, group: str) -> float:
+    from lark.student_evaluation import run  # torch and its friends: seconds
+    from lark.termination import terminable
+
+    with terminable():
+        return run(config, folder, group=group)
+
+
+def child_main(folder: Path) -> None:
+    """A further rank that Lightning launched: the same job from its resolved configuration, no Hydra."""
+    from lark.termination import TerminatedError
+
+    try:
+        job(read_replay(folder), folder, group=folder.name)
+    except TerminatedError:  # rank 0 answers for all; Lightning would kill it if this one failed first
+        sys.exit(0)
+
+
+def main() -> None:
+    """Errors a user can act on are one sentence and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
+    start(hydra_main, child_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""candidates.jsonl.gz: a sample of a run's problems with all their candidates, and what each rule made of them.
+
+The first line holds the run's facts and a column for every figure, the further lines the texts, a problem each. So the
+figures of many runs over one pool are read without their texts.
+
+Shapes: N candidates of the run, n of them in the sample.
+"""
+
+import gzip
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lark.cache import identity_hash, replacing
+from lark.groups import Groups
+
+if TYPE_CHECKING:
+    from lark.chat import Encoded
+    from lark.data import TrajectoryDataModule
+
+NAME = "candidates.jsonl.gz"
+TRAJECTORIES = 2_000
+"""Of a run, at most."""
+HEAD, TAIL = 3_000, 1_000
+"""Characters kept of a text that has more than both together: of its beginning and of its end, where the answer is."""
+BATCH = 256  # rows read at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSample:
+    """What a run left of its pool; `read_sample` reads it.
+
+    facts: task, model, seed, settings, pool (an identity: texts of the same one are the same), problems and
+    trajectories shown, of_problems and of_trajectories, cut (texts cut in the middle), arms (by role: rule, hash, and
+    the selection's record).
+    columns: problem_id, candidate_id, teacher, correct, tokens (trained), loss (nats/token), characters; lists [n].
+    scores, weights: by role, [n]; None where there is no score, weight 0 for what was not chosen.
+    """
+
+    path: Path
+    facts: Mapping[str, Any]
+    columns: Mapping[str, list[Any]]
+    scores: Mapping[str, list[float | None]]
+    weights: Mapping[str, list[float]]
+
+    @cached_property
+    def groups(self) -> Groups:
+        return Groups.from_ids(self.columns["problem_id"])
+
+    def read_texts(self) -> Iterator[dict[str, Any]]:
+        """A problem after the other: problem_id, question, answer, prompt (as the student reads it), and `texts`, one a
+        candidate in the order of the columns: what is trained (see `shortened`), end (of turn, as it is trained; empty
+        if task.max_length cut it off) and untrained (what follows it then; None: nothing).
+        """
+        with gzip.open(self.path, "rt", encoding="utf-8") as file:
+            for line in itertools.islice(file, 1, None):
+                yield json.loads(line)
+
+
+def read_sample(folder: Path) -> PoolSample | None:
+    """What the run in `folder` left; None if it left nothing, as one that failed early or of an older version."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return PoolSample(path=path, **json.loads(file.readline()))
+
+
+def sample_problems(groups: Groups, ids: Sequence[str], *, limit: int) -> np.ndarray:
+    """Rows [n], ascending, of whole problems with `limit` candidates at most, chosen by the hash of their ids, so that
+    every run over a pool has the same. Of a pool whose every problem has more, the first candidates of one.
+
+    ids: of the problems, in the order of `groups`.
+    """
+    order = sorted(range(groups.count), key=lambda problem: hashlib.sha256(f"page {ids[problem]}".encode()).digest())
+    kept, room, least = [], limit, int(groups.size.min())
+    for problem in order:
+        if groups.size[problem] <= room:
+            kept.append(problem)
+            room -= int(groups.size[problem])
+        if room < least:
+            break
+    if not kept:
+        return np.flatnonzero(groups.index_N == order[0])[:limit]
+    return np.flatnonzero(np.isin(groups.index_N, kept))
+
+
+def write_sample(folder: Path, data: "TrajectoryDataModule", settings: Mapping[str, Any]) -> None:
+    """candidates.jsonl.gz of a run, with the choices made so far. `settings` are the run's, as its summary has them."""
+    candidates, pool = data.candidates, data.trajectories
+    ids = list(dict.fromkeys(candidates.problem_id.tolist()))
+    rows = sample_problems(candidates.groups, ids, limit=TRAJECTORIES)
+    row_n = candidates.row_N[rows]
+    texts, characters, cut = _texts(data, row_n)
+    statistics = candidates.statistics
+    columns = {
+        "problem_id": candidates.problem_id[rows].tolist(),
+        "candidate_id": candidates.candidate_id[rows].tolist(),
+        "teacher": [None if teacher is None else str(teacher) for teacher in candidates["teacher"][rows]],
+        "correct": [None if np.isnan(known) else bool(known) for known in pool.correct[row_n]],
+        "tokens": pool.span_tokens[row_n].tolist(),
+        "loss": _numbers(statistics["loss"][rows]) if "loss" in statistics else [None] * len(rows),
+        "characters": characters,
+    }
+    weights: dict[str, list[float]] = {}
+    for role, selection in data.selections.items():
+        weight_N = np.zeros(len(candidates))
+        weight_N[np.searchsorted(candidates.row_N, selection.row)] = selection.weight
+        weights[role] = [_short(weight) for weight in weight_N[rows]]
+    scored = {role: _numbers(selection.score_N[rows]) for role, selection in data.selections.items()}
+    seen = {
+        "rows": [pool.fingerprint, columns["problem_id"], columns["candidate_id"]],
+        "span": pool.chat.span_identity,
+        "limit": [data.task.max_length, data.task.overlong],
+    }
+    facts = {
+        "task": data.task.name,
+        "model": data.student.name,
+        "seed": data.seed,
+        "settings": dict(settings),
+        "pool": identity_hash(seen),
+        "problems": len(texts),
+        "of_problems": candidates.groups.count,
+        "trajectories": len(rows),
+        "of_trajectories": len(candidates),
+        "cut": cut,
+        "arms": {
+            role: {"rule": data.rules[role].name, "hash": _hash(selection), "record": _finite(selection.record)}
+            for role, selection in data.selections.items()
+        },
+    }
+    head = {"facts": facts, "columns": columns, "scores": scored, "weights": weights}
+    with (
+        replacing(folder / NAME) as temporary,
+        open(temporary, "wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file,
+    ):
+        file.writelines((json.dumps(line, allow_nan=False) + "\n").encode() for line in (head, *texts))
+
+
+def _hash(selection: Any) -> str:
+    return identity_hash(
+        {name: hashlib.sha256(getattr(selection, name).tobytes()).hexdigest() for name in ("row", "weight")}
+    )
+
+
+def _texts(data: "TrajectoryDataModule", row_n: np.ndarray) -> tuple[list[dict[str, Any]], list[int], int]:
+    """The lines of the problems, in the order of their first rows; the characters of each trajectory, [n]; and how many
+    were cut in the middle.
+    """
+    pool, problems, characters, cut = data.trajectories, {}, [], 0
+
+    def decode(ids: list[int]) -> str:
+        return str(pool.chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    for start in range(0, len(row_n), BATCH):
+        part = row_n[start : start + BATCH]
+        for row, encoded in zip(pool.read_rows(part), pool.encoded(part), strict=True):
+            *asked, trajectory = row["messages"]
+            problem = problems.setdefault(row["problem_id"], {"problem_id": row["problem_id"], "texts": []})
+            if not problem["texts"]:
+                question = next((turn["content"] for turn in reversed(asked) if turn["role"] == "user"), "")
+                problem |= {"question": shortened(question), "answer": row["answer"]}
+                problem["prompt"] = shortened(decode(encoded.input_ids[: encoded.prompt_tokens]))
+            text = _parts(trajectory["content"], encoded, decode)
+            characters.append(len(trajectory["content"]))
+            cut += any("tail" in part for part in (text, text["untrained"] or {}))
+            problem["texts"].append(text)
+    return list(problems.values()), characters, cut
+
+
+def shortened(text: str) -> dict[str, Any]:
+    """As {"text"}, and of a long one also left_out (characters in the middle) and tail."""
+    if len(text) <= HEAD + TAIL:
+        return {"text": text}
+    return {"text": text[:HEAD], "left_out": len(text) - HEAD - TAIL, "tail": text[-TAIL:]}
+
+
+def _parts(content: str, encoded: "Encoded", decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """The span is the content and its end of turn, unless the row was cut to task.max_length."""
+    span = encoded.input_ids[encoded.prompt_tokens :]
+    if encoded.end_of_turn >= 0:
+        return shortened(content) | {"end": decode(span[encoded.end_of_turn :]), "untrained": None}
+    alike = (a == b for a, b in zip(content, decode(span), strict=False))
+    trained = sum(itertools.takewhile(bool, alike))
+    return shortened(content[:trained]) | {"end": "", "untrained": shortened(content[trained:])}
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [_short(value) if np.isfinite(value) else None for value in np.asarray(values, np.float64)]
+
+
+def _short(value: float) -> float:
+    """Five digits: for looking at."""
+    return float(f"{value:.5g}")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float | np.floating) and not np.isfinite(value) else value

@@ -1,0 +1,226 @@
+"""The page's plots: their figures against the runs', their words, and what they say where there is nothing to plot."""
+
+import html
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from page_folders import HOSTILE, RULES, small_sweep
+
+from lark.page import arm_plots, diagnostic_plots, pool_plots
+from lark.page.contents import gather
+from lark.page.plots import DASHES, Look, Plot, clipped, looks_of, plain
+from lark.report import read_summaries
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    small_sweep(folder)
+    (group,) = gather(read_summaries([folder])).groups
+    return group
+
+
+@pytest.fixture(scope="module")
+def looks(group):
+    return looks_of(list(group.curves))
+
+
+def traces(plot: Plot) -> list[dict]:
+    assert plot.figure is not None
+    return plot.figure["data"]
+
+
+def every(group, looks) -> list[Plot]:
+    (pool,), (diagnosis,) = group.pools, group.diagnoses
+    return [
+        arm_plots.differences(group.compared),
+        arm_plots.loss_curves(group.curves, looks),
+        arm_plots.teacher_shares(group.teacher_shares),
+        pool_plots.weights(pool, looks, group.effective),
+        pool_plots.scores_by_teacher(pool),
+        pool_plots.overlaps(pool),
+        *diagnostic_plots.true_loss_drop(diagnosis),
+        *diagnostic_plots.correlations(diagnosis),
+        diagnostic_plots.bins(diagnosis),
+    ]
+
+
+def test_each_says_how_to_read_it_and_its_figures_in_words(group, looks):
+    plots = every(group, looks)
+    assert len({plot.key for plot in plots}) == len(plots)
+    for plot in plots:
+        assert plot.figure is not None
+        assert plot.sentence.endswith(".") and len(plot.sentence) > 60
+        assert any(rule in plot.words for rule in RULES) or "bin" in plot.words
+        assert "template" not in plot.figure["layout"]
+        assert "title" not in plot.figure["layout"]  # the page's headings are the titles
+
+
+def test_differences_are_the_tables(group):
+    plot = arm_plots.differences(group.compared)
+    (trace,) = traces(plot)
+    for one, x, plus, minus in zip(
+        group.compared.differences, trace["x"], trace["error_x"]["array"], trace["error_x"]["arrayminus"], strict=True
+    ):
+        interval = one.sets["eval"].interval
+        assert x == pytest.approx(100 * interval.estimate, rel=1e-4)
+        assert x + plus == pytest.approx(100 * interval.high, rel=1e-3, abs=1e-6)
+        assert x - minus == pytest.approx(100 * interval.low, rel=1e-3, abs=1e-6)
+
+
+def test_curves_are_means_over_seeds_between_the_lowest_and_the_highest(group, looks):
+    plot = arm_plots.loss_curves(group.curves, looks)
+    lines = {trace["name"]: trace for trace in traces(plot) if "name" in trace}
+    bands = [trace for trace in traces(plot) if trace.get("fill") == "toself"]
+    assert list(lines) == list(RULES) and len(bands) == len(RULES)
+    for (label, by_seed), band in zip(group.curves.items(), bands, strict=True):
+        loss = np.array([[point["held_out/loss"] for point in curve] for curve in by_seed.values()])
+        np.testing.assert_allclose(lines[label]["y"], loss.mean(0), rtol=1e-4)
+        up, down = np.split(np.array(band["y"]), 2)
+        np.testing.assert_allclose(up, loss.max(0), rtol=1e-4)
+        np.testing.assert_allclose(down[::-1], loss.min(0), rtol=1e-4)
+
+
+def test_seeds_with_other_steps_are_compared_where_both_have_been(looks):
+    def curve(*points):
+        return [{"step": step, "held_out/loss": loss} for step, loss in points]
+
+    curves = {"lark": {0: curve((0, 1.0), (10, 0.0)), 1: curve((0, 1.0), (4, 0.6), (6, 0.6))}}
+    *_, line = traces(arm_plots.loss_curves(curves, looks))
+    assert line["x"] == [0, 4, 6]
+    np.testing.assert_allclose(line["y"], [1.0, 0.6, 0.5])
+
+
+def test_a_rare_teacher_is_one_of_the_others():
+    shares = {"lark": {f"t{i:02}": (12 - i) / 78 for i in range(12)}}
+    bars = traces(arm_plots.teacher_shares(shares))
+    assert [bar["name"] for bar in bars][-1] == "5 others"
+    assert sum(bar["x"][0] for bar in bars) == pytest.approx(100, abs=1e-2)
+
+
+def test_weights_are_cumulated_from_the_heaviest(group, looks):
+    plot = pool_plots.weights(group.pools[0], looks, group.effective)
+    lark, equal = traces(plot)
+    weight = sorted((w for w in group.pools[0].choices[0].weights if w > 0), reverse=True)
+    for x, y in zip(lark["x"], lark["y"], strict=True):
+        assert y == pytest.approx(100 * sum(weight[: round(x / 100 * len(weight))]) / sum(weight), rel=1e-3)
+    assert equal["x"] == equal["y"] == [0, 100]
+    assert "random, longest" in html.unescape(equal["hovertemplate"])
+
+
+def test_boxes_hold_what_is_left_of_scores_without_their_problems_mean(group):
+    pool = group.pools[0]
+    plot = pool_plots.scores_by_teacher(pool)
+    for choice, trace in zip(pool.choices, traces(plot), strict=True):
+        scores: dict[str, dict[str, float]] = {}
+        columns = pool.sample.columns
+        for problem, teacher, score in zip(columns["problem_id"], columns["teacher"], choice.scores, strict=True):
+            scores.setdefault(problem, {})[teacher] = score
+        for name, median, q1 in zip(trace["y"], trace["median"], trace["q1"], strict=True):
+            apart = [of[name] - sum(of.values()) / len(of) for of in scores.values()]
+            assert median == pytest.approx(np.median(apart), rel=1e-3, abs=1e-6)
+            assert q1 == pytest.approx(np.quantile(apart, 0.25), rel=1e-3, abs=1e-6)
+    assert [name for name, _ in plot.choices] == list(RULES)
+    assert [trace["meta"] for trace in traces(plot)] == [0, 1, 2]
+
+
+def test_overlaps_are_jaccard_indices_by_problem(group):
+    pool = group.pools[0]
+    (trace,) = traces(pool_plots.overlaps(pool))
+    columns = pool.sample.columns
+
+    def taken(choice):
+        of: dict[str, set[str]] = {}
+        for problem, candidate, weight in zip(
+            columns["problem_id"], columns["candidate_id"], choice.weights, strict=True
+        ):
+            of.setdefault(problem, set()).update({candidate} if weight else set())
+        return of
+
+    sets = [taken(choice) for choice in pool.choices]
+    for i, a in enumerate(sets):
+        assert trace["z"][i][i] is None
+        for j, b in enumerate(sets):
+            if i != j:
+                mean = np.mean([len(a[p] & b[p]) / len(a[p] | b[p]) for p in a])
+                assert trace["z"][i][j] == pytest.approx(mean, rel=1e-4)
+
+
+def test_points_are_standardised_within_their_problems(group):
+    (diagnosis,) = group.diagnoses
+    _, plot = diagnostic_plots.true_loss_drop(diagnosis)
+    of_first = [trace for trace in traces(plot) if trace["meta"] == 0]
+    assert sum(len(trace["x"]) for trace in of_first) == len(diagnosis.rows)
+    by_problem: dict[str, list[float]] = {}
+    for trace in of_first:
+        for text, x in zip(trace["text"], trace["x"], strict=True):
+            by_problem.setdefault(text.split(",")[0], []).append(x)
+    for values in by_problem.values():
+        assert np.mean(values) == pytest.approx(0, abs=1e-2)
+        assert np.std(values) == pytest.approx(1, abs=1e-2)
+    assert plot.choices[0][0] == "lark" and "Rank correlation" in plot.choices[0][1]
+
+
+def test_intervals_reach_both_ways(group):
+    plot, _ = diagnostic_plots.true_loss_drop(group.diagnoses[0])
+    band, dots = traces(plot)
+    means = group.diagnoses[0].found["fidelity"]["proxies"]
+    for name, x, minus, plus in zip(
+        dots["y"], dots["x"], dots["error_x"]["arrayminus"], dots["error_x"]["array"], strict=True
+    ):
+        mean = means[name]["loss_drop"]["spearman"]
+        assert (x - minus, x + plus) == (pytest.approx(mean["low"], abs=1e-3), pytest.approx(mean["high"], abs=1e-3))
+    assert dots["x"] == sorted(dots["x"], reverse=True)
+    assert band["base"][0] == -0.15 and band["x"][0] == pytest.approx(0.3)
+
+
+def test_what_is_not_there_is_said(group, looks):
+    (pool,), (diagnosis,) = group.pools, group.diagnoses
+    nothing = replace(pool, choices=())
+    cheap = replace(diagnosis, rows=(), found={"correlations": diagnosis.found["correlations"]})
+    no_sets = replace(group.compared, differences=tuple(replace(one, sets={}) for one in group.compared.differences))
+    missing = [
+        arm_plots.differences(no_sets),
+        arm_plots.loss_curves({"lark": {0: []}}, looks),
+        arm_plots.teacher_shares({}),
+        pool_plots.weights(nothing, looks, {}),
+        pool_plots.scores_by_teacher(nothing),
+        pool_plots.overlaps(replace(pool, choices=pool.choices[:1])),
+        *diagnostic_plots.true_loss_drop(None),
+        *diagnostic_plots.true_loss_drop(cheap),
+        *diagnostic_plots.correlations(None),
+        diagnostic_plots.bins(cheap),
+    ]
+    assert all(plot.figure is None and plot.missing.endswith(".") for plot in missing)
+    assert "diagnostics=full" in diagnostic_plots.bins(cheap).missing
+    assert all(plot.figure for plot in diagnostic_plots.correlations(cheap))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_no_markup(name):
+    shown = plain(name)
+    assert "<" not in shown and ">" not in shown
+    assert html.unescape(shown) == " ".join(name.split())
+
+
+def test_looks_differ_for_forty_labels():
+    looks = looks_of([str(i) for i in range(40)])
+    assert len({(look.colour, look.dash) for look in looks.values()}) == 40
+    assert Look(number=0).dash == DASHES[0]
+    assert len(clipped("x" * 99, 10)) == 10
+
+
+def test_no_figure_holds_what_json_does_not_know(group, looks):
+    def numbers(value):
+        if isinstance(value, dict):
+            value = value.values()
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            yield value
+        else:
+            for inner in value:
+                yield from numbers(inner)
+
+    for plot in every(group, looks):
+        assert all(not isinstance(x, float) or math.isfinite(x) for x in numbers(plot.figure))
