@@ -19,6 +19,7 @@ SMALL = [
     "evaluation.samples=2",
     "evaluation.pass_at=[1,2]",
     "logger=csv",
+    "diagnostics=none",
 ]
 
 

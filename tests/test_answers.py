@@ -84,7 +84,7 @@ def test_a_megabyte_of_braces_takes_linear_time(text):
         ("The answer is 5. No, the answer is 18, because 9 * 2 is.", "number", "18"),
         ("The answer is 18, or 19.", "number", "18, or 19"),
         ("so\n#### 1,234", "number", "1,234"),
-        ("**Final Answer:** **$2.50**", "number", "$2.50**"),
+        ("**Final Answer:** **$2.50**", "number", "$2.50"),
         ("The answer to the question is 18 dollars.", "number", "18 dollars"),
         ("The answer is simple.", "number", None),
         ("9 * 2 = 18", "number", None),

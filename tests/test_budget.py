@@ -28,14 +28,14 @@ def test_more_free_memory_takes_more_tokens_within_bounds(architecture, monkeypa
     model = random_student(architecture, **settings)
     found = []
     for free in (0, 2**24, 2**27, 2**60):
-        monkeypatch.setattr(budget, "_free_bytes", lambda device, setting, free=free: free)
+        monkeypatch.setattr(budget, "free_bytes", lambda device, setting, free=free: free)
         found.append(token_budget(model, GPU))
     assert found == sorted(found)
     assert found[0] == LEAST_TOKENS and found[-1] in (MOST_TOKENS, LEAST_TOKENS)
 
 
 def test_a_student_twice_as_wide_gets_half_the_tokens(monkeypatch):
-    monkeypatch.setattr(budget, "_free_bytes", lambda device, setting: 2**25)
+    monkeypatch.setattr(budget, "free_bytes", lambda device, setting: 2**25)
     narrow, wide = (
         token_budget(random_student("llama", hidden_size=size, intermediate_size=2 * size), GPU) for size in (32, 64)
     )
@@ -62,7 +62,7 @@ def test_training_takes_what_weights_gradients_and_moments_leave(checkpointed, m
     trained = sum(p.nbytes for p in model.parameters())
 
     def tokens(free):
-        monkeypatch.setattr(budget, "_free_bytes", lambda device, setting: free)
+        monkeypatch.setattr(budget, "free_bytes", lambda device, setting: free)
         return budget.training_budget(model, torch.device("cuda"), checkpointed=checkpointed)
 
     assert tokens(trained) == budget.LEAST_TOKENS and tokens(2**50) == budget.MOST_TOKENS

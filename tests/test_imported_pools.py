@@ -299,7 +299,7 @@ def test_answers_of_a_problem_must_agree(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"q": q, "t": "x", "a": a}) + "\n" for q, a in rows))
     found, manifest, _ = imported(hub_task(path, Columns(problem="q", trajectory="t", answer="a")), tmp_path)
     assert [r["answer"] for r in found] == ["1", "1", None, None]
-    assert manifest["dropped"] == {"different answer": 1} and manifest["answers_ignored"] == 2
+    assert manifest["dropped"] == {"different answer": 1} and manifest["answers_ignored"] == 1
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_what_is_not_there_is_named(settings: dict[str, Any], message: str, tmp_
 
 def test_a_pool_needs_trajectories(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task\.columns\.trajectory=null and task\.columns\.messages=null"):
-        hub_task(tmp_path, Columns(problem="q"))
+        hub_task(tmp_path, Columns(problem="q")).sources(tmp_path)
 
 
 # Rows

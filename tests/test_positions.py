@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lark.models import Student
-from lark.positions import positions_of
+from lark.positions import check_room, positions_of
 
 
 @pytest.fixture
@@ -49,3 +49,9 @@ def test_an_entry_that_the_config_lacks_is_named(folder):
     student = Student(name="qwen", path=folder, config={"max_positions": 512})
     with pytest.raises(ValueError, match=r"model\.config=.*max_positions"):
         student.load_model(torch.float32)
+
+
+def test_answers_that_leave_a_prompt_no_room_are_refused(folder):
+    check_room(Student(name="qwen", path=folder), 127)
+    with pytest.raises(ValueError, match=r"task\.max_new_tokens=128 .* 128 positions"):
+        check_room(Student(name="qwen", path=folder), 128)

@@ -1,5 +1,6 @@
 import json
 
+import pandas
 import pytest
 
 from lark.problems import answer_to, level_of, prompt_messages, read_problems
@@ -79,3 +80,16 @@ def test_a_row_brings_its_own_checker_and_pattern():
     assert (answer_to(row, "pick B").kind, answer_to(row, "pick B").pattern) == ("choice", r"pick (\w)")
     plain = answer_to({"problem_id": "1", "problem": "?", "answer": "B"}, "B")
     assert (plain.kind, plain.pattern, plain.gold, plain.text) == (None, None, "B", "B")
+
+
+def test_what_tables_leave_empty_is_absent_and_what_json_cannot_hold_is_named(tmp_path):
+    """pandas writes NaN where a row has no value."""
+    rows = [{"problem_id": 1, "problem": "1 + 1", "answer": "2", "level": float("nan")}]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "eval.parquet")
+    assert read_problems(tmp_path / "eval.parquet")[0].get("level") is None
+    pandas.DataFrame([rows[0] | {"answer": float("nan")}]).to_parquet(tmp_path / "eval.parquet")
+    with pytest.raises(ValueError, match="row 1, answer"):
+        read_problems(tmp_path / "eval.parquet")
+    pandas.DataFrame([rows[0] | {"day": pandas.Timestamp("2026-01-01")}]).to_parquet(tmp_path / "eval.parquet")
+    with pytest.raises(ValueError, match=r"row 1.*holds what JSON cannot"):
+        read_problems(tmp_path / "eval.parquet")

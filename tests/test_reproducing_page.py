@@ -68,7 +68,7 @@ def test_the_papers_settings() -> None:
         assert (config.budget, config.probe.top_k, config.probe.span) == (3, 50, "authors")
         assert (config.evaluation.temperature, config.evaluation.top_p) == (0.6, 0.95)
         assert config.task.system == boxed and config.model.gradient_checkpointing
-        assert config.task.eval == ["aime24", "aime25", "amc23", "math500", "gpqa"]
+        assert config.task.eval == "aime24, aime25, amc23, math500, gpqa"
         recipe: Recipe = configuration.build(sft)
         kept = round(5000 * (1 - config.task.held_out))
         assert recipe.steps_for(kept * config.budget) == steps and f"{steps:,} " in PAGE

@@ -136,6 +136,12 @@ def test_every_sample_comes_once_with_its_own_seed_and_end(stand_in, draw, token
         assert sample.num_tokens == len(text) + (not cut)
 
 
+def test_more_samples_in_the_same_folder_are_not_given_to_other_problems(stand_in, draw, tmp_path):
+    """Rows are numbered by problem and sample: of another number of samples they would be somebody else's."""
+    by_key(draw(samples=1))
+    assert by_key(draw(samples=3)) == by_key(draw(samples=3, folder=tmp_path / "other"))
+
+
 def test_samples_follow_from_seed_problem_and_number(stand_in, draw, tmp_path):
     found = by_key(draw(samples=1))
     other = by_key(draw(samples=1, seed=1, folder=tmp_path / "other"))
@@ -228,11 +234,12 @@ def test_sources_of_students(make_student, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 2}')
     student = make_student(lora={"r": 2})
-    assert vllm_source(student) == {"model": student.path, "revision": None, "adapter": None}
+    assert vllm_source(student) == {"model": student.path, "revision": None, "adapter": None, "config": None}
     assert vllm_source(student, "trained")["adapter"] == "trained"
-    assert vllm_source(make_student(), "trained") == {"model": "trained", "revision": None, "adapter": None}
+    trained = {"model": "trained", "revision": None, "adapter": None, "config": None}
+    assert vllm_source(make_student(), "trained") == trained
     hub = make_student(path=None, id="a/model", revision="abc")
-    assert vllm_source(hub) == {"model": "a/model", "revision": "abc", "adapter": None}
+    assert vllm_source(hub) == {"model": "a/model", "revision": "abc", "adapter": None, "config": None}
     adapted = make_student(lora={"r": 2}, adapter=str(tmp_path / "adapter"))
     assert vllm_source(adapted)["adapter"] == str(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"model\.adapter.*takes one"):

@@ -157,7 +157,8 @@ def _stated(text: str, kind: str | None) -> str | None:
 
 def _clause(said: str, kind: str) -> str | None:
     """The part of a sentence that is the answer; None if there is nothing in it that could be one."""
-    clause = _SENTENCE_END.split(said.partition("</answer>")[0], maxsplit=1)[0].strip()
+    said = re.sub(r"(?<=\S)\*\*(?!\w)", "", said.partition("</answer>")[0])  # the end of bold; 2**3 is none
+    clause = _SENTENCE_END.split(said, maxsplit=1)[0].strip()
     if kind == "choice":
         possible = re.match(r"(?:(?i:option|choice)\s+)?\(?\s*[A-Z]\b", plain_notation(clause).replace("**", ""))
         return clause if possible else None

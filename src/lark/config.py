@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -81,18 +82,7 @@ def build(node: Any, **keywords: Any) -> Any:
 
 def check(config: DictConfig) -> None:
     """What no constructor sees: the groups, and the settings that belong to the run as a whole."""
-    for group in GROUPS:
-        node = config.get(group)
-        if not isinstance(node, DictConfig):
-            raise ValueError(_whole_group(group))
-    for name in config:
-        if name not in (*GROUPS, *BLOCKS, *VALUES):
-            raise ValueError(_no_setting(str(name), [*GROUPS, *BLOCKS, *VALUES]))
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ValueError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
-        raise ValueError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
+    check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
     if config.stop_after not in (None, *STOPS):
         raise ValueError(f"stop_after={config.stop_after} is unknown; set it to one of {', '.join(STOPS)}, or null")
     if config.match not in MATCHES:
@@ -102,17 +92,35 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"probe.model={scorer} is unknown; set it to null or one of {', '.join(options('model'))}")
     if isinstance(config.budget, bool) or not isinstance(config.budget, int) or config.budget < 1:
         raise ValueError(f"budget={config.budget} is no number of trajectories a problem; set it to 1 or more")
+
+
+def check_names(config: DictConfig, *, groups: Iterable[str], others: Iterable[str]) -> None:
+    """What every command's configuration has: its groups whole, nothing but these and `others`, a value for each, a
+    seed and folders.
+    """
+    known = [*groups, *others]
+    for group in groups:
+        if not isinstance(config.get(group), DictConfig):
+            raise ValueError(_whole_group(group))
+    for name in config:
+        if name not in known:
+            raise ValueError(_no_setting(str(name), known))
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
+    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
+        raise ValueError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
     for name, path in config.paths.items():
         if not isinstance(path, str) or not path:
             raise ValueError(f"paths.{name}={path} is no folder; set it to one you may write to")
 
 
-def check_types(config: DictConfig) -> None:
+def check_types(config: DictConfig, names: Iterable[str] = (*GROUPS, *BLOCKS)) -> None:
     """Names and types of the settings against the dataclasses they build, which is what tells `sft.lr=abc` apart.
 
     Raises ValueError naming the setting, its value and what it takes. Values in range are the constructors' business.
     """
-    for name in (*GROUPS, *BLOCKS):
+    for name in names:
         _check_node(name, config[name])
 
 
@@ -178,7 +186,7 @@ def _in_words(hint: Any) -> str:
 def _no_setting(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, 1)
     remedy = f"did you mean {close[0]}?" if close else "leave it out;"
-    return f"{name} is no setting; {remedy} python -m lark.run --cfg job prints all of them"
+    return f"{name} is no setting; {remedy} --cfg job prints all of them"
 
 
 def _whole_group(group: str) -> str:
@@ -217,7 +225,7 @@ def sentence(error: BaseException) -> str:
         quoted = f"'{str(error.override).partition('=')[0]}=\"...\"'"  # for the shell, and for Hydra
         return f"{error.override} is no setting=value ({reason}); quote what holds spaces, brackets or signs: {quoted}"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"{text} (python -m lark.run --cfg job prints every setting)"
+        return f"{text} (--cfg job prints every setting)"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; check the path and who may read and write there"
     return text

@@ -19,7 +19,15 @@ _SECRET = 16  # a key from this length on is taken out of trajectories too; "EMP
 _PIECE = 8  # so many characters of a key are not shown either
 _SHOWN = 300
 _TOO_LONG = ("context_length", "context length", "maximum context", "too long", "too many tokens", "max_model_len")
-_FILTERED = ("content_filter", "content_policy", "content management policy", "moderation", "safety")
+_FILTERED = (
+    "content_filter",
+    "content_policy",
+    "content management policy",
+    "moderation",
+    "safety system",
+    "safety polic",
+    "safety reason",
+)
 _BACKOFF = wait_random_exponential(multiplier=1, max=60)
 
 

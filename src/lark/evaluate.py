@@ -41,7 +41,7 @@ def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
     with open_dict(config):
         config.pop("sft", None)
     if isinstance(config.task, DictConfig) and OmegaConf.is_missing(config.task, "pool"):
-        config.task.pool = []  # nobody reads it
+        config.task.pool = "."  # nobody reads it
     check(config)
     if config.recheck is not None:
         folder.rmdir()  # Hydra made it
@@ -55,26 +55,13 @@ def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
 
 def check(config: DictConfig) -> None:
     """Names, groups and types; raises ValueError naming the setting."""
-    for group in GROUPS:
-        if not isinstance(config.get(group), DictConfig):
-            raise ValueError(configuration._whole_group(group))
-    known = [*GROUPS, *BLOCKS, *VALUES]
-    if unknown := [str(name) for name in config if name not in known]:
-        raise ValueError(configuration._no_setting(unknown[0], known))
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise ValueError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
-        raise ValueError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
-    for name, path in config.paths.items():
-        if not isinstance(path, str) or not path:
-            raise ValueError(f"paths.{name}={path} is no folder; set it to one you may write to")
+    configuration.check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
     for name in ("checkpoint", "recheck"):
         if not isinstance(config[name], str | None):
             raise ValueError(f"{name}={config[name]} is no folder; set it to one, or to null")
     if config.checkpoint is not None and config.recheck is not None:
         raise ValueError(f"checkpoint={config.checkpoint} and recheck={config.recheck} are both set; leave one out")
-    for name in (*GROUPS, *BLOCKS):
-        configuration._check_node(name, config[name])
+    configuration.check_types(config, (*GROUPS, *BLOCKS))
 
 
 def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
@@ -82,11 +69,11 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
 
     Raises ValueError if it is no trained arm, or the command line asks for another student.
     """
-    from lark.export import _read
+    from lark.export import read_arm
 
     arm = Path(config.checkpoint)
     arm = arm.parent if arm.name == "checkpoint" else arm
-    student = _read(arm)["student"]
+    student = read_arm(arm)["student"]
     for word in overrides:
         name = word.partition("=")[0].lstrip("+")
         if name == "model" or (name.startswith("model.") and name.removeprefix("model.") not in OF_CHECKPOINT):

@@ -142,7 +142,7 @@ def evaluate(
     barrier()
     if rank == 0:
         figures = {one.name: _conclude(one, folder, checker, sampling) for one in sets}
-        of_sets = {one.name: describe_set(one.problems, system) | _of_engine(folder, one.name) for one in sets}
+        of_sets = {one.name: describe_set(one.problems, system) | _of_engine(folder, one) for one in sets}
         how = {
             "sampling": settings | {"batch_size": sampling.batch_size, "ranks": world},
             "notes": engine.notes,
@@ -151,20 +151,20 @@ def evaluate(
         write_json(folder / "evaluation.json", {**record, **how})
         write_figures(folder, identity, figures)
         for one in sets:
-            shutil.rmtree(_work(folder, one.name), ignore_errors=True)
+            shutil.rmtree(folder / f"engine-{one.name}", ignore_errors=True)
             for path in partial_files(folder, one.name):
                 path.unlink()
     barrier()
 
 
-def _work(folder: Path, name: str) -> Path:
+def _work(folder: Path, of: "_Set") -> Path:
     """Where an engine may keep what it likes, as long as the set is not evaluated."""
-    return folder / f"engine-{name}"
+    return folder / f"engine-{of.name}" / of.identity
 
 
-def _of_engine(folder: Path, name: str) -> dict[str, Any]:
+def _of_engine(folder: Path, of: "_Set") -> dict[str, Any]:
     """What an engine in a process of its own has to say of itself."""
-    path = _work(folder, name) / "engine.json"
+    path = _work(folder, of) / "engine.json"
     return {"engine": read_json(path)} if path.is_file() else {}
 
 
@@ -207,7 +207,7 @@ def _draw(
         open(partial, "a", encoding="utf-8") as file,
         bar(label, total, "samples", initial=len(done)) as progress,
     ):
-        for batch in engine.generate(prompts, keys, _work(folder, of.name), **settings, done=done):
+        for batch in engine.generate(prompts, keys, _work(folder, of), **settings, done=done):
             file.writelines(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in batch)
             file.flush()
             progress.update(len(batch))

@@ -28,6 +28,7 @@ from lark.page.pool_sample import write_sample
 from lark.page.write import write_own_page
 from lark.passes import GradientMatches, Pass, Statistics
 from lark.plan import Plan, barrier, check_ranks, is_main, leave_ranks, say, start_ranks, world_size
+from lark.positions import check_room
 from lark.problems import read_problems
 from lark.progress import PassProgress
 from lark.refresh import announce, refreshes_of
@@ -119,6 +120,8 @@ class _Run:
             name: read_problems(path, limit=self.data.task.eval_limit)
             for name, path in self.data.trajectories.evaluation_files.items()
         }
+        if self.problems and self.config.stop_after is None:
+            check_room(self.data.student, self.data.task.max_new_tokens)
         self.overlap = self.data.trajectories.overlaps
         self._score()
         if self.config.stop_after == "statistics":

@@ -38,7 +38,7 @@ def export(
     Raises ValueError if there is no trained arm, `out` is in use, or the base's weights are missing or others.
     """
     arm, out = Path(arm), Path(out)
-    trained = _read(arm)
+    trained = read_arm(arm)
     student, checkpoint = trained["student"], arm / "checkpoint"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not an empty folder; name another, or remove it")
@@ -73,7 +73,7 @@ def export(
     say(f"export      {out}: {weights}")
 
 
-def _read(arm: Path) -> dict[str, Any]:
+def read_arm(arm: Path) -> dict[str, Any]:
     """trained.json of the arm. Raises ValueError that says what to name instead."""
     if not complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
         if inside := [str(arm / name) for name in _ARMS if complete(arm / name, "trained.json")]:

@@ -20,6 +20,16 @@ def positions_of(student: Student) -> float:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
+def check_room(student: Student, max_new_tokens: int) -> None:
+    """ValueError if answers of so many tokens leave a prompt no room in the student's positions."""
+    positions = positions_of(student)
+    if max_new_tokens >= positions:
+        raise ValueError(
+            f"task.max_new_tokens={max_new_tokens} leaves a prompt no room in the {positions:,} positions of "
+            f"{student.name}; lower it, or set model.config (max_position_embeddings, rope_parameters)"
+        )
+
+
 def rope_border(model: Any) -> float:
     """Tokens from which on rotary positions depend on the longest row of a forward pass (infinite: they never do): a
     longer row would change the others'.

@@ -1,5 +1,6 @@
 """Problems of an evaluation set: rows read and checked, their prompts, the answers to them."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,12 @@ def _problem(raw: Any) -> dict[str, Any]:
         raise raw
     if not isinstance(raw, dict):
         raise RowError("row", "no object", "is no object of fields")
+    raw = {key: value for key, value in raw.items() if value == value}  # tables write NaN where nothing stands
+    try:
+        json.dumps(raw, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        message = f"holds what JSON cannot ({error}): store it as text or take the column out"
+        raise RowError("row", "faulty column", message) from error
     name = "problem_id" if raw.get("problem_id") is not None else "id"
     identifier, answer, messages = raw.get(name), raw.get("answer"), raw.get("messages")
     if not isinstance(identifier, str | int) or isinstance(identifier, bool):

@@ -75,6 +75,8 @@ _UNITS: dict[str, tuple[str, Fraction]] = {
         "pound sterling": {"gbp": "1"},
         "degrees": {"degree deg": "1"},
         "radians": {"radian rad": "1"},
+        "before noon": {"am": "1"},
+        "after noon": {"pm": "1"},
     }.items()
     for words, size in names.items()
     for name in words.split()
@@ -139,7 +141,10 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
         if gold.unit[0] != answer.unit[0]:
             return False
         size = answer.unit[1] / gold.unit[1]
-    return answer.written * size == gold.written or answer.written * answer.scale * size == gold.written * gold.scale
+    as_written = 1 in (gold.scale, answer.scale) or gold.scale == answer.scale
+    return (as_written and answer.written * size == gold.written) or (
+        answer.written * answer.scale * size == gold.written * gold.scale
+    )
 
 
 def parse_quantity(text: str, *, equations: bool = False) -> Quantity | None:

@@ -75,6 +75,8 @@ def _recheck_folder(
     before = _read(folder / "metrics.json")
     kind = task.checker if "task.checker" in told else asked.get("checker", task.checker)
     pattern = task.pattern if "task.pattern" in told else asked.get("pattern", task.pattern)
+    known = list(before.get("sets", {}))
+    names = sorted(names, key=lambda name: known.index(name) if name in known else len(known))
     say(f"recheck     {folder}: {', '.join(names)}; checked by: {kind}" + (f", {pattern}" if pattern else ""))
     figures, checked = {}, {}
     with Checker(kind, pattern=pattern) as checker:

@@ -3,24 +3,17 @@
 torch, lightning and transformers are imported only after Hydra has composed the configuration.
 """
 
-import os
 import sys
 import traceback
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from lark import config as configuration
-
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
-"""What a user can act on: one sentence, no traceback. Anything else is a defect of ours and shows where."""
-
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+from lark.command import FULL_ERROR, USER_ERRORS, read_replay, start, write_replay
 
 configuration.register_resolvers()
 
@@ -47,23 +40,6 @@ def hydra_main(config: DictConfig) -> float:
         return float("nan")
 
 
-def write_replay(config: DictConfig, folder: Path) -> None:
-    """replay.yaml: every group composed, so that nothing has to be chosen again; what depends on `seed`, `budget` or
-    `paths.logs` still does, so that these can be overridden.
-    """
-    from lark.cache import write_text
-
-    resolved = OmegaConf.to_container(config, resolve=False)
-    hydra_block = {
-        "run": {"dir": f"{folder.parent}/{folder.name}-replay"},
-        "job": {"name": "lark", "chdir": False},
-        "output_subdir": ".hydra",
-    }
-    defaults = ["_self_"]
-    text = OmegaConf.to_yaml(OmegaConf.create({"defaults": defaults, "hydra": hydra_block, **dict(resolved)}))  # type: ignore[arg-type]
-    write_text(folder / "replay.yaml", text)
-
-
 def record_failure(folder: Path, error: Exception) -> None:
     from lark.cache import write_json
 
@@ -82,35 +58,17 @@ def job(config: DictConfig, folder: Path, *, group: str) -> float:
 
 def child_main(folder: Path) -> None:
     """A further rank that Lightning launched: the same job from its resolved configuration, no Hydra."""
-    resolved = OmegaConf.load(folder / "replay.yaml")
-    assert isinstance(resolved, DictConfig)
-    for key in ("hydra", "defaults"):
-        resolved.pop(key, None)
     from lark.termination import TerminatedError
 
     try:
-        job(resolved, folder, group=folder.name)
+        job(read_replay(folder), folder, group=folder.name)
     except TerminatedError:  # rank 0 answers for all; Lightning would kill it if this one failed first
         sys.exit(0)
 
 
 def main() -> None:
     """Errors a user can act on are one sentence and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
-    child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
-    sys.argv = configuration.absolute_config_path(sys.argv)
-    os.environ[configuration.SWEEP_VARIABLE] = configuration.sweep_name(sys.argv)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
-    try:
-        child_main(Path(child)) if child else hydra_main()
-    except USER_ERRORS as error:  # Hydra's: jobs answer for themselves
-        if FULL_ERROR and not child:  # a child inherits what was set above
-            raise
-        if isinstance(error, OSError) and not isinstance(error, HydraException) and not child:
-            remedy = "set paths.logs (or hydra.run.dir) to a folder you may write to"
-            sys.exit(f"lark: {error.filename} cannot be written ({error.strerror}); {remedy}")
-        sys.exit(f"lark: {configuration.sentence(error)}")
-    finally:
-        os.environ.pop(configuration.SWEEP_VARIABLE, None)
+    start(hydra_main, child_main)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lark.evaluation import describe_set, evaluate
 from lark.evaluation_table import print_figures
 from lark.models import Student
 from lark.plan import Plan, check_ranks, is_main, leave_ranks, say, start_ranks, world_size
+from lark.positions import check_room
 from lark.problems import read_problems
 from lark.tasks.files import Task
 from lark.trainer import trainer_of
@@ -58,11 +59,14 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     say(f"model       {_describe_student(student, arm)}")
     _check_base(student, arm)
     problems = _problems(task, cache)
+    check_room(student, task.max_new_tokens)
     device = trainer.strategy.root_device
     weights = student_weights(student, arm)
     dtype = str(student.resolve_dtype(device))
-    identity = identity_of(task, problems, sampling, seed=config.seed, dtype=dtype) | {"weights": weights}
     chat = student.load_chat()
+    asked = {name: value for name, value in chat.span_identity.items() if name != "span"}
+    identity = identity_of(task, problems, sampling, seed=config.seed, dtype=dtype)
+    identity |= {"weights": weights, "chat": asked}
     engine = sampling.engine_of(
         student,
         chat,

@@ -32,7 +32,7 @@ def read_figures(arm: Arm, sets: list[str]) -> dict[str, Any]:
     }
 
 
-_ELSEWHERE = ("paths", "logger", "trainer", "stop_after", "seed")
+_ELSEWHERE = ("paths", "logger", "trainer", "stop_after", "seed", "diagnostics")
 """Settings that tell no two runs of a comparison apart, or have a place of their own in the summary."""
 
 

@@ -101,7 +101,7 @@ class Teacher:
                 f"teacher {self.name}: its url holds a user name or a query; keep keys out of it and name the "
                 f"environment variable that has one, --key {self.name}=VARIABLE"
             )
-        if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", url):
+        if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+)(:\d{1,5})?(/\S*)?", url):
             raise ValueError(f"teacher {self.name}: url={url!r} is no address; write https://<host>/v1#<model>")
 
     def read_key(self) -> str | None:
@@ -298,6 +298,7 @@ class LocalTeacher:
     def _with_transformers(
         self, prompts: list[list[int]], keys: list[str], folder: Path, settings: dict[str, Any]
     ) -> Iterator[list["Sample"]]:
+        from lark.budget import release_memory
         from lark.generate import generate_samples
 
         self.say(f"teacher {self.teacher.name}: {self.teacher.model} on {self.device} in {self.dtype}")
@@ -306,6 +307,8 @@ class LocalTeacher:
         yield from generate_samples(
             model, self.chat.tokenizer, prompts, keys, batch_size=self.teacher.batch_size, **settings
         )
+        del model
+        release_memory(self.device)
 
     def _with_vllm(
         self, prompts: list[list[int]], keys: list[str], folder: Path, settings: dict[str, Any]

@@ -203,6 +203,8 @@ class Trajectories:
                 text=messages[-1]["content"],
                 source_dataset=extra.get("source_dataset"),
                 metadata=extra.get("metadata"),
+                kind=extra.get("checker"),
+                pattern=extra.get("pattern"),
             )
             for gold, messages, extra in zip(
                 batch["answer"], batch["messages"], map(json.loads, batch["extra"]), strict=True

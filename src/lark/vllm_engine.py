@@ -36,7 +36,7 @@ def vllm_source(student: Student, checkpoint: str | Path | None = None) -> dict[
         ValueError: weights that vLLM does not read as they are (GGUF files, several adapters).
     """
     if checkpoint is not None and student.lora is None:
-        return {"model": str(checkpoint), "revision": None, "adapter": None}
+        return {"model": str(checkpoint), "revision": None, "adapter": None, "config": None}  # its config.json has it
     adapters = [*student.adapters, *([str(checkpoint)] if checkpoint is not None else [])]
     if len(adapters) > 1:
         raise ValueError(
@@ -50,7 +50,8 @@ def vllm_source(student: Student, checkpoint: str | Path | None = None) -> dict[
         )
     source = str(student.id) if student.folder is None else str(student.folder)
     revision = student.revision if student.folder is None else None
-    return {"model": source, "revision": revision, "adapter": adapters[0] if adapters else None}
+    adapter = adapters[0] if adapters else None
+    return {"model": source, "revision": revision, "adapter": adapter, "config": student.config}
 
 
 def generate_with_vllm(
@@ -62,6 +63,7 @@ def generate_with_vllm(
     model: str,
     revision: str | None = None,
     adapter: str | None = None,
+    config: dict[str, Any] | None = None,
     dtype: str = "auto",
     samples: int,
     temperature: float,
@@ -114,6 +116,7 @@ def generate_with_vllm(
             "trust_remote_code": False,
             "skip_tokenizer_init": True,
             "generation_config": "vllm",  # none of the model's own settings
+            **({"hf_overrides": dict(config)} if config else {}),
         },
         "sampling": {
             "temperature": float(temperature),
@@ -126,7 +129,9 @@ def generate_with_vllm(
         "adapter": adapter,
     }
     folder = Path(folder)
-    identity = identity_hash({**settings, "seed": seed, "prompts": list(map(list, prompts)), "keys": list(keys)})
+    identity = identity_hash(
+        {**settings, "samples": samples, "seed": seed, "prompts": list(map(list, prompts)), "keys": list(keys)}
+    )
     tokens = _prepare(folder, settings | {"identity": identity})
     number = {(i, n): i * samples + n for i, n in wanted}
     place = {number: pair for pair, number in number.items()}

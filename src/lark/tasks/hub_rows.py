@@ -25,15 +25,12 @@ class HubRows(ImportedTask):
     config: str | None = None
     split: str = "train"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _origin(self) -> dict[str, Any]:
         if self.columns.trajectory is None and self.columns.messages is None:
             raise ValueError(
                 "task.columns.trajectory=null and task.columns.messages=null leave no trajectory; set one of them to "
                 "the column that holds it"
             )
-
-    def _origin(self) -> dict[str, Any]:
         origin: dict[str, Any] = {"config": self.config, "split": self.split}
         if is_hub_id(self.pool):
             return origin | {"hub": self.pool, "commit": commit_of(self.pool, self.revision, setting="task.pool")}
@@ -70,6 +67,7 @@ class HubRows(ImportedTask):
         source = str(self.pool)
         if "commit" not in origin:
             path = Path(self.pool).expanduser()
+            source = str(path)
             if path.is_file():
                 kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix.lower(), "json")
                 source, options["data_files"] = kind, {self.split: str(path)}

@@ -73,7 +73,7 @@ class Joiner:
         problem.places.add(number)
         self.counts["rows"] += 1
         self.counts["prompts replaced"] += candidate.prompt != problem.prompt
-        self.counts["answers ignored"] += answer != problem.answer
+        self.counts["answers ignored"] += answer is not None and problem.answer is None
         system = candidate.prompt[0]["content"] if candidate.prompt[0]["role"] == "system" else None
         self.system_turns[system] += 1
         return row
