@@ -26,6 +26,19 @@ def pytest_unconfigure():
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """A real headless Chromium. No index of Python packages has one to install with the tests, so on a machine without
+    one what needs it cannot be tried; it is named in the summary, with how to install one.
+    """
+    from browser import MISSING, chromium, launched
+
+    if chromium() is None:
+        pytest.skip(MISSING)
+    with launched() as started:
+        yield started
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """Connections to anything but this machine fail, whoever makes them."""

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,3 +56,19 @@ def lark(*words: object) -> Done:
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
     return Done(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+def answered_lightly(command: str, words: list[str], folder: Path) -> str:
+    """What `python -m lark.<command>` prints in an empty folder, having imported nothing heavy and written nothing."""
+    code = (
+        f"import sys; sys.argv = ['lark.{command}', *sys.argv[1:]]\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'pandas', 'wandb'}\n"
+        "import atexit; atexit.register(lambda: print('HEAVY', heavy & set(sys.modules)))\n"
+        f"from lark.{command} import main; main()"
+    )
+    words = [sys.executable, "-c", code, *words]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=True)
+    assert "HEAVY set()" in done.stdout
+    assert not done.stderr
+    assert not list(folder.iterdir())
+    return done.stdout

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
-from browser import MISSING, Opened, chromium, launched
+from browser import Opened
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from lark_command import lark
@@ -79,19 +80,17 @@ def test_every_formula_is_drawn(site: Path) -> None:
     assert [formula.split() for formula in as_written] == [formula.split() for formula in formulas]
 
 
-@pytest.mark.skipif(chromium() is None, reason=MISSING)
-def test_it_works_from_the_disk(site: Path) -> None:
-    with launched() as browser:
-        opened = Opened(browser, site / "theory.html", theme="dark")
-        page = opened.page
-        font = page.evaluate("document.fonts.ready.then(() => document.fonts.check('16px \"STIX Two Math\"'))")
-        assert font
-        page.click("input[name=query]")
-        page.keyboard.type("data flow")
-        page.wait_for_selector(".md-search-result__item")
-        assert not opened.errors
-        assert all(address.startswith(("file:", "data:", "blob:", "about:")) for address in opened.requests)
-        opened.close()
+def test_it_works_from_the_disk(site: Path, browser: Any) -> None:
+    opened = Opened(browser, site / "theory.html", theme="dark")
+    page = opened.page
+    font = page.evaluate("document.fonts.ready.then(() => document.fonts.check('16px \"STIX Two Math\"'))")
+    assert font
+    page.click("input[name=query]")
+    page.keyboard.type("data flow")
+    page.wait_for_selector(".md-search-result__item")
+    assert not opened.errors
+    assert all(address.startswith(("file:", "data:", "blob:", "about:")) for address in opened.requests)
+    opened.close()
 
 
 def test_every_page_with_commands_has_a_test() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny_student import END, byte_tokenizer, tiny_model
+from tiny_student import END, SHAPE, byte_tokenizer, tiny_model
 from transformers import GenerationConfig, Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from lark.generate import generate_samples
@@ -129,11 +129,7 @@ def test_batch_size_is_chosen_by_memory_and_said(draw):
 def hybrid(tokenizer):
     config = Lfm2Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SHAPE,
         layer_types=["conv", "full_attention"],
         initializer_range=0.4,
     )
@@ -170,7 +166,8 @@ def test_seed_decides_the_samples(draw):
 def test_fewer_samples_and_fewer_tokens_are_a_part_of_more(draw):
     more, fewer, shorter = draw(samples=4), draw(samples=2), draw(max_new_tokens=20)
     assert all(more[key] == sample for key, sample in fewer.items())
-    assert all(more[key].text.startswith(sample.text) for key, sample in shorter.items() if sample.text.isascii())
+    # Of a character of several bytes that is cut off, the decoder leaves a mark.
+    assert all(more[key].text.startswith(sample.text.rstrip("\ufffd")) for key, sample in shorter.items())
 
 
 @torch.no_grad()
@@ -245,14 +242,17 @@ def test_end_token_ends_a_row_and_only_that_row(draw, tokenizer):
     end = tokenizer("e")["input_ids"][0]
     stopped = draw(stop_ids=[end, tokenizer.eos_token_id])
     assert {sample.stop for sample in stopped.values()} == {True, False}
+    checked = 0
     for key, sample in stopped.items():
         assert sample.truncated is not sample.stop
         whole = free[key]
-        if sample.stop and "e" in whole.text and whole.text.isascii():
+        if sample.stop and "e" in whole.text:
+            checked += 1
             assert sample.text == whole.text.partition("e")[0]
             assert sample.num_tokens == len(sample.text) + 1
         elif not sample.stop:
             assert sample == whole and sample.num_tokens == 40
+    assert checked
 
 
 def test_rows_outlast_others_that_have_ended(draw):

@@ -7,7 +7,7 @@ import pytest
 import teacher_folder as rsr
 import torch
 from lark_command import Done, lark
-from tiny_student import byte_tokenizer
+from tiny_student import SHAPE, byte_tokenizer
 
 from lark.cache import read_json
 
@@ -23,11 +23,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SHAPE,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
     )

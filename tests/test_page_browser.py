@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from browser import DESKTOP, MISSING, PHONE, Opened, chromium, launched
+from browser import DESKTOP, PHONE, Opened
 from page_folders import HOSTILE, RULES, small_sweep
 
 from lark.page.write import NAME, PLOTLY, write_page
 
-pytestmark = pytest.mark.skipif(chromium() is None, reason=MISSING)
 TEXTS = [
     "One.\nTwo.\nThe answer is \\boxed{0}.",
     "Uno \u2603 only here \U0001d400.",
@@ -27,12 +26,6 @@ OVERLAPPING = """() => {
     }).length;
 }"""
 """How many ticks' labels lie on others."""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

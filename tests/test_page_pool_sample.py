@@ -122,8 +122,8 @@ def test_large_pools_are_sampled_and_long_texts_cut(selected, tmp_path, monkeypa
         assert len(whole) > 7
 
 
-def test_a_file_of_another_run_is_not_read():
-    assert read_sample(pool_sample.Path("nowhere")) is None
+def test_a_run_that_left_no_file_has_no_sample(tmp_path):
+    assert read_sample(tmp_path) is None
 
 
 def test_a_text_at_the_limit_is_whole():

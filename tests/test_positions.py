@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tiny_student import SHAPE
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lark.models import Student
@@ -10,15 +11,7 @@ from lark.positions import check_room, positions_of
 
 @pytest.fixture
 def folder(tmp_path):
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-    )
+    config = Qwen2Config(vocab_size=64, max_position_embeddings=128, **SHAPE)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
     return str(tmp_path / "qwen")
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from browser import MISSING, chromium
 from page_folders import small_sweep
 from pages import ROOT, blocks, commands, text_of
 
@@ -48,7 +47,7 @@ def test_the_parts_it_names_are_on_the_page(tmp_path):
         assert name.removeprefix("Does").rstrip("?").strip().lower() in headings.lower(), name
 
 
-@pytest.mark.skipif(chromium() is None, reason=MISSING)
+@pytest.mark.usefixtures("browser")  # the benchmark starts one of its own
 def test_the_benchmark_prints_what_the_page_says():
     (words,) = [words for words in COMMANDS if words[1] == "benchmarks/page.py"]
     small = ["--arms", "2", "--problems", "20", "--repeats", "1"]

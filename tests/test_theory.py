@@ -226,10 +226,12 @@ def test_the_length_exponent_follows_from_the_correlation(T, c):
     def log_kappa(log_T):
         return np.log((1 + (np.exp(log_T) - 1) * c) / np.exp(log_T))
 
-    slope = (log_kappa(np.log(T) + 1e-5) - log_kappa(np.log(T) - 1e-5)) / 2e-5
-    assert slope == pytest.approx(-(1 - c) / (1 - c + c * T), rel=1e-6, abs=1e-9)
+    def slope(T):
+        return (log_kappa(np.log(T) + 1e-5) - log_kappa(np.log(T) - 1e-5)) / 2e-5
+
+    assert slope(T) == pytest.approx(-(1 - c) / (1 - c + c * T), rel=1e-6, abs=1e-9)
     if 0 < c < 1:  # the exponent is 1/2 at T = (1 - c) / c
-        assert (1 - c) / (1 - c + c * ((1 - c) / c)) == pytest.approx(0.5)
+        assert slope((1 - c) / c) == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize("ends", [False, True])

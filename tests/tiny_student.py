@@ -1,10 +1,20 @@
 """A random tiny student and its tokenizer, for tests that generate."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 END = "<end>"
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""Of a student as small as it can be and still have more than one layer and grouped heads."""
 
 
 def byte_tokenizer():
@@ -20,11 +30,7 @@ def tiny_model(tokenizer):
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        **SHAPE,
         head_dim=16,
         max_position_embeddings=256,
         tie_word_embeddings=True,

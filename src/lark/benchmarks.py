@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from lark.cache import (
     writable,
     write_json,
 )
+from lark.problems import read_each
 from lark.prompts import PROMPTS, Prompt
-from lark.rows import Fault, RowError, find_files, read_rows
+from lark.rows import RowError, find_files, read_rows
 
-_SOURCES = ("benchmarks", "benchmark_rows", "prompts")
-_FAULTS_SHOWN = 20
+_SOURCES = ("answers", "benchmarks", "benchmark_rows", "problems", "prompts", "quantities", "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,16 +206,16 @@ def prepare(name: str, source: str | Path | None, cache: Path, say: Callable[[st
 def describe(manifest: Mapping[str, Any], source: str | Path | None) -> str:
     """A prepared benchmark in a line, from its manifest and the local file it was asked for with."""
     origin, pinned = manifest["identity"]["source"], BENCHMARKS[manifest["identity"]["benchmark"]]
-    count = f"{manifest['problems']:,} problems"
+    size = f"{manifest['problems']:,} problems"
     if manifest["problems"] != manifest["of"]:
-        count = f"{manifest['problems']:,} of the benchmark's {manifest['of']:,} problems"
+        size = f"{manifest['problems']:,} of the benchmark's {manifest['of']:,} problems"
     place = f"{pinned.hub}@{pinned.revision[:7]}"
     if source is not None:
         same = sorted(origin["files"].values()) == sorted(pinned.files.values())
         hashes = ", ".join(digest[:7] for digest in origin["files"].values())
         place = f"{source} ({f'the same bytes as {place}' if same else f'sha256 {hashes}'})"
     judged = f"prompt {manifest['prompt']['name']}, checker {manifest['checker']}"
-    return f"{manifest['name']}: {count}, {place}, {judged}, fingerprint {manifest['fingerprint'][:12]}"
+    return f"{manifest['name']}: {size}, {place}, {judged}, fingerprint {manifest['fingerprint'][:12]}"
 
 
 def fingerprint(rows: list[dict[str, Any]]) -> str:
@@ -236,31 +237,16 @@ def _local_files(name: str, source: str | Path) -> dict[str, Path]:
 
 def _rows(name: str, paths: Mapping[str, Path], *, setting: str) -> list[dict[str, Any]]:
     """Problems of a benchmark's files, in order. Raises ValueError with file, line and field of every fault."""
-    rows: dict[str, dict[str, Any]] = {}
-    faults: list[Fault] = []
-    number = 0
-    for file, path in paths.items():
-        line = None
-        try:
-            for line, raw in _read_csv(path) if path.suffix.lower() == ".csv" else read_rows(path):
-                try:
-                    row = read_problem(raw, number, BENCHMARKS[name].gold)
-                    if row["problem_id"] in rows:
-                        message = f"{row['problem_id']!r} stands in an earlier row too: give each problem its own"
-                        raise RowError("problem_id", "repeated", message)
-                    rows[row["problem_id"]] = row
-                except RowError as error:
-                    faults.append(error.at(file, error.line or line))
-                number += 1
-        except RowError as error:
-            faults.append(error.at(file, error.line or line))
-    if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults[:_FAULTS_SHOWN])
-        more = f"\n  ... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise ValueError(f"{setting} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
-    if not rows:
-        raise ValueError(f"{setting} holds no problem; set it to a file with rows")
-    return list(rows.values())
+    numbers = count()
+
+    def problem_of(raw: Any) -> dict[str, Any]:
+        return read_problem(raw, next(numbers), BENCHMARKS[name].gold)
+
+    return read_each(paths, problem_of, setting=setting, read=_read)
+
+
+def _read(path: Path) -> Iterator[tuple[int, Any]]:
+    return _read_csv(path) if path.suffix.lower() == ".csv" else read_rows(path)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -86,6 +86,11 @@ class Chat:
         return {**self.span_identity, "step_splitter": self.step_splitter}
 
     @property
+    def prompt_identity(self) -> dict[str, str]:
+        """What the tokens of a prompt depend on."""
+        return {name: value for name, value in self.span_identity.items() if name != "span"}
+
+    @cached_property
     def span_identity(self) -> dict[str, str]:
         """What tokens and spans depend on; where steps begin is another matter."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]

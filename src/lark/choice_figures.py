@@ -43,12 +43,12 @@ def of_choice(data: TrajectoryDataModule, *, resamples: int) -> dict[str, Any]:
         stopped_N = candidates["stopped"].astype(bool)
     rules = {role: data.rules[role] for role in data.selections if role in data.rules}
     scores: dict[str, np.ndarray] = {}
-    for name, score in stock_scores(data).items():
+    stock = stock_scores(data)
+    for name, score in stock.items():
         scores[name] = np.where(stopped_N, np.nan, score(candidates))
     if statistics:
         with np.errstate(divide="ignore", invalid="ignore"):
             scores["rho"] = np.where(stopped_N, np.nan, candidates["brier"] / candidates["loss"])
-    stock = stock_scores(data)
     titles: dict[str, str] = {}
     for role, rule in rules.items():  # a stock score under its own name is there once
         stocked = stock.get(rule.name) == rule.score and rule.filter is None

@@ -21,17 +21,17 @@ USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-def start(hydra_main: Callable[[], Any], child_main: Callable[[Path], Any]) -> None:
+def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
     """Run the command line; errors a user can act on are one sentence and exit code 1, unless HYDRA_FULL_ERROR=1.
 
-    child_main: what a further rank that Lightning launched does instead, given the folder of the job.
+    job: `job(config, folder, group=...)`, what a further rank that Lightning launched does at once.
     """
     child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
     sys.argv = configuration.absolute_config_path(sys.argv)
     os.environ[configuration.SWEEP_VARIABLE] = configuration.sweep_name(sys.argv)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
-        child_main(Path(child)) if child else hydra_main()
+        _join(Path(child), job) if child else hydra_main()
     except USER_ERRORS as error:  # Hydra's: jobs answer for themselves
         if FULL_ERROR and not child:  # a child inherits what was set above
             raise
@@ -60,10 +60,15 @@ def write_replay(config: DictConfig, folder: Path) -> None:
     write_text(folder / "replay.yaml", text)
 
 
-def read_replay(folder: Path) -> DictConfig:
-    """The configuration of the job in `folder`, for a further rank of it."""
+def _join(folder: Path, job: Callable[..., Any]) -> None:
+    """As a further rank: the same job from its resolved configuration, no Hydra."""
+    from lark.termination import TerminatedError
+
     config = OmegaConf.load(folder / "replay.yaml")
     assert isinstance(config, DictConfig)
     for key in ("hydra", "defaults"):
         config.pop(key, None)
-    return config
+    try:
+        job(config, folder, group=folder.name)
+    except TerminatedError:  # rank 0 answers for all; Lightning would kill it if this one failed first
+        sys.exit(0)

@@ -95,7 +95,7 @@ def log_comparison(
     actions = {f"{role}_action": arms.get(role, {}).get("action", decisions.NONE) for role in _ARMS}
     of_run = decisions.of_run(data, taken) | dict(decisions.of_rates(rates)) | actions
     tracker.summarise(logger, _decisions(of_run) | dict(summary["diagnostics"]))
-    if tracker.pictures:
+    if isinstance(tracker, Wandb):
         pair = {role: one for role, one in data.selections.items() if role in ("selector", "baseline")}
         curves = {wandb_plots.title(role, one): arms[role]["curve"] for role, one in pair.items() if role in arms}
         tracker.picture(logger, wandb_plots.of_pair(data.candidates, pair, curves))
@@ -151,7 +151,7 @@ def _log_selection(logger: Any, tracker: Tracker, role: str, folder: Path, data:
     selection, candidates = data.selections[role], data.candidates
     logger.log_metrics(selection_metrics(selection, candidates))
     tracker.summarise(logger, _decisions(decisions.of_selection(selection)))
-    if not tracker.pictures:
+    if not isinstance(tracker, Wandb):
         return
     tracker.picture(logger, wandb_plots.of_choice(candidates, selection))
     rows = trajectory_rows(candidates, selection)

@@ -24,7 +24,7 @@ _GROWTH = 0.25  # of the columns in use: what is copied when a buffer is full wa
 _LEAST_GROWTH = 64  # columns
 
 
-class Columns(DynamicLayer):
+class GrowingLayer(DynamicLayer):
     """Keys and values [S, H, columns, E] of one layer, with room at the right.
 
     Columns `first` to `last` are in use, and index 0 of the buffers is column `base`. A layer with a `window` shows the
@@ -59,7 +59,7 @@ class Columns(DynamicLayer):
         """The first column that the next token sees."""
         return self.first if self.window is None else max(self.first, self.last - self.window + 1)
 
-    def open(self, like: "Columns", slots: int, last: int) -> None:
+    def open(self, like: "GrowingLayer", slots: int, last: int) -> None:
         """Empty buffers for so many rows, their newest column being `last` - 1."""
         assert like.keys is not None and like.values is not None
         self.lazy_initialization(like.keys, like.values)
@@ -79,7 +79,7 @@ class Columns(DynamicLayer):
         new[:, :, start - begin : stop - begin] = old[:, :, start - self.base : stop - self.base]
         return new
 
-    def put(self, slots: Tensor, other: "Columns", rows: Tensor) -> None:
+    def put(self, slots: Tensor, other: "GrowingLayer", rows: Tensor) -> None:
         """Copy rows of another layer into slots, both ending in their newest column."""
         count = other.last if self.window is None else min(other.last, self.window - 1)
         if self.last - count < self.base:
@@ -110,9 +110,9 @@ def new_cache(model: Any) -> Cache | None:
     layers: list[Any] = []
     for layer in DynamicCache(config=config).layers:
         if type(layer) is DynamicSlidingWindowLayer:
-            layers.append(Columns(layer.sliding_window))
+            layers.append(GrowingLayer(layer.sliding_window))
         elif type(layer) is DynamicLayer:
-            layers.append(Columns())
+            layers.append(GrowingLayer())
         elif type(layer) is DummyLayer:  # takes keys and values from another layer, or needs none
             layers.append(layer)
         else:
@@ -187,11 +187,11 @@ class Decoder:
         if self.cache is None:
             self.cache = new_cache(self.model)
             for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
-                if isinstance(mine, Columns):
+                if isinstance(mine, GrowingLayer):
                     mine.open(theirs, len(self.start), self.last)
         slots_R, rows_R = (torch.tensor(x, device=self.model.device) for x in (slots, rows))
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
-            if isinstance(mine, Columns):
+            if isinstance(mine, GrowingLayer):
                 mine.put(slots_R, theirs, rows_R)
 
     def _trim(self) -> None:
@@ -200,8 +200,8 @@ class Decoder:
         for layer in self._layers():
             layer.first = self.first
 
-    def _layers(self) -> list[Columns]:
-        return [layer for layer in self.cache.layers if isinstance(layer, Columns)]
+    def _layers(self) -> list[GrowingLayer]:
+        return [layer for layer in self.cache.layers if isinstance(layer, GrowingLayer)]
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
         """One token more for every slot (for free ones, any): the logits [S, V] of what comes next."""

@@ -155,7 +155,7 @@ def record_of(engine: Engine, student: Student, chat: Chat, device: torch.device
         "model": {"name": student.name, "id": student.id, "path": student.path, "end_token": student.end_token}
         | engine.identity["weights"],
         "engine": {key: value for key, value in engine.identity.items() if key != "weights"},
-        "chat": {"template_name": student.template} | {k: v for k, v in chat.span_identity.items() if k != "span"},
+        "chat": {"template_name": student.template} | chat.prompt_identity,
         "stops": [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in engine.stop_ids],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {"python": platform.python_version()} | dict(_versions()),

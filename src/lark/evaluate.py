@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lark import config as configuration
-from lark.command import FULL_ERROR, USER_ERRORS, read_replay, start, write_replay
+from lark.command import FULL_ERROR, USER_ERRORS, start, write_replay
 
 GROUPS = ("task", "model", "trainer", "logger")
 BLOCKS = ("evaluation",)
@@ -73,7 +73,7 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
 
     arm = Path(config.checkpoint)
     arm = arm.parent if arm.name == "checkpoint" else arm
-    student = read_arm(arm)["student"]
+    student = read_arm(arm, "checkpoint=")["student"]
     for word in overrides:
         name = word.partition("=")[0].lstrip("+")
         if name == "model" or (name.startswith("model.") and name.removeprefix("model.") not in OF_CHECKPOINT):
@@ -109,19 +109,9 @@ def job(config: DictConfig, folder: Path, *, group: str) -> float:
         return run(config, folder, group=group)
 
 
-def child_main(folder: Path) -> None:
-    """A further rank that Lightning launched: the same job from its resolved configuration, no Hydra."""
-    from lark.termination import TerminatedError
-
-    try:
-        job(read_replay(folder), folder, group=folder.name)
-    except TerminatedError:  # rank 0 answers for all; Lightning would kill it if this one failed first
-        sys.exit(0)
-
-
 def main() -> None:
     """Errors a user can act on are one sentence and exit code 1; HYDRA_FULL_ERROR=1 shows the traceback."""
-    start(hydra_main, child_main)
+    start(hydra_main, job)
 
 
 if __name__ == "__main__":

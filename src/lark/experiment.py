@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from lark.end_token import EndTokenCheck
 from lark.page.pool_sample import write_sample
 from lark.page.write import write_own_page
 from lark.passes import GradientMatches, Pass, Statistics
-from lark.plan import Plan, barrier, check_ranks, is_main, leave_ranks, say, start_ranks, world_size
+from lark.plan import Plan, barrier, check_ranks, in_ranks, is_main, say, world_size
 from lark.positions import check_room
 from lark.problems import read_problems
 from lark.progress import PassProgress
@@ -36,6 +36,7 @@ from lark.report import print_comparison
 from lark.selection import Rule, speaking_of
 from lark.sharding import check_sharded
 from lark.summary import read_figures, settings, summarise_run
+from lark.tracking import opened
 from lark.trainer import trainer_of
 from lark.verify import Checker
 from lark.warmup import EpochSaver, checkpoints, training_cost, warm_up_arm, warmed_up
@@ -49,20 +50,11 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
     quiet_libraries()
     logs = writable(config.paths.logs, "paths.logs")
     cache = writable(config.paths.cache, "paths.cache")
-    start_ranks()
-    try:
+    cuts = {"scoring": "probe.batch_tokens", "training": "sft.micro_batch_tokens", "sampling": "evaluation.batch_size"}
+    shown = ", ".join(f"{OmegaConf.select(config, key)} {key} ({what})" for what, key in cuts.items())
+    gradients = "; for a rule that takes gradients set its score.parameters=last:<layers> or score.dimensions"
+    with in_ranks(out_of_memory=f"lower the one at work of {shown}{gradients}"):
         return _Run(config, folder, logs=logs, cache=cache, group=group).go()
-    except torch.OutOfMemoryError as error:
-        cuts = {
-            "scoring": "probe.batch_tokens",
-            "training": "sft.micro_batch_tokens",
-            "sampling": "evaluation.batch_size",
-        }
-        shown = ", ".join(f"{OmegaConf.select(config, key)} {key} ({what})" for what, key in cuts.items())
-        gradients = "; for a rule that takes gradients set its score.parameters=last:<layers> or score.dimensions"
-        raise ValueError(f"the device ran out of memory; lower the one at work of {shown}{gradients}") from error
-    finally:
-        leave_ranks()
 
 
 class _Run:
@@ -370,14 +362,10 @@ class _Run:
         first = next(iter(summary["sets"].values()), {}).get("difference")
         return first["estimate"] if first else float("nan")
 
-    @contextmanager
-    def _logged(self, title: str, job_type: str, **config: Any) -> Iterator[Logger]:
-        """A run of the logger, which ends with the block."""
+    def _logged(self, title: str, job_type: str, **config: Any) -> AbstractContextManager[Logger]:
         config |= _plain(self.config)
-        try:
-            yield self.tracker.open(title=title, group=self.group, job_type=job_type, config=config, folder=self.logs)
-        finally:
-            self.tracker.finish()
+        where = {"group": self.group, "folder": self.logs}
+        return opened(self.tracker, title=title, job_type=job_type, config=config, **where)
 
     def _taken(self, wanted: Pass) -> str:
         return self.plan[f"{wanted.name} {self.data.pass_folder(wanted).name}"]

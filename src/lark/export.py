@@ -73,13 +73,17 @@ def export(
     say(f"export      {out}: {weights}")
 
 
-def read_arm(arm: Path) -> dict[str, Any]:
-    """trained.json of the arm. Raises ValueError that says what to name instead."""
+def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
+    """trained.json of the arm that `setting` (such as "checkpoint=") names. Raises ValueError that says what to name
+    instead.
+    """
     if not complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
         if inside := [str(arm / name) for name in _ARMS if complete(arm / name, "trained.json")]:
-            raise ValueError(f"{arm} is a run, not an arm; name {' or '.join(inside)}")
+            raise ValueError(f"{setting}{arm} is a run, not an arm; name {' or '.join(inside)}")
         what = "is the student before training" if complete(arm, "metrics.json") else "holds no trained arm"
-        raise ValueError(f"{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms")
+        raise ValueError(
+            f"{setting}{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms"
+        )
     trained = read_json(arm / "trained.json")
     if "student" not in trained:
         raise ValueError(f"{arm}/trained.json does not say which student it is, as older ones; train the arm again")

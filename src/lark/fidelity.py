@@ -21,7 +21,6 @@ from lark.passes import Gradients, HeadGradients, LossDrops
 from lark.scores import Lark
 from lark.within_problem import Mean, draws, figures, interval, means, spearman, top_overlap
 
-TRUTHS = ("loss_drop", "rho", "g")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

@@ -7,11 +7,14 @@ torchrun or SLURM's srun started run from the start, and get the plan sent.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -151,6 +154,20 @@ def check_ranks(used: int, trainer: str) -> None:
             "trainer=ddp trainer.devices=<processes a node> trainer.num_nodes=<nodes>, or start "
             f"{'one process' if used == 1 else f'{used} processes'}"
         )
+
+
+@contextmanager
+def in_ranks(*, out_of_memory: str) -> Iterator[None]:
+    """A job, from joining its ranks to leaving them. Raises ValueError with the remedy `out_of_memory` where a device
+    runs out of memory.
+    """
+    start_ranks()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"the device ran out of memory; {out_of_memory}") from error
+    finally:
+        leave_ranks()
 
 
 def leave_ranks() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,34 @@ def read_problems(path: str | Path, *, limit: int | None = None, setting: str = 
     """
     if limit is not None and limit < 1:
         raise ValueError(f"task.eval_limit={limit} leaves no problem; set it to 1 or more, or null for all")
+    return read_each(find_files(path, setting=setting), _problem, setting=f"{setting}={path}", limit=limit)
+
+
+def read_each(
+    files: Mapping[str, Path],
+    problem_of: Callable[[Any], dict[str, Any]],
+    *,
+    setting: str,
+    limit: int | None = None,
+    read: Callable[[Path], Iterator[tuple[int, Any]]] = read_rows,
+) -> list[dict[str, Any]]:
+    """Problems of files, in order: `problem_of` each row that `read` finds, which raises RowError for what is wrong.
+
+    setting: with its value, for messages.
+
+    Raises:
+        ValueError: there is no problem, or rows are faulty (with file, line and field of each).
+    """
     problems: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
-    for name, file in find_files(path, setting=setting).items():
+    for name, file in files.items():
         line = None
         try:
-            for line, raw in read_rows(file):
+            for line, raw in read(file):
                 if limit is not None and len(problems) >= limit:
                     break
                 try:
-                    problem = _problem(raw)
+                    problem = problem_of(raw)
                     if problem["problem_id"] in problems:
                         message = f"{problem['problem_id']!r} stands in an earlier row too: give each problem its own"
                         raise RowError("problem_id", "repeated", message)
@@ -51,9 +69,9 @@ def read_problems(path: str | Path, *, limit: int | None = None, setting: str = 
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:_FAULTS_SHOWN])
         more = f"\n  ... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise ValueError(f"{setting}={path} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
+        raise ValueError(f"{setting} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
     if not problems:
-        raise ValueError(f"{setting}={path} holds no problem; set it to a file with rows")
+        raise ValueError(f"{setting} holds no problem; set it to a file with rows")
     return list(problems.values())
 
 

@@ -89,7 +89,7 @@ def make_pool(
             for row in pool_rows(problems, prompts, sources, checker=checker, keep=keep, thinking=thinking):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if not sum(figure.rows for figure in figures):
-                raise ValueError(f"no trajectory is left for {output}: {_why_none(asked, figures, keep)}")
+                raise ValueError(f"no trajectory is left for {output}: {_why_none(figures, keep)}")
         found = {
             "rows": sum(figure.rows for figure in figures),
             "sha256": file_hash(output),
@@ -249,7 +249,7 @@ def _ask_local(
     one.tally.seconds = time.monotonic() - begun
 
 
-def _why_none(asked: Sequence[_Asked], figures: Sequence[Figures], keep: str) -> str:
+def _why_none(figures: Sequence[Figures], keep: str) -> str:
     failures = sum((figure.failures for figure in figures), Counter())
     reasons = [f"{count} {reason.replace('_', ' ')}" for reason, count in failures.items()]
     if left := sum(figure.trajectories for figure in figures):

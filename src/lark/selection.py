@@ -16,6 +16,7 @@ from lark.matching import take_tokens, take_top
 from lark.passes import GradientMatches, Pass, needs_of
 from lark.policies import Policy, prior_weights, weights
 from lark.scores import Score, imported, needs_of_column
+from lark.within_problem import spearman
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,28 +300,8 @@ def within_problem_spearman(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) ->
     """Mean over problems of Spearman's correlation between a and b among the problem's candidates (midranks for
     ties); problems in which either is constant, or fewer than two rows have both values, do not count. None if none.
     """
-    both_N = np.isfinite(a_N) & np.isfinite(b_N.astype(float))
-    if not both_N.any():
-        return None
-    index, inverse = np.unique(groups.index_N[both_N], return_inverse=True)
-    sub = Groups(index_N=inverse, count=len(index))
-    x, y = (_midranks(v[both_N].astype(float), sub) for v in (a_N, b_N))
-    x, y = (r - sub.spread(sub.sum(r) / sub.size) for r in (x, y))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho_G = sub.sum(x * y) / np.sqrt(sub.sum(x * x) * sub.sum(y * y))
+    rho_G = spearman(a_N, b_N, groups).value_G
     return float(np.nanmean(rho_G)) if np.isfinite(rho_G).any() else None
-
-
-def _midranks(x_N: np.ndarray, groups: Groups) -> np.ndarray:
-    """Ranks of all rows by (group, x), ties sharing the middle; only differences within a group matter."""
-    order = np.lexsort((x_N, groups.index_N))
-    new = np.ones(len(x_N), bool)
-    new[1:] = (np.diff(x_N[order]) != 0) | (np.diff(groups.index_N[order]) != 0)
-    block = np.cumsum(new) - 1
-    middle = np.bincount(block, np.arange(len(x_N))) / np.bincount(block)
-    ranks = np.empty(len(x_N))
-    ranks[order] = middle[block]
-    return ranks
 
 
 _TYPES_SETTLED = 8 << 20

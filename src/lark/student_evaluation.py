@@ -4,7 +4,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
@@ -18,10 +17,11 @@ from lark.engines import record_of
 from lark.evaluation import describe_set, evaluate
 from lark.evaluation_table import print_figures
 from lark.models import Student
-from lark.plan import Plan, check_ranks, is_main, leave_ranks, say, start_ranks, world_size
+from lark.plan import Plan, check_ranks, in_ranks, is_main, say, world_size
 from lark.positions import check_room
 from lark.problems import read_problems
 from lark.tasks.files import Task
+from lark.tracking import opened
 from lark.trainer import trainer_of
 from lark.verify import Checker
 
@@ -34,16 +34,12 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
     quiet_libraries()
     logs = writable(config.paths.logs, "paths.logs")
     cache = writable(config.paths.cache, "paths.cache")
-    start_ranks()
-    try:
+    remedy = (
+        f"lower evaluation.batch_size={config.evaluation.batch_size}, or set model.dtype=bfloat16 or "
+        "evaluation.engine=vllm"
+    )
+    with in_ranks(out_of_memory=remedy):
         return _run(config, folder, logs=logs, cache=cache, group=group)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"the device ran out of memory; lower evaluation.batch_size={config.evaluation.batch_size}, or set "
-            "model.dtype=bfloat16 or evaluation.engine=vllm"
-        ) from error
-    finally:
-        leave_ranks()
 
 
 def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: str) -> float:
@@ -64,9 +60,8 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     weights = student_weights(student, arm)
     dtype = str(student.resolve_dtype(device))
     chat = student.load_chat()
-    asked = {name: value for name, value in chat.span_identity.items() if name != "span"}
     identity = identity_of(task, problems, sampling, seed=config.seed, dtype=dtype)
-    identity |= {"weights": weights, "chat": asked}
+    identity |= {"weights": weights, "chat": chat.prompt_identity}
     engine = sampling.engine_of(
         student,
         chat,
@@ -103,13 +98,11 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
         if not is_main():
             return float("nan")
         figures = read_json(folder / "metrics.json")
-    logger = tracker.open(
-        title=f"evaluation-{student.name}", group=group, job_type="evaluation", config=plain, folder=logs
-    )
-    logger.log_metrics(evaluation_metrics(figures["sets"], figures["intervals"]))
-    logger.save()
-    tracker.keep(logger, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
-    tracker.finish()
+    where = {"group": group, "folder": logs}
+    with opened(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as logger:
+        logger.log_metrics(evaluation_metrics(figures["sets"], figures["intervals"]))
+        logger.save()
+        tracker.keep(logger, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
     print_figures(f"{task.name} · {student.name} · seed {config.seed}", figures)
     say(f"metrics     {folder / 'metrics.json'}")
     return next(iter(figures["intervals"].values()))["estimate"]
@@ -117,7 +110,7 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
 
 def _problems(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
     """The task's evaluation sets, and a line on each."""
-    files = task.evaluation_files(cache)
+    files = task.evaluation_files(cache, say)
     if not files:
         raise ValueError(f"task={task.name} has no evaluation set; set task.eval=<file>, or to {{name: file, ...}}")
     problems = {name: read_problems(path, limit=task.eval_limit) for name, path in files.items()}

@@ -247,12 +247,11 @@ class LocalTeacher:
     @property
     def identity(self) -> dict[str, Any]:
         """What a trajectory depends on besides its prompt and number."""
-        chat = {name: value for name, value in self.chat.span_identity.items() if name != "span"}
         teacher = self.teacher
         names = ("temperature", "top_p", "max_new_tokens", "seed", "engine")
         sampling = {name: getattr(teacher, name) for name in names}
         dtype = teacher.dtype if teacher.engine == "vllm" else str(self.dtype).removeprefix("torch.")
-        return {"model": self.student.identity(), "dtype": dtype, **chat, **sampling}
+        return {"model": self.student.identity(), "dtype": dtype, **self.chat.prompt_identity, **sampling}
 
     def sample(
         self, prompts: Mapping[str, list[dict[str, str]]], done: Collection[tuple[str, int]], folder: Path

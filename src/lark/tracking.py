@@ -1,7 +1,8 @@
 """Where a run's figures go: W&B (online, or offline when there is no key) or CSV files. One logger an arm or pass."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,6 @@ class Wandb:
         os.environ.setdefault(DATA_FOLDER, _staging(run))
         return WandbLogger(experiment=run)
 
-    @property
-    def pictures(self) -> bool:
-        """Whether it takes plots, tables and artifacts, which need not be made otherwise."""
-        return True
-
     def summarise(self, logger: Any, values: Mapping[str, Any]) -> None:
         """Values that a run has one of: numbers and words."""
         logger.experiment.summary.update(dict(values))
@@ -157,6 +153,15 @@ class Wandb:
             os.environ.pop(DATA_FOLDER, None)
 
 
+@contextmanager
+def opened(tracker: Any, **settings: Any) -> Iterator[Logger]:
+    """A run of the tracker's (`open` says which settings it takes), which ends with the block."""
+    try:
+        yield tracker.open(**settings)
+    finally:
+        tracker.finish()
+
+
 def _staging(run: Any) -> str:
     """Beside the run's other files."""
     return str(Path(run.dir).parent / "staging")
@@ -177,28 +182,9 @@ class Csv:
         logger.log_hyperparams(config | {"job_type": job_type})
         return logger
 
-    pictures = False
-
     def summarise(self, logger: Any, values: Mapping[str, Any]) -> None:
         """Into hparams.yaml, as metrics.csv takes numbers by step only."""
         logger.log_hyperparams({"summary": dict(logger.experiment.hparams.get("summary", {})) | dict(values)})
-
-    def picture(self, logger: Any, figures: Mapping[str, Any]) -> None:
-        """There is nowhere to show them."""
-
-    def tabulate(self, logger: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Their contents are in the run's folder."""
-
-    def keep_selection(
-        self,
-        logger: Any,
-        name: str,
-        files: Sequence[Path],
-        *,
-        written: Mapping[str, Iterable[str]],
-        about: dict[str, Any],
-    ) -> None:
-        """The files are on this machine already."""
 
     def keep(self, logger: Logger, name: str, files: list[Path]) -> None:
         """The files are on this machine already."""

@@ -146,7 +146,7 @@ def _mean(x_G: np.ndarray) -> float:
 
 def plain(name: object) -> str:
     """A user's name as Plotly shows it: no markup, no line of its own."""
-    return html.escape(" ".join(str(name).split()), quote=False)[:60]
+    return html.escape(" ".join(str(name).split())[:60], quote=False)
 
 
 def _line(name: str, x: np.ndarray, y: np.ndarray) -> go.Scatter:

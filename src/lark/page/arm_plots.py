@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lark.comparison import Group
-from lark.page.plots import COLOURS, Look, Plot, clipped, figure_of, label_height, plain, rounded
+from lark.page.plots import COLOURS, Look, Plot, clipped, figure_of, label_height, plain, rounded, whiskers
 
 TEACHERS_SHOWN = 7
 
@@ -44,14 +44,7 @@ def differences(group: Group) -> Plot:
                     "symbol": symbols[number % len(symbols)],
                     "size": 9,
                 },
-                error_x={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": rounded(high - estimate),
-                    "arrayminus": rounded(estimate - low),
-                    "thickness": 1.5,
-                    "width": 4,
-                },
+                error_x=whiskers(low, estimate, high),
                 customdata=[[*rounded([a, b])] for a, b in zip(low, high, strict=True)],
                 hovertemplate="%{y}<br>%{x:+.1f} points [%{customdata[0]:+.1f}, %{customdata[1]:+.1f}]",
             )
@@ -110,7 +103,7 @@ def loss_curves(curves: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]],
         seeds = f"{len(known)} seed{'s' if len(known) > 1 else ''}"
         traces.append(
             go.Scatter(
-                name=clipped(name),
+                name=plain(clipped(label)),
                 x=step,
                 y=rounded(mean),
                 mode="lines+markers" if len(step) < 4 else "lines",

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from lark.groups import Groups
 from lark.page.contents import Diagnosis
-from lark.page.plots import COLOURS, Plot, clipped, figure_of, label_height, plain, rounded
+from lark.page.plots import COLOURS, Plot, clipped, figure_of, label_height, plain, rounded, whiskers
 
 TRUTH = "exact_loss_drop"
 TARGETS = {"loss": "the student's loss", "length": "length", "correct": "correctness"}
@@ -161,14 +161,7 @@ def _dots(means: Mapping[str, Mapping[str, Any]], **about: Any) -> Plot:
             y=labels,
             mode="markers",
             marker={"color": "var(--c1)", "size": 9},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": rounded(high - mean),
-                "arrayminus": rounded(mean - low),
-                "thickness": 1.5,
-                "width": 4,
-            },
+            error_x=whiskers(low, mean, high),
             customdata=[rounded(pair) for pair in zip(low, high, strict=True)],
             hovertemplate="%{y}: %{x:+.2f} [%{customdata[0]:+.2f}, %{customdata[1]:+.2f}]<extra></extra>",
             showlegend=False,

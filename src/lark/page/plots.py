@@ -38,6 +38,12 @@ class Plot:
         assert (self.figure is None) == bool(self.missing)
 
 
+def whiskers(low: np.ndarray, middle: np.ndarray, high: np.ndarray) -> dict[str, Any]:
+    """Intervals round marks at `middle`, as a trace's error_x."""
+    ends = {"array": rounded(high - middle), "arrayminus": rounded(middle - low)}
+    return {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 4}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Look:
     """How the marks of one label look in every plot: colours repeat after eight, dashes do not until forty."""

@@ -41,7 +41,7 @@ def weights(pool: PoolContents, looks: Mapping[str, Look], effective: Mapping[st
         look = looks[choice.label]
         traces.append(
             go.Scatter(
-                name=clipped(plain(choice.label)),
+                name=plain(clipped(choice.label)),
                 x=rounded(100 * x[keep]),
                 y=rounded(100 * y[keep]),
                 mode="lines",

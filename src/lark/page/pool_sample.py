@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lark.cache import identity_hash, replacing
+from lark.cache import finite, identity_hash, replacing
 from lark.groups import Groups
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def write_sample(folder: Path, data: "TrajectoryDataModule", settings: Mapping[s
         "of_trajectories": len(candidates),
         "cut": cut,
         "arms": {
-            role: {"rule": data.rules[role].name, "hash": _hash(selection), "record": _finite(selection.record)}
+            role: {"rule": data.rules[role].name, "hash": _hash(selection), "record": finite(selection.record)}
             for role, selection in data.selections.items()
         },
     }
@@ -200,12 +200,3 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 def _short(value: float) -> float:
     """Five digits: for looking at."""
     return float(f"{value:.5g}")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float | np.floating) and not np.isfinite(value) else value

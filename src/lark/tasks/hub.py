@@ -40,9 +40,13 @@ def fetched(source: str, commit: str, patterns: Sequence[str], *, setting: str) 
         return Path(snapshot_download(source, repo_type="dataset", revision=commit, allow_patterns=list(patterns)))
 
 
+class HubError(ValueError):
+    """What the hub had to say, and what to do."""
+
+
 @contextmanager
 def hub_errors(source: str, revision: str | None, setting: str) -> Iterator[None]:
-    """Errors of the hub's library as ValueError with what to do."""
+    """Errors of the hub's library as HubError."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -56,20 +60,20 @@ def hub_errors(source: str, revision: str | None, setting: str) -> Iterator[None
         yield
     except GatedRepoError as error:
         page = f"https://huggingface.co/datasets/{source}"
-        raise ValueError(
+        raise HubError(
             f"{setting}={source} is given only to accounts that have accepted its terms: accept them at {page} and set "
             f"HF_TOKEN to a token of that account, or {local}"
         ) from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{setting}={source} has no revision {revision}: set another, or {local}") from error
+        raise HubError(f"{setting}={source} has no revision {revision}: set another, or {local}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(
+        raise HubError(
             f"{setting}={source} is neither a file here nor a data set of the hub that you may read: correct it, set "
             f"HF_TOKEN if it is private, or {local}"
         ) from error
     except (HTTPError, OSError) as error:  # no network, not in the cache, a broken transfer
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise HubError(
             f"{setting}={source} (revision {revision or 'main'}) is not in the hub's cache and cannot be fetched "
             f"({reason[:200]}): connect to the network, or {local}"
         ) from error

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from lark.rows import RowError
 from lark.tasks.conversations import read_candidates
-from lark.tasks.hub import commit_of, hub_errors, is_hub_id
+from lark.tasks.hub import HubError, commit_of, hub_errors, is_hub_id
 from lark.tasks.imported import Found, ImportedTask, hashes
 
 
@@ -74,9 +74,9 @@ class HubRows(ImportedTask):
         try:
             with hub_errors(str(self.pool), origin["commit"], "task.pool") if "commit" in origin else nullcontext():
                 yield from load_dataset(source, self.config, **options)
+        except HubError:
+            raise
         except (DatasetsError, ValueError, OSError, pa.ArrowException) as error:
-            if str(error).startswith("task."):  # what the hub had to say
-                raise
             raise ValueError(
                 f"task.pool={self.pool} (task.config={self.config}, task.split={self.split}) cannot be read: "
                 f"{str(error).splitlines()[0]}; correct it"
