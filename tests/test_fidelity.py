@@ -6,12 +6,14 @@ Shapes: N candidates, G problems, d parameters.
 import numpy as np
 import pytest
 from scipy import stats
+from test_gradient_scores import gains_by_derivative
 
 from lark import fidelity
 from lark.candidates import Candidates
 from lark.exact_pass import ExactGradients
 from lark.groups import Groups
 from lark.passes import HeadGradients
+from lark.scores import Lark
 
 WANTED = ExactGradients()
 GROUPS = ["embedding", "head"]
@@ -57,7 +59,7 @@ def sample(problems=6, seed=0, d=5):
 
 def test_truths_by_their_definitions():
     own, vector_Nd = sample()
-    found = fidelity.truths(own, WANTED)
+    found = fidelity.truths(own, WANTED, average="trajectory")
     norm_N, loss_N = np.square(vector_Nd).sum(1), own["loss"]
     assert found["rho"] == pytest.approx(norm_N / loss_N)
     assert found["loss_drop"] == pytest.approx(0.98 * norm_N / loss_N)
@@ -69,7 +71,7 @@ def test_truths_by_their_definitions():
 
 def test_proxies_by_their_definitions():
     own, vector_Nd = sample()
-    found = fidelity.proxies(own)
+    found = fidelity.proxies(own, average="trajectory")
     assert found["rho_length"] == pytest.approx(own["brier"] / own["num_tokens"] / own["loss"])
     for name, brier_N in (("lark", own["brier"]), ("lark_length", own["brier"] / own["num_tokens"])):
         for rows in own.groups.split():  # gradients orthogonal, their squared norms the Brier scores
@@ -77,13 +79,24 @@ def test_proxies_by_their_definitions():
             gain = 2 * brier_N[rows] / total - loss_K * brier_N[rows].sum() / total**2
             assert found[name][rows] == pytest.approx(gain)
     assert found["rho_head"] == pytest.approx(np.square(vector_Nd).sum(1) / own["loss"])  # the head's are all here
-    assert found["lark_head"] == pytest.approx(fidelity.truths(own, WANTED)["g"])
+    assert found["lark_head"] == pytest.approx(fidelity.truths(own, WANTED, average="trajectory")["g"])
     assert (found["minus_length"] == -own["num_tokens"]).all()
+
+
+def test_the_gain_is_that_of_the_average_which_is_trained():
+    own, vector_Nd = sample()
+    truth, found = fidelity.truths(own, WANTED, average="token"), fidelity.proxies(own, average="token")
+    for rows in own.groups.split():
+        expected_K = gains_by_derivative(vector_Nd[rows], own["loss"][rows], own["num_tokens"][rows])
+        assert truth["g"][rows] == pytest.approx(expected_K, rel=1e-6)
+    assert found["lark_head"] == pytest.approx(truth["g"])  # the head's gradients are all here
+    assert found["lark_length"] == pytest.approx(Lark(length_exponent=1.0, average="token")(own))
+    assert found["lark"] == pytest.approx(Lark()(own))  # its authors'
 
 
 def test_the_truth_agrees_with_itself_and_noise_only_by_chance():
     own, _ = sample(problems=60)
-    truth = fidelity.truths(own, WANTED)
+    truth = fidelity.truths(own, WANTED, average="trajectory")
     noise_N = np.random.default_rng(1).normal(size=len(own))
     scores = {"truth": truth["rho"], "minus": -truth["rho"], "noise": noise_N}
     found = fidelity.against(scores, truth, own, budget=2, seed=0, resamples=200)

@@ -53,19 +53,26 @@ def with_gradients(problem_id, vectors, losses, *, wanted=None, order=None, **co
         gram.append(vectors[mates] @ vectors[i])
         gram_rows.append(10 + mates)
     passes = {wanted or Gradients(): {"gram": arrays(gram), "gram_rows": arrays(gram_rows)}}
-    tokens = np.full(len(problem_id), 7)
-    return candidates(problem_id.tolist(), passes=passes, loss=losses, num_tokens=tokens, **columns)
+    columns = {"num_tokens": np.full(len(problem_id), 7)} | columns
+    return candidates(problem_id.tolist(), passes=passes, loss=losses, **columns)
 
 
-def gains_by_derivative(vectors, losses):
-    """d/dw_k of ||sum_i w_i grad L_i||^2 / sum_i w_i L_i at w = 1, by central differences."""
+def gains_by_derivative(vectors, losses, tokens=None):
+    """d/dw_k of ||sum_i w_i grad L_i||^2 / sum_i w_i L_i at w = 1, by central differences; with `tokens`, of the loss
+    averaged over them, at w = 1/K and with the rate itself added.
+    """
     vectors, losses, step = np.asarray(vectors, float), np.asarray(losses, float), 1e-6
 
     def rate(w):
         return np.sum((w @ vectors) ** 2) / (w @ losses)
 
-    unit = np.eye(len(losses)) * step
-    return [(rate(1 + unit[k]) - rate(1 - unit[k])) / (2 * step) for k in range(len(losses))]
+    def by_tokens(w):
+        return rate(w * tokens / (w @ tokens))
+
+    of, at = (rate, 1.0) if tokens is None else (by_tokens, 1 / len(losses))
+    start, unit = np.full(len(losses), at), np.eye(len(losses)) * step
+    slopes = [(of(start + unit[k]) - of(start - unit[k])) / (2 * step) for k in range(len(losses))]
+    return np.array(slopes) + (0.0 if tokens is None else of(start))
 
 
 # ---- LARK
@@ -81,6 +88,22 @@ def test_lark_exact_is_the_derivative_of_the_mixtures_rate():
         np.testing.assert_allclose(gain_N[rows], gains_by_derivative(vectors[rows], losses[rows]), rtol=1e-6)
         mixture = np.sum(vectors[rows].sum(0) ** 2) / losses[rows].sum()
         assert gain_N[rows].sum() == pytest.approx(mixture, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("score", "wanted"), [(LarkExact(average="token"), Gradients()), (LarkHead(average="token"), HeadGradients())]
+)
+def test_averaged_over_tokens_it_is_the_derivative_of_that_losses_rate(score, wanted):
+    rng = np.random.default_rng(5)
+    problem_id, tokens = ["p", "q", "p", "p", "q", "r", "p"], rng.integers(1, 90, 7)
+    vectors, losses = rng.normal(size=(7, 5)), rng.uniform(0.2, 3, 7)
+    losses[6] = math.nan  # counts in no mean of tokens either
+    gain_N = score(with_gradients(problem_id, vectors, losses, num_tokens=tokens, wanted=wanted))
+    assert np.isnan(gain_N[6])
+    for problem in "pqr":
+        rows = [i for i in range(6) if problem_id[i] == problem]
+        expected_K = gains_by_derivative(vectors[rows], losses[rows], tokens[rows])
+        np.testing.assert_allclose(gain_N[rows], expected_K, rtol=1e-6)
 
 
 pools = st.lists(
@@ -253,6 +276,8 @@ def test_teachers_with_too_few_problems_and_rows_without_teacher_have_no_value()
     [
         (LarkExact, {"parameters": "head"}),
         (LarkExact, {"parameters": "last:0"}),
+        (LarkExact, {"average": "tokens"}),
+        (LarkHead, {"average": "mean"}),
         (LarkHead, {"sketch": (0, 4)}),
         (LarkHead, {"sketch": (4,)}),
         (LossDrop, {"eta": 0.0}),

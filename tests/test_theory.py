@@ -143,6 +143,33 @@ def test_the_expected_score_is_a_lower_bound_of_the_mixtures_rate(seed, common, 
     assert rate(p.gram, p.loss_K, q_K) <= q_K @ rho_K * (1 + 1e-12) <= rho_K.max() * (1 + 1e-9)
 
 
+def by_token_average(gram_KK, loss_K, tokens_K):
+    """R of the loss averaged over tokens as a function of the weights, by autograd: R and dR/dw at w = 1/K."""
+    gram_KK, loss_K, tokens_K = (torch.as_tensor(x, dtype=torch.float64) for x in (gram_KK, loss_K, tokens_K))
+    w_K = torch.full_like(loss_K, 1 / len(loss_K), requires_grad=True)
+    u_K = w_K * tokens_K / (w_K @ tokens_K)
+    R = u_K @ gram_KK @ u_K / (u_K @ loss_K)
+    (slope_K,) = torch.autograd.grad(R, w_K)
+    return R.item(), slope_K.numpy()
+
+
+@given(seeds, st.floats(0, 1))
+@settings(deadline=None)
+def test_averaged_over_tokens_g_is_the_rate_and_its_slope(seed, common):
+    """1.7: against autograd; with equal lengths it is 1.3."""
+    p = Problem.drawn(seed, common=common)
+    tokens_K = np.random.default_rng(seed).integers(1, 500, len(p.loss_K))
+    rows = with_gradients(["p"] * len(p.loss_K), p.vector_Kd, p.loss_K, brier=p.brier_K, num_tokens=tokens_K)
+    g_K = LarkExact(average="token")(rows)
+    R, slope_K = by_token_average(p.gram, p.loss_K, tokens_K)
+    np.testing.assert_allclose(g_K, R + slope_K, rtol=1e-9, atol=1e-9 * np.abs(slope_K).max())
+    assert g_K.sum() == pytest.approx(len(g_K) * R, rel=1e-9)
+    alike = with_gradients(["p"] * len(p.loss_K), p.vector_Kd, p.loss_K, num_tokens=[7] * len(p.loss_K))
+    np.testing.assert_allclose(
+        LarkExact(average="token")(alike), p.gains()[0], rtol=1e-9, atol=1e-12 * np.abs(g_K).max()
+    )
+
+
 # ---- 2: the proxy
 
 
@@ -197,6 +224,22 @@ def test_among_logits_the_mean_loss_has_brier_over_length_and_the_summed_loss_ha
     exact_K = LarkExact()(with_gradients(["p"] * 3, apart_Kd, loss))
     by_length_K = Lark(length_exponent=1.0)(candidates(["p"] * 3, loss=loss, brier=brier, num_tokens=tokens))
     np.testing.assert_allclose(exact_K, by_length_K, rtol=1e-4)
+
+
+@given(seeds, st.sampled_from([1.0, 0.03, 40.0]))
+@settings(deadline=None)
+def test_averaged_over_tokens_larks_formula_is_the_gain_per_token(seed, kappa):
+    """2.7: and with the share of tokens it is lark_length's score with average=token."""
+    p = Problem.drawn(seed)
+    K, tokens_K = len(p.loss_K), np.random.default_rng(seed).integers(1, 500, len(p.loss_K))
+    gram_KK = np.diag(kappa * p.brier_K / tokens_K)
+    R, slope_K = by_token_average(gram_KK, p.loss_K, tokens_K)
+    total = tokens_K @ p.loss_K
+    per_token_K = kappa / total * (2 * p.brier_K - tokens_K @ p.brier_K / total * p.loss_K)
+    np.testing.assert_allclose(slope_K, tokens_K / tokens_K.mean() * (per_token_K - R), rtol=1e-9, atol=1e-9 * abs(R))
+    rows = candidates(["p"] * K, loss=p.loss_K, brier=p.brier_K, num_tokens=tokens_K)
+    proxy_K = kappa * Lark(length_exponent=1.0, average="token")(rows)
+    np.testing.assert_allclose(proxy_K, R + slope_K, rtol=1e-9, atol=1e-9 * abs(R))
 
 
 def of_tokens(token_Td):

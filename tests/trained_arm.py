@@ -38,7 +38,7 @@ def trained_json(student, **changed):
     return {
         "name": "selector",
         "rule": "lark",
-        "score": "Lark(length_exponent=0.0)",
+        "score": "Lark(length_exponent=0.0, average=trajectory)",
         "filter": None,
         "student": settings,
         "task": "sums",

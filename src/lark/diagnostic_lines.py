@@ -82,11 +82,12 @@ def describe_fidelity(found: Mapping[str, Any]) -> Iterator[str]:
     """Of `lark.sample_figures.of_sample`."""
     over = f"{found['parameters']} parameters" + (" (LoRA's, at their start)" if found["lora"] else "")
     step, proxies, among, kappa = (found[name] for name in ("step", "proxies", "truths", "kappa"))
+    gain = ", gains of the loss averaged over tokens" if found["average"] == "token" else ""
     yield _line(
         "fidelity",
         f"{found['problems']:,} of {found['of_problems']:,} problems, {found['candidates']:,} candidates, exact over "
-        f"{over}; halving the step eta={step['eta']:g} changes the loss drop by {step['median_change']:.1%} (median), "
-        f"{step['p95_change']:.1%} (p95)",
+        f"{over}{gain}; halving the step eta={step['eta']:g} changes the loss drop by {step['median_change']:.1%} "
+        f"(median), {step['p95_change']:.1%} (p95)",
     )
     if not step["passed"]:
         yield _line(

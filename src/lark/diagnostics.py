@@ -33,6 +33,7 @@ from lark.passes import check_parameters
 from lark.plan import is_main
 from lark.recipe import Recipe
 from lark.sample_figures import measure_sample, of_sample
+from lark.scores import check_average
 from lark.sharding import ShardedStrategy
 from lark.summary import read_figures
 
@@ -46,6 +47,7 @@ class Diagnostics:
     name: none | cheap | full. resamples: bootstrap resamples of problems for intervals.
     Of full alone: problems: those whose trajectories' gradients are taken, chosen by hash of their id among those with
     more candidates than the budget. parameters: trained | all | last:<n>, those that the exact quantities are over.
+    average: trajectory | token, the loss whose exact gain is measured.
     eta: the SGD step of the loss drops; step_tolerance: what halving it may change, relative. bins: of the score, each
     of which a student is trained on; 0: none.
     """
@@ -54,6 +56,7 @@ class Diagnostics:
     resamples: int = 1000
     problems: int = 40
     parameters: str = "trained"
+    average: str = "trajectory"
     eta: float = 1e-3
     step_tolerance: float = 0.05
     bins: int = 4
@@ -66,6 +69,7 @@ class Diagnostics:
         if self.problems < 1:
             raise ValueError(f"diagnostics.problems={self.problems} is no sample; set it to at least 1")
         check_parameters(self.parameters, "diagnostics.parameters")
+        check_average(self.average, "diagnostics.average")
         if not self.eta > 0:
             raise ValueError(f"diagnostics.eta={self.eta} is no step; set it above 0, for example 1e-3")
         if not self.step_tolerance > 0:
@@ -110,6 +114,7 @@ class Diagnosis:
                     wanted,
                     manifest,
                     self.data,
+                    average=self.settings.average,
                     resamples=self.settings.resamples,
                     tolerance=self.settings.step_tolerance,
                 )

@@ -15,7 +15,7 @@ import numpy as np
 
 from lark.candidates import Candidates
 from lark.exact_pass import ExactGradients
-from lark.gradient_scores import LarkExact, LarkHead, LossDrop
+from lark.gradient_scores import LarkExact, LarkHead, LossDrop, squared_norms
 from lark.groups import Groups, tie_hash
 from lark.passes import Gradients, HeadGradients, LossDrops
 from lark.scores import Lark
@@ -36,9 +36,10 @@ def with_truth(candidates: Candidates, wanted: ExactGradients, columns: Mapping[
     return replace(candidates, passes={**candidates.passes, **known})
 
 
-def truths(candidates: Candidates, wanted: ExactGradients) -> dict[str, np.ndarray]:
+def truths(candidates: Candidates, wanted: ExactGradients, *, average: str) -> dict[str, np.ndarray]:
     """By name, [N]: loss_drop, the relative drop of the loss by one SGD step; rho = ||grad L||^2 / L, to which it tends
-    for small steps; g, LARK's gain with the Gram matrix of gradients. NaN where L = 0.
+    for small steps; g, LARK's gain with the Gram matrix of gradients for the loss that sft.average trains. NaN where
+    L = 0.
     """
     parameters = wanted.parameters
     loss_N = candidates.of(wanted)["loss_before"]
@@ -47,28 +48,23 @@ def truths(candidates: Candidates, wanted: ExactGradients) -> dict[str, np.ndarr
     return {
         "loss_drop": LossDrop(parameters=parameters, eta=wanted.eta)(candidates),
         "rho": rho_N,
-        "g": LarkExact(parameters=parameters)(candidates),
+        "g": LarkExact(parameters=parameters, average=average)(candidates),
     }
 
 
-def proxies(candidates: Candidates) -> dict[str, np.ndarray]:
+def proxies(candidates: Candidates, *, average: str) -> dict[str, np.ndarray]:
     """By name, [N], from forward passes: rho = Brier / L and LARK's g; both with Brier / T (rho_length, lark_length);
     both with the head's gradient (rho_head, lark_head), where its pass is there; and the controls, minus length and
-    minus loss (likelihood).
+    minus loss (likelihood). average: that of lark_length and lark_head; lark is as its authors have it.
     """
     loss_N, tokens_N = candidates["loss"], candidates["num_tokens"].astype(np.float64)
     found = {"rho": candidates["brier"] / loss_N, "lark": Lark()(candidates)}
-    found |= {"rho_length": found["rho"] / tokens_N, "lark_length": Lark(length_exponent=1.0)(candidates)}
+    by_length, by_head = Lark(length_exponent=1.0, average=average), LarkHead(average=average)
+    found |= {"rho_length": found["rho"] / tokens_N, "lark_length": by_length(candidates)}
     if HeadGradients() in candidates.passes:
         columns = candidates.of(HeadGradients())
-        found |= {"rho_head": _own(candidates.row_N, columns) / loss_N, "lark_head": LarkHead()(candidates)}
+        found |= {"rho_head": squared_norms(candidates, columns) / loss_N, "lark_head": by_head(candidates)}
     return found | {"minus_length": -tokens_N, "likelihood": -loss_N}
-
-
-def _own(row_N: np.ndarray, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The diagonal of the Gram matrices: each candidate's squared norm, [N]."""
-    pairs = zip(row_N.tolist(), columns["gram"], columns["gram_rows"], strict=True)
-    return np.array([gram_K[np.flatnonzero(rows_K == row)[0]] for row, gram_K, rows_K in pairs])
 
 
 def against(

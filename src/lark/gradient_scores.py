@@ -23,6 +23,7 @@ from lark.passes import (
     Statistics,
     check_parameters,
 )
+from lark.scores import check_average, gain, shares
 
 SPLITS = 10
 SMOOTHING = 1e-3  # share of the mean in each eigenvalue
@@ -34,21 +35,24 @@ class LarkExact:
 
     G is the Gram matrix of grad L_k over the problem's candidates, so g_k is the derivative of ||grad L(w)||^2 / L(w)
     by w_k for the mixture loss L(w) = sum w_k L_k, which LARK (arXiv 2605.30651) approximates by a diagonal G of Brier
-    scores (ours). sum_k g_k = R. A filter's survivors have the Gram matrix of the survivors. Needs L_k > 0; other rows
-    get NaN. parameters: trained | all | last:<n>.
+    scores (ours). sum_k g_k = R. average=token: the same for the loss that sft.average of that name trains, see `gain`.
+    A filter's survivors have the Gram matrix of the survivors. Needs L_k > 0; other rows get NaN.
+    parameters: trained | all | last:<n>.
     """
 
     parameters: str = "trained"
+    average: str = "trajectory"
 
     def __post_init__(self) -> None:
         check_parameters(self.parameters, "selector.score.parameters")
+        check_average(self.average)
 
     @property
     def needs(self) -> tuple[Pass, ...]:
         return Statistics(), Gradients(parameters=self.parameters)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return _gram_gain(candidates, candidates.of(self.needs[1]))
+        return _gram_gain(candidates, candidates.of(self.needs[1]), self.average)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +66,10 @@ class LarkHead:
 
     sketch: tuple[int, int] | None = None
     projection_seed: int = 0
+    average: str = "trajectory"
 
     def __post_init__(self) -> None:
+        check_average(self.average)
         if self.sketch is not None:
             object.__setattr__(self, "sketch", tuple(self.sketch))  # a list, from YAML
             if len(self.sketch) != 2 or min(self.sketch) < 1:
@@ -77,20 +83,25 @@ class LarkHead:
         return Statistics(), HeadGradients(sketch=self.sketch, projection_seed=self.projection_seed)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return _gram_gain(candidates, candidates.of(self.needs[1]))
+        return _gram_gain(candidates, candidates.of(self.needs[1]), self.average)
 
 
-def _gram_gain(candidates: Candidates, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    loss_N, gain_N = candidates["loss"], np.full(len(candidates), np.nan)
-    for rows in candidates.groups.split():
+def squared_norms(candidates: Candidates, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The diagonals of the Gram matrices: each candidate's squared gradient norm, [N]."""
+    pairs = zip(candidates.row_N.tolist(), columns["gram"], columns["gram_rows"], strict=True)
+    return np.array([gram_K[np.flatnonzero(rows_K == row)[0]] for row, gram_K, rows_K in pairs])
+
+
+def _gram_gain(candidates: Candidates, columns: Mapping[str, np.ndarray], average: str) -> np.ndarray:
+    loss_N, groups = candidates["loss"], candidates.groups
+    valid_N = np.isfinite(squared_norms(candidates, columns)) & np.isfinite(loss_N) & (loss_N > 0)
+    share_N = shares(candidates["num_tokens"], valid_N, groups, average)
+    product_N = np.full(len(candidates), np.nan)
+    for rows in groups.split():
         gram_KK = _gram(candidates.row_N[rows], columns["gram"][rows], columns["gram_rows"][rows])
-        valid_K = (loss_N[rows] > 0) & np.isfinite(loss_N[rows]) & np.isfinite(gram_KK.diagonal())
-        rows, gram_KK = rows[valid_K], gram_KK[valid_K][:, valid_K]
-        if len(rows):
-            total = loss_N[rows].sum()
-            ratio = gram_KK.sum() / total
-            gain_N[rows] = (2 * gram_KK.sum(1) - ratio * loss_N[rows]) / total
-    return gain_N
+        valid_K = valid_N[rows]
+        product_N[rows[valid_K]] = gram_KK[valid_K][:, valid_K] @ share_N[rows[valid_K]]
+    return gain(product_N, loss_N, share_N, valid_N, groups)
 
 
 def _gram(row_K: np.ndarray, gram: np.ndarray, gram_rows: np.ndarray) -> np.ndarray:

@@ -54,12 +54,14 @@ def of_sample(
     manifest: Mapping[str, Any],
     data: TrajectoryDataModule,
     *,
+    average: str,
     resamples: int,
     tolerance: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of `full` before training, and a row a candidate of the sample."""
     budget = budget_of(data)
-    truth, scores = fidelity.truths(sample, wanted), fidelity.proxies(sample)
+    truth = fidelity.truths(sample, wanted, average=average)
+    scores = fidelity.proxies(sample, average=average)
     inside_N = np.isin(data.candidates.row_N, sample.row_N)
     for role, rule in data.rules.items():
         if role in data.selections:
@@ -75,6 +77,7 @@ def of_sample(
         "of_problems": data.candidates.groups.count,
         "budget": budget,
         "parameters": wanted.parameters,
+        "average": average,
         "lora": data.scorer.lora is not None and wanted.parameters == "trained",
         "step": fidelity.step_check(sample, wanted, tolerance=tolerance),
         "proxies": compare(scores, truth),
