@@ -16,10 +16,7 @@ from lark.race import Estimate, Field, Noise, Trial, calibration_size, cuts, mar
 from lark.scores import Entropy, Lark, Likelihood, Random, RankSurprisal
 from lark.selection import Between, Rule
 
-SCORES = (
-    *(Lark(), Lark(length_exponent=1.0), Lark(length_exponent=1.0, average="token")),
-    *(RankSurprisal(clip=100), RankSurprisal(clip=None), Likelihood()),
-)
+SCORES = (Lark(), Lark(length_exponent=1.0), RankSurprisal(clip=100), RankSurprisal(clip=None), Likelihood())
 
 
 def rule(score, name="rule", **settings):
@@ -227,11 +224,8 @@ def test_scores_are_the_rules_and_slopes_their_derivatives(score):
             rows = enters_N & (at.groups.index_N == at.groups.index_N[i])
             scale_N = at.tokens_N**-score.length_exponent
             loss_N, brier_N = (found.total_NC[:, k] / at.tokens_N for k in (0, 1))
-            share_N = at.tokens_N / at.tokens_N[rows].mean() if score.average == "token" else np.ones(len(rows))
-            total = (share_N * loss_N)[rows].sum()
-            rate = (share_N**2 * brier_N * scale_N)[rows].sum() / total
-            own = (2 * share_N[i] * moved[i, 1] * scale_N[i] - rate * moved[i, 0]) / at.tokens_N[i] / total
-            now = share_N[i] * own + (1 - share_N[i]) * rate / rows.sum()
+            total, rho = loss_N[rows].sum(), (brier_N * scale_N)[rows].sum() / loss_N[rows].sum()
+            now = (2 * moved[i, 1] * scale_N[i] - rho * moved[i, 0]) / at.tokens_N[i] / total
         change = now - score_N[i]
         assert slope_NC[i, c] == pytest.approx(change / step, rel=1e-4, abs=1e-9)
 

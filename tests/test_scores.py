@@ -141,32 +141,6 @@ def test_lark_in_figures():
     np.testing.assert_allclose(by_length[:2], [(0.1 - rho_bar) / 4, (0.006 - 3 * rho_bar) / 4])
 
 
-@given(pool=pools, a=st.sampled_from([0.0, 1.0]))
-def test_averaged_over_tokens_lark_is_its_formula_with_token_shares(pool, a):
-    """R + s_k (g~_k - R) with g~_k = (2 s_k B_k - K R L_k) / sum s L and K R = sum s^2 B / sum s L, s = T / mean T."""
-    problem_id, loss, brier, tokens = map(list, zip(*pool, strict=True))
-    score = Lark(length_exponent=a, average="token")
-    gain_N = score(candidates(problem_id, loss=loss, brier=brier, num_tokens=tokens))
-    for problem in set(problem_id):
-        rows = [k for k in range(len(pool)) if problem_id[k] == problem and loss[k] > 0]
-        mean = math.fsum(tokens[k] for k in rows) / max(len(rows), 1)
-        share = {k: tokens[k] / mean for k in rows}
-        proxy = {k: brier[k] * tokens[k] ** -a for k in rows}
-        total = math.fsum(share[k] * loss[k] for k in rows)
-        rate = math.fsum(share[k] ** 2 * proxy[k] for k in rows) / total if rows else 0
-        for k in rows:
-            of_token = (2 * share[k] * proxy[k] - rate * loss[k]) / total
-            expected = rate / len(rows) + share[k] * (of_token - rate / len(rows))
-            scale = 1e-9 * (rate + share[k] * abs(of_token))
-            assert gain_N[k] == pytest.approx(expected, rel=1e-9, abs=scale)
-    assert np.isnan(gain_N[np.array(loss) == 0]).all()
-
-
-def test_an_unknown_average_is_refused():
-    with pytest.raises(ValueError, match=r"selector\.score\.average='mean' is unknown; set it to trajectory or token"):
-        Lark(average="mean")
-
-
 def test_rows_without_a_loss_get_no_lark_score_and_count_in_no_sum():
     loss, brier, tokens = [1.0, 0.0, math.nan, 3.0], [0.5, 0.9, 0.9, 0.3], [10, 0, 5, 100]
     gain_N = Lark()(candidates(["p"] * 4, loss=loss, brier=brier, num_tokens=tokens))

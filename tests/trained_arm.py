@@ -38,7 +38,7 @@ def trained_json(student, **changed):
     return {
         "name": "selector",
         "rule": "lark",
-        "score": "Lark(length_exponent=0.0, average=trajectory)",
+        "score": "Lark(length_exponent=0.0)",
         "filter": None,
         "student": settings,
         "task": "sums",

@@ -31,9 +31,8 @@ from lark.divergence import DivergedError
 from lark.exact_pass import ExactGradients
 from lark.passes import check_parameters
 from lark.plan import is_main
-from lark.recipe import Recipe
+from lark.recipe import Recipe, check_average
 from lark.sample_figures import measure_sample, of_sample
-from lark.scores import check_average
 from lark.sharding import ShardedStrategy
 from lark.summary import read_figures
 

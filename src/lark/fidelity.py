@@ -55,15 +55,15 @@ def truths(candidates: Candidates, wanted: ExactGradients, *, average: str) -> d
 def proxies(candidates: Candidates, *, average: str) -> dict[str, np.ndarray]:
     """By name, [N], from forward passes: rho = Brier / L and LARK's g; both with Brier / T (rho_length, lark_length);
     both with the head's gradient (rho_head, lark_head), where its pass is there; and the controls, minus length and
-    minus loss (likelihood). average: that of lark_length and lark_head; lark is as its authors have it.
+    minus loss (likelihood). average: lark_head's, whose Gram matrix is exact over the head; the others have none.
     """
     loss_N, tokens_N = candidates["loss"], candidates["num_tokens"].astype(np.float64)
     found = {"rho": candidates["brier"] / loss_N, "lark": Lark()(candidates)}
-    by_length, by_head = Lark(length_exponent=1.0, average=average), LarkHead(average=average)
-    found |= {"rho_length": found["rho"] / tokens_N, "lark_length": by_length(candidates)}
+    found |= {"rho_length": found["rho"] / tokens_N, "lark_length": Lark(length_exponent=1.0)(candidates)}
     if HeadGradients() in candidates.passes:
         columns = candidates.of(HeadGradients())
-        found |= {"rho_head": squared_norms(candidates, columns) / loss_N, "lark_head": by_head(candidates)}
+        found |= {"rho_head": squared_norms(candidates, columns) / loss_N}
+        found |= {"lark_head": LarkHead(average=average)(candidates)}
     return found | {"minus_length": -tokens_N, "likelihood": -loss_N}
 
 

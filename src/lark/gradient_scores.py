@@ -23,7 +23,7 @@ from lark.passes import (
     Statistics,
     check_parameters,
 )
-from lark.scores import check_average, gain, shares
+from lark.recipe import check_average
 
 SPLITS = 10
 SMOOTHING = 1e-3  # share of the mean in each eigenvalue
@@ -35,7 +35,7 @@ class LarkExact:
 
     G is the Gram matrix of grad L_k over the problem's candidates, so g_k is the derivative of ||grad L(w)||^2 / L(w)
     by w_k for the mixture loss L(w) = sum w_k L_k, which LARK (arXiv 2605.30651) approximates by a diagonal G of Brier
-    scores (ours). sum_k g_k = R. average=token: the same for the loss that sft.average of that name trains, see `gain`.
+    scores (ours). sum_k g_k = R. average=token: the gain of the loss that sft.average of that name trains.
     A filter's survivors have the Gram matrix of the survivors. Needs L_k > 0; other rows get NaN.
     parameters: trained | all | last:<n>.
     """
@@ -45,7 +45,7 @@ class LarkExact:
 
     def __post_init__(self) -> None:
         check_parameters(self.parameters, "selector.score.parameters")
-        check_average(self.average)
+        check_average(self.average, "selector.score.average")
 
     @property
     def needs(self) -> tuple[Pass, ...]:
@@ -69,7 +69,7 @@ class LarkHead:
     average: str = "trajectory"
 
     def __post_init__(self) -> None:
-        check_average(self.average)
+        check_average(self.average, "selector.score.average")
         if self.sketch is not None:
             object.__setattr__(self, "sketch", tuple(self.sketch))  # a list, from YAML
             if len(self.sketch) != 2 or min(self.sketch) < 1:
@@ -93,15 +93,22 @@ def squared_norms(candidates: Candidates, columns: Mapping[str, np.ndarray]) -> 
 
 
 def _gram_gain(candidates: Candidates, columns: Mapping[str, np.ndarray], average: str) -> np.ndarray:
-    loss_N, groups = candidates["loss"], candidates.groups
-    valid_N = np.isfinite(squared_norms(candidates, columns)) & np.isfinite(loss_N) & (loss_N > 0)
-    share_N = shares(candidates["num_tokens"], valid_N, groups, average)
-    product_N = np.full(len(candidates), np.nan)
-    for rows in groups.split():
+    """g_k = R + a_k (g~_k - R) with g~_k = (2 (G a)_k - K R L_k) / a'L, K R = a'Ga / a'L (docs/theory.md, 1.7); a_k is
+    1, or T_k over the problem's mean T.
+    """
+    loss_N, gain_N = candidates["loss"], np.full(len(candidates), np.nan)
+    for rows in candidates.groups.split():
         gram_KK = _gram(candidates.row_N[rows], columns["gram"][rows], columns["gram_rows"][rows])
-        valid_K = valid_N[rows]
-        product_N[rows[valid_K]] = gram_KK[valid_K][:, valid_K] @ share_N[rows[valid_K]]
-    return gain(product_N, loss_N, share_N, valid_N, groups)
+        valid_K = (loss_N[rows] > 0) & np.isfinite(loss_N[rows]) & np.isfinite(gram_KK.diagonal())
+        rows, gram_KK = rows[valid_K], gram_KK[valid_K][:, valid_K]
+        if len(rows):
+            tokens_K = candidates["num_tokens"][rows]
+            share_K = tokens_K / tokens_K.mean() if average == "token" else np.ones(len(rows))
+            product_K, total = gram_KK @ share_K, share_K @ loss_N[rows]
+            ratio = share_K @ product_K / total
+            own_K = (2 * product_K - ratio * loss_N[rows]) / total
+            gain_N[rows] = share_K * own_K + (1 - share_K) * ratio / len(rows)
+    return gain_N
 
 
 def _gram(row_K: np.ndarray, gram: np.ndarray, gram_rows: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 from lark.candidates import Candidates
 from lark.contests import Contest
 from lark.groups import Groups
-from lark.scores import Lark, Likelihood, RankSurprisal, shares
+from lark.scores import Lark, Likelihood, RankSurprisal
 
 FIRST_CUT, LEAST_STEP, GROWTH = 32, 32, 1.5  # tokens, tokens, times
 MARGINS = np.linspace(5, 0, 26)  # standard errors, wide to narrow
@@ -168,13 +168,12 @@ class Estimate:
         if isinstance(score, Likelihood):
             slope_NC[:, 0] = -score.sign / field.tokens_N
         elif isinstance(score, Lark):
-            share_N = shares(field.tokens_N, enters_N, field.groups, score.average)
-            scale_N = share_N * np.maximum(field.tokens_N, 1.0) ** -score.length_exponent
-            loss_N, brier_N = (share_N * self.total_NC[:, c] / field.tokens_N for c in (0, 1))
+            loss_N, brier_N = (np.where(enters_N, self.total_NC[:, c] / field.tokens_N, 0.0) for c in (0, 1))
+            scale_N = np.maximum(field.tokens_N, 1.0) ** -score.length_exponent
             loss_sum_N, brier_sum_N = (field.groups.spread(field.groups.sum(x)) for x in (loss_N, brier_N * scale_N))
             loss_sum_N = np.maximum(loss_sum_N, np.finfo(float).tiny)
-            slope_NC[:, 0] = -share_N * brier_sum_N / loss_sum_N**2 / field.tokens_N
-            slope_NC[:, 1] = 2 * share_N * scale_N / loss_sum_N / field.tokens_N
+            slope_NC[:, 0] = -brier_sum_N / loss_sum_N**2 / field.tokens_N
+            slope_NC[:, 1] = 2 * scale_N / loss_sum_N / field.tokens_N
         else:
             assert isinstance(score, RankSurprisal)
             c = 2 + field.clips.index(score.clip)

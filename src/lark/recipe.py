@@ -7,6 +7,14 @@ from typing import Any
 _NO_RESULT = ("checkpoint_every", "epochs", "steps", "lr_sweep", "spike")
 """Settings of a recipe that change no student, or do so by the number of steps and the rate chosen."""
 
+AVERAGES = ("trajectory", "token")
+
+
+def check_average(average: str, setting: str) -> None:
+    """Raises ValueError, naming `setting`, for what no loss is averaged over."""
+    if average not in AVERAGES:
+        raise ValueError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -45,8 +53,8 @@ class Recipe:
     checkpoint_every: int = 20
 
     def __post_init__(self) -> None:
+        check_average(self.average, "sft.average")
         known = {
-            "average": ("trajectory", "token"),
             "layout": ("auto", "buckets", "packed"),
             "schedule": ("cosine", "constant"),
         }

@@ -35,9 +35,6 @@ def needs_of_column(column: str) -> tuple[Pass, ...]:
     return (Statistics(),) if column in STATISTICS else ()
 
 
-AVERAGES = ("trajectory", "token")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Lark:
     """Learnability gain g_k = (2 B_k - rho_bar L_k) / sum_i L_i with rho_bar = sum_i B_i / sum_i L_i.
@@ -45,59 +42,21 @@ class Lark:
     B_k is the mean Brier score, the squared norm of the loss gradient with respect to the logits; rho_k = B_k / L_k
     is the learnability factor (LARK, arXiv 2605.30651, and its released code). sum_k g_k = rho_bar. With
     `length_exponent` a > 0, B_k T_k^-a takes B_k's place (ours): under a mean loss the true squared gradient norm
-    falls about as 1/T, which the Brier score alone does not see. average=token: `gain` for the loss that sft.average
-    of that name trains (ours). Needs L_k > 0; other rows get NaN.
+    falls about as 1/T, which the Brier score alone does not see. Needs L_k > 0; other rows get NaN.
     """
 
     length_exponent: float = 0.0
-    average: str = "trajectory"
     needs = (Statistics(),)
 
-    def __post_init__(self) -> None:
-        check_average(self.average)
-
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        loss_N, tokens_N, groups = candidates["loss"], candidates["num_tokens"], candidates.groups
-        brier_N = candidates["brier"] * np.maximum(tokens_N, 1.0) ** -self.length_exponent
-        valid_N = np.isfinite(brier_N) & np.isfinite(loss_N) & (loss_N > 0)
-        share_N = shares(tokens_N, valid_N, groups, self.average)
-        return gain(share_N * brier_N, loss_N, share_N, valid_N, groups)
-
-
-def check_average(average: str, setting: str = "selector.score.average") -> None:
-    if average not in AVERAGES:
-        raise ValueError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}")
-
-
-def shares(tokens_N: np.ndarray, valid_N: np.ndarray, groups: Groups, average: str) -> np.ndarray:
-    """What a candidate's mean loss counts for in its problem's mixture at equal weights, 1 on average over the valid
-    ones: 1, or under average="token" its tokens over their mean. [N], 0 for rows that are not valid.
-    """
-    if average == "trajectory":
-        return valid_N.astype(np.float64)
-    tokens_N = np.where(valid_N, tokens_N, 0.0)
-    mean_G = groups.sum(tokens_N) / np.maximum(groups.sum(valid_N), 1)
-    return _quotient(tokens_N, groups.spread(mean_G), otherwise=0.0)
-
-
-def gain(
-    product_N: np.ndarray, loss_N: np.ndarray, share_N: np.ndarray, valid_N: np.ndarray, groups: Groups
-) -> np.ndarray:
-    """LARK's gain from `product` = G a, with G the Gram matrix of a problem's gradients or a diagonal proxy of it, and
-    a the `shares`. [N], NaN for rows that are not valid.
-
-    With R(w) the rate ||grad L||^2 / L of the mean L of a problem's K losses by w_k a_k, it is g_k = R + dR/dw_k at
-    w = 1/K, and sum_k g_k = K R (docs/theory.md, 1.7). With a = 1 this is (2 (G 1)_k - K R L_k) / sum_i L_i.
-    """
-
-    def total(x_N: np.ndarray) -> np.ndarray:
-        return groups.spread(groups.sum(np.where(valid_N, x_N, 0.0)))
-
-    loss_sum_N = total(share_N * loss_N)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rate_N = total(share_N * product_N) / loss_sum_N
-        gain_N = share_N * ((2 * product_N - rate_N * loss_N) / loss_sum_N) + (1 - share_N) * rate_N / total(valid_N)
-    return np.where(valid_N, gain_N, np.nan)
+        loss_N, groups = candidates["loss"], candidates.groups
+        brier_N = candidates["brier"] * np.maximum(candidates["num_tokens"], 1.0) ** -self.length_exponent
+        valid_N = np.isfinite(loss_N) & np.isfinite(brier_N) & (loss_N > 0)
+        loss_sum_N = groups.spread(groups.sum(np.where(valid_N, loss_N, 0.0)))
+        brier_sum_N = groups.spread(groups.sum(np.where(valid_N, brier_N, 0.0)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gain_N = (2 * brier_N - brier_sum_N / loss_sum_N * loss_N) / loss_sum_N
+        return np.where(valid_N, gain_N, np.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,9 +252,9 @@ def _clipped(clip: int | None) -> str:
     return "sum_rank" if clip is None else f"sum_rank_{clip}"
 
 
-def _quotient(x_N: np.ndarray, y_N: np.ndarray, *, otherwise: float = np.nan) -> np.ndarray:
-    """x / y where y > 0, else NaN or what is named."""
-    return np.divide(x_N, y_N, out=np.full(len(x_N), otherwise), where=y_N > 0)
+def _quotient(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:
+    """x / y where y > 0, else NaN."""
+    return np.divide(x_N, y_N, out=np.full(len(x_N), np.nan), where=y_N > 0)
 
 
 def _steps(tokens_N: np.ndarray) -> tuple[np.ndarray, Groups]:
