@@ -88,3 +88,12 @@ def test_blocks_of_statistics_from_memory_and_from_a_file(monkeypatch):
 def test_an_unknown_column_is_an_error():
     with pytest.raises(ValueError, match=r"no column 'quality'; they have candidate_id, loss, problem_id"):
         candidates()["quality"]
+
+
+def test_a_misspelt_column_is_told_what_it_may_have_meant():
+    def nothing(name, row_N):
+        raise ValueError(f"the pool has no column {name}")
+
+    for wrong, meant in (("los", "loss"), ("corect", "correct")):
+        with pytest.raises(ValueError, match=f"no column {wrong}; did you mean {meant}\\?"):
+            candidates(nothing)[wrong]

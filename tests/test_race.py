@@ -13,10 +13,13 @@ from lark.groups import Groups
 from lark.judge import Heat, Judge, Problem, rehearsal
 from lark.policies import Policy
 from lark.race import Estimate, Field, Noise, Trial, calibration_size, cuts, margin_of, top
-from lark.scores import Entropy, Lark, Likelihood, Random, RankSurprisal
+from lark.scores import Entropy, Lark, Learnability, Likelihood, Random, RankSurprisal
 from lark.selection import Between, Rule
 
-SCORES = (Lark(), Lark(length_exponent=1.0), RankSurprisal(clip=100), RankSurprisal(clip=None), Likelihood())
+SCORES = (
+    *(Lark(), Lark(length_exponent=1.0), Learnability()),
+    *(RankSurprisal(clip=100), RankSurprisal(clip=None), Likelihood()),
+)
 
 
 def rule(score, name="rule", **settings):

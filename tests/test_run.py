@@ -533,6 +533,7 @@ def test_one_candidate_a_problem_is_legal_and_counted(logs: Path, tmp_path: Path
 def test_a_budget_above_the_candidates_gives_the_prior(logs: Path, tmp_path: Path) -> None:
     done = jsonl(logs, "budget", pool(tmp_path), "budget=9")
     assert done.code == 0, done.err
+    assert "budget=9 takes every candidate of every problem: nothing is chosen" in done.out
     rows = [json.loads(line) for line in (done.folder / "selector" / "selection.jsonl").read_text().splitlines()]
     assert [row["weight"] for row in rows] == pytest.approx([1.0] * 36)
     record = json.loads((done.folder / "selector" / "selection.json").read_text())

@@ -8,7 +8,7 @@ import torch
 
 from lark.saver import Saver, newest_checkpoint, replace_checkpoint
 from lark.student import SFTModule
-from lark.termination import Signals, TerminatedError, terminable
+from lark.termination import Signals, TerminatedError, asked, terminable, wait
 
 
 @pytest.fixture
@@ -61,6 +61,32 @@ def test_sigterm_in_a_step_saves_that_step_and_ends_with_143(fit, tmp_path, caps
         assert torch.equal(a, b)
 
 
+def test_ctrl_c_in_a_step_saves_that_step_says_so_and_ends_with_130(fit, tmp_path, capfd):
+    def at(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    path = tmp_path / "last.ckpt"
+    with pytest.raises(TerminatedError) as raised, terminable():
+        fit(at=at, saver=Saver(path, every=100, validate_every=2))
+    assert raised.value.code == 130 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert step_of(path) == 3
+    out, err = capfd.readouterr()
+    assert "lark: SIGINT: the step at hand is finished and saved first (Ctrl-C once more: at once)" in err
+    assert "by SIGINT after optimizer step 3; the same command goes on" in out
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    with pytest.raises(KeyboardInterrupt), terminable():
+        wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 1)
+        pytest.fail("it went on")
+    with terminable():  # and leaves nothing behind
+        assert not asked()
+
+
 def test_sigterm_before_validation_saves_with_the_held_out_point(fit, tmp_path):
     def at(step):
         if step == 4:
@@ -73,11 +99,15 @@ def test_sigterm_before_validation_saves_with_the_held_out_point(fit, tmp_path):
     assert saved["global_step"] == 4 and saved["curve"][-1]["step"] == 4
 
 
-def test_sigterm_outside_of_training_ends_at_once(tmp_path):
-    with pytest.raises(TerminatedError), terminable():
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_outside_of_training_a_signal_ends_at_once_with_a_word(capfd, number, code):
+    with pytest.raises(TerminatedError) as raised, terminable():
+        os.kill(os.getpid(), number)
         signal.sigtimedwait([], 1)
         pytest.fail("it went on")
+    assert raised.value.code == code
+    said = f"lark: stopped by {number.name}; what is finished is kept, and the same command goes on from there"
+    assert said in capfd.readouterr().err
 
 
 def test_another_sigterm_does_not_disturb_the_saving(fit, tmp_path):

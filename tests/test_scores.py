@@ -20,6 +20,7 @@ from lark.scores import (
     Entropy,
     InstructionDifficulty,
     Lark,
+    Learnability,
     Length,
     Likelihood,
     LocalLikelihood,
@@ -131,6 +132,19 @@ def test_lark_equals_its_formula_and_sums_to_rho_bar(pool, a):
         if rows:
             rho_bar = sum(brier[k] * tokens[k] ** -a for k in rows) / sum(loss[k] for k in rows)
             assert gain_N[rows].sum() == pytest.approx(rho_bar, rel=1e-9, abs=1e-12)
+
+
+@given(pool=pools, a=st.sampled_from([0.0, 1.0]))
+def test_learnability_is_the_factor_that_larks_gain_weighs(pool, a):
+    """g_k = (L_k / sum L) (2 rho_k - sum rho L / sum L), whatever the other candidates are."""
+    problem_id, loss, brier, tokens = map(list, zip(*pool, strict=True))
+    rows = candidates(problem_id, loss=loss, brier=brier, num_tokens=tokens)
+    rho_N = Learnability(length_exponent=a)(rows)
+    assert np.isnan(rho_N).tolist() == [not x > 0 for x in loss]
+    one = candidates(range(len(loss)), loss=loss, brier=brier, num_tokens=tokens)  # a problem each: g is rho
+    np.testing.assert_allclose(rho_N, Lark(length_exponent=a)(one), rtol=1e-12, atol=1e-300)
+    for k in np.flatnonzero(np.isfinite(rho_N)):
+        assert rho_N[k] == pytest.approx(brier[k] * tokens[k] ** -a / loss[k], rel=1e-12)
 
 
 def test_lark_in_figures():

@@ -236,6 +236,17 @@ def test_a_custom_score_that_is_not_one_number_a_row_is_one_sentence(score, mess
     assert "\n" not in str(error.value)
 
 
+def test_what_a_custom_score_or_filter_raises_is_one_sentence_with_its_line():
+    def broken(candidates):
+        return candidates["num_tokens"] + None
+
+    line = broken.__code__.co_firstlineno + 1
+    for wrong, what in ((rule(broken), "score"), (rule(filter=broken), "filter")):
+        said = rf"the {what} of selector mine raised TypeError \(test_selection.py, line {line}\): .*; correct it"
+        with pytest.raises(ValueError, match=said):
+            select(wrong, pool(), seed=0)
+
+
 @pytest.mark.parametrize(
     ("filter", "message"),
     [

@@ -17,7 +17,7 @@ from lark.cache import read_json
 from lark.config import options
 from lark.models import Student
 
-FORWARD = ("drop_first", "entropy", "lark", "lark_length", "likelihood", "perplexity_high", "rank", "rsr")
+FORWARD = ("drop_first", "entropy", "lark", "lark_length", "likelihood", "perplexity_high", "rank", "rho_length", "rsr")
 """The rules that the one forward pass serves."""
 FREE = ("all", "correct", "longest", "random", "rule_quality", "shortest", "teacher", "teacher_matched_random")
 SELECTION = ("stop_after=selection", "task.limit=24", "logger=csv")

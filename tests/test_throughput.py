@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeFo
 
 from lark import throughput
 from lark.models import head_of
-from lark.throughput import distinct_tokens, gemm_seconds, peak_rate
+from lark.throughput import distinct_tokens, gemm_seconds, of_the_limit, peak_rate
 
 CPU = torch.device("cpu")
 NANOSECOND = 1e-9
@@ -137,3 +137,8 @@ def test_distinct_tokens():
     tokens = distinct_tokens(problem_id, lengths, spans)
     assert tokens.sum() == sum(prompts.values()) + spans.sum()
     assert tokens[0] == pytest.approx(3 + 10 / 3) and tokens[1] == 5 + 7 / 2
+
+
+def test_a_share_above_the_limit_says_that_it_was_not_the_limit():
+    assert of_the_limit(0.384) == "38% of the GEMM limit"
+    assert of_the_limit(1.55).startswith("more than 100% of the GEMM limit (other work")

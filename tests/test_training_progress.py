@@ -91,7 +91,8 @@ def test_what_is_said_at_the_end(layout, trained):
     assert facts["computed_tokens"] == sum(computed)
     text = describe(facts)
     share = f"{facts['row_tokens'] / sum(computed):.0%}"
-    pattern = rf"{layout}; micro-batches of 300 tokens; {sum(computed):,} tokens computed for .* \({share}\); "
+    tokens = rf".* tokens of trajectories in {sum(computed):,} computed \({share}\)"
+    pattern = rf"{layout}; micro-batches of 300 tokens; {tokens}; "
     assert re.match(pattern + r"\d+ trained tokens/s; \d+% of the GEMM limit; \d\.\d\d GB$", text), text
     assert (sum(computed) < facts["row_tokens"]) == (layout == "packed")  # prompts begin alike
     facts |= {"packed_steps": 3, "masked": "it has a window", "halvings": 2}

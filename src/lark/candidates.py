@@ -1,5 +1,6 @@
 """The rows a rule chooses from: their ids, statistics and pool columns as numpy arrays, grouped by problem."""
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,8 @@ from lark.shards import BLOCK_ROWS
 
 if TYPE_CHECKING:
     from lark.selection import Selection
+
+POOL_COLUMNS = ("teacher", "correct", "answer", "text")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,6 +75,8 @@ class Candidates:
             except ValueError as error:
                 if name.startswith("token_"):
                     raise ValueError(f"{error}; values a token are kept with probe.keep=tokens") from error
+                if close := difflib.get_close_matches(name, [*self.statistics, *POOL_COLUMNS], 1):
+                    raise ValueError(f"{error}; did you mean {close[0]}?") from error
                 if "loss" in self.statistics:
                     raise
                 raise ValueError(f"{error}; a statistic is there if the rule's `needs` name Statistics()") from error

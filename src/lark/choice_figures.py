@@ -11,7 +11,18 @@ from lark.data import TrajectoryDataModule
 from lark.groups import tie_hash
 from lark.matching import take_top
 from lark.passes import Statistics
-from lark.scores import DropFirst, Entropy, Lark, Length, Likelihood, Random, Rank, RankSurprisal, Score
+from lark.scores import (
+    DropFirst,
+    Entropy,
+    Lark,
+    Learnability,
+    Length,
+    Likelihood,
+    Random,
+    Rank,
+    RankSurprisal,
+    Score,
+)
 from lark.within_problem import Mean, figures, pooled_spearman, spearman
 
 
@@ -23,6 +34,7 @@ def stock_scores(data: TrajectoryDataModule) -> dict[str, Score]:
     found: dict[str, Score] = {
         "lark": Lark(),
         "lark_length": Lark(length_exponent=1.0),
+        "rho_length": Learnability(),
         "likelihood": Likelihood(),
         "perplexity_high": Likelihood(sign=-1),
         "entropy": Entropy(),
@@ -47,8 +59,7 @@ def of_choice(data: TrajectoryDataModule, *, resamples: int) -> dict[str, Any]:
     for name, score in stock.items():
         scores[name] = np.where(stopped_N, np.nan, score(candidates))
     if statistics:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scores["rho"] = np.where(stopped_N, np.nan, candidates["brier"] / candidates["loss"])
+        scores["rho"] = np.where(stopped_N, np.nan, Learnability(length_exponent=0.0)(candidates))
     titles: dict[str, str] = {}
     for role, rule in rules.items():  # a stock score under its own name is there once
         stocked = stock.get(rule.name) == rule.score and rule.filter is None

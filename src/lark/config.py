@@ -185,8 +185,26 @@ def _in_words(hint: Any) -> str:
 
 def _no_setting(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, 1)
-    remedy = f"did you mean {close[0]}?" if close else "leave it out;"
-    return f"{name} is no setting; {remedy} --cfg job prints all of them"
+    remedy = f"did you mean {close[0]}? " if close else ""
+    return f"{name} is no setting; {remedy}--cfg job prints all of them"
+
+
+def _settings() -> list[str]:
+    """The names of all settings, whatever options the groups have."""
+    found: set[str] = set()
+    for path in sorted(folder().rglob("*.yaml")):
+        text = path.read_text()
+        inside = path.parent != folder() and "@package _global_" not in text
+        plain = OmegaConf.to_container(OmegaConf.create(text))  # interpolations stay text
+        found |= _names(plain, f"{path.parent.name}." if inside else "")
+    found |= {name.replace("selector.", "baseline.", 1) for name in found if name.startswith("selector.")}
+    return sorted({*GROUPS, *found})
+
+
+def _names(node: Any, prefix: str) -> set[str]:
+    if not isinstance(node, dict):
+        return set()
+    return {f"{prefix}{key}" for key in node}.union(*(_names(value, f"{prefix}{key}.") for key, value in node.items()))
 
 
 def _whole_group(group: str) -> str:
@@ -212,14 +230,14 @@ def sentence(error: BaseException) -> str:
     if unknown := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, option = unknown.groups()
         if group == "hydra":  # a plugin's: hydra/launcher=joblib
-            extras = "'lark-select[sweep]' (joblib) or 'lark-select[slurm]' (slurm)"
-            return f"hydra/{option} is not installed; pip install {extras}, or leave it out"
+            extras = "pip install -e '.[sweep]' (joblib) or '.[slurm]' (slurm) in the checkout"
+            return f"hydra/{option} is not installed; {extras}, or leave it out"
         close = difflib.get_close_matches(option, options(group), 1)
         remedy = f"did you mean {close[0]}? It can be" if close else "set it to one of"
         return f"{group}={option} is unknown; {remedy} {', '.join(options(group))}"
     if unknown := re.search(r"Could not override '([^']*)'", text):
         name = unknown[1]
-        return _whole_group(name) if name in GROUPS else _no_setting(name, [])
+        return _whole_group(name) if name in GROUPS else _no_setting(name, _settings())
     if isinstance(error, OverrideParseException):
         reason = text.partition(" See https://")[0]
         quoted = f"'{str(error.override).partition('=')[0]}=\"...\"'"  # for the shell, and for Hydra

@@ -13,10 +13,10 @@ import numpy as np
 
 from lark.candidates import Candidates
 from lark.passes import Statistics, needs_of
-from lark.scores import Lark, Likelihood, RankSurprisal, needs_of_column
+from lark.scores import Lark, Learnability, Likelihood, RankSurprisal, needs_of_column
 from lark.selection import Rule
 
-RACED = (Lark, Likelihood, RankSurprisal)
+RACED = (Lark, Learnability, Likelihood, RankSurprisal)
 OUT_OF_RACE = "set probe.race=false"
 
 
@@ -77,8 +77,8 @@ def contests(rules: Mapping[str, Rule], *, match: str) -> tuple[Contest, ...]:
 def _check(name: str, rule: Rule) -> None:
     if not isinstance(rule.score, RACED):
         raise ValueError(
-            f"{name}={rule.name} reads the student's statistics, but only lark, lark_length, rsr, likelihood and "
-            f"perplexity_high can be raced; {OUT_OF_RACE}"
+            f"{name}={rule.name} reads the student's statistics, but only lark, lark_length, rho_length, rsr, "
+            f"likelihood and perplexity_high can be raced; {OUT_OF_RACE}"
         )
     asks = needs_of_column if isinstance(rule.filter, str) else needs_of
     if rule.filter is not None and asks(rule.filter):  # type: ignore[arg-type]

@@ -71,6 +71,8 @@ def describe_selections(data: TrajectoryDataModule) -> Iterator[str]:
             + (f"; {against:+,} tokens against the selector" if against else "")
             + (f"; choosing cost {_cost(data.cost_of(data.rules[name]))}" if data.rules[name].needs else "")
         )
+    if (budget := data.rules["selector"].policy.budget) is not None and _takes_all(selections["selector"]):
+        yield f"warning     budget={budget} takes every candidate of every problem: nothing is chosen; lower it"
     if len(selections) == 2 and _same(*selections.values()):
         yield "warning     selector and baseline chose the same rows with the same weights: no difference is possible"
 
@@ -78,6 +80,11 @@ def describe_selections(data: TrajectoryDataModule) -> Iterator[str]:
 def _cost(cost: Mapping[str, float]) -> str:
     backward = f", {cost['backward_tokens']:,.0f} backward" if cost["backward_tokens"] else ""
     return f"{cost['forward_tokens']:,.0f} tokens forward{backward}, {cost['seconds']:,.1f} s"
+
+
+def _takes_all(selection: Selection) -> bool:
+    counts = selection.record["counts"]
+    return counts["chosen"] == counts["candidates"] - counts["dropped_by_filter"] - counts["dropped_without_score"]
 
 
 def _same(a: Selection, b: Selection) -> bool:

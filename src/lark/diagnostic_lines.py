@@ -34,7 +34,8 @@ def describe_selections(found: Mapping[str, Any]) -> Iterator[str]:
     selector = found["selections"]["selector"]
     for measure, rows in selector["coverage"].items():
         bins = ", ".join(
-            f"{row['chosen']:,} of {row['chosen_tokens']:.0f} tokens (all: {row['pool_tokens']:.0f})" for row in rows
+            f"{row['chosen']:,} ({row['chosen_tokens']:.0f} tokens on average, all: {row['pool_tokens']:.0f})"
+            for row in rows
         )
         yield _line("difficulty", f"chosen in problems from easy to hard by {measure}: {bins}")
     yield from _overlap_line(found["overlaps"], selector["score"])

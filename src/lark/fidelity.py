@@ -18,7 +18,7 @@ from lark.exact_pass import ExactGradients
 from lark.gradient_scores import LarkExact, LarkHead, LossDrop, squared_norms
 from lark.groups import Groups, tie_hash
 from lark.passes import Gradients, HeadGradients, LossDrops
-from lark.scores import Lark
+from lark.scores import Lark, Learnability
 from lark.within_problem import Mean, draws, figures, interval, means, spearman, top_overlap
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -58,8 +58,8 @@ def proxies(candidates: Candidates, *, average: str) -> dict[str, np.ndarray]:
     minus loss (likelihood). average: lark_head's, whose Gram matrix is exact over the head; the others have none.
     """
     loss_N, tokens_N = candidates["loss"], candidates["num_tokens"].astype(np.float64)
-    found = {"rho": candidates["brier"] / loss_N, "lark": Lark()(candidates)}
-    found |= {"rho_length": found["rho"] / tokens_N, "lark_length": Lark(length_exponent=1.0)(candidates)}
+    found = {"rho": Learnability(length_exponent=0.0)(candidates), "lark": Lark()(candidates)}
+    found |= {"rho_length": Learnability()(candidates), "lark_length": Lark(length_exponent=1.0)(candidates)}
     if HeadGradients() in candidates.passes:
         columns = candidates.of(HeadGradients())
         found |= {"rho_head": squared_norms(candidates, columns) / loss_N}

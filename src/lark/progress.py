@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lark.bar import bar
 from lark.models import base_model, head_of
 from lark.passes import ContentAlone, LocalWindows, MeanHidden, Statistics
-from lark.throughput import distinct_tokens, gemm_seconds
+from lark.throughput import distinct_tokens, gemm_seconds, of_the_limit
 
 LOGGER_SECONDS = 5.0  # between points that a logger gets of a pass
 LIMIT_AFTER = 3.0  # seconds of a pass after which its GEMM limit is measured: a shorter one needs none
@@ -164,7 +164,7 @@ def describe_rates(rates: Mapping[str, Any]) -> str:
     if "share_of_gemm_limit" not in rates:
         return text
     share = rates["share_of_gemm_limit"]
-    return text + (", share of the GEMM limit unknown" if share is None else f", {share:.0%} of the GEMM limit")
+    return text + (", share of the GEMM limit unknown" if share is None else f", {of_the_limit(share)}")
 
 
 def _number(value: float) -> str:

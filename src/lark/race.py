@@ -20,7 +20,7 @@ import numpy as np
 from lark.candidates import Candidates
 from lark.contests import Contest
 from lark.groups import Groups
-from lark.scores import Lark, Likelihood, RankSurprisal
+from lark.scores import Lark, Learnability, Likelihood, RankSurprisal
 
 FIRST_CUT, LEAST_STEP, GROWTH = 32, 32, 1.5  # tokens, tokens, times
 MARGINS = np.linspace(5, 0, 26)  # standard errors, wide to narrow
@@ -167,6 +167,11 @@ class Estimate:
         slope_NC = np.zeros(self.total_NC.shape)
         if isinstance(score, Likelihood):
             slope_NC[:, 0] = -score.sign / field.tokens_N
+        elif isinstance(score, Learnability):
+            scale_N = np.maximum(field.tokens_N, 1.0) ** -score.length_exponent
+            surprisal_N = np.maximum(self.total_NC[:, 0], np.finfo(float).tiny)
+            slope_NC[:, 0] = -scale_N * self.total_NC[:, 1] / surprisal_N**2
+            slope_NC[:, 1] = scale_N / surprisal_N
         elif isinstance(score, Lark):
             loss_N, brier_N = (np.where(enters_N, self.total_NC[:, c] / field.tokens_N, 0.0) for c in (0, 1))
             scale_N = np.maximum(field.tokens_N, 1.0) ** -score.length_exponent

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from lark.comparison import Comparison
 
 SETS_BESIDE_EACH_OTHER = 2
+FAILURES = 10
+"""How many failed runs are named."""
 FORMATS = {"csv": ("arms.csv", "differences.csv"), "latex": ("comparison.tex",), "json": ("comparison.json",)}
 """What can be printed instead of the table, as it is in these files."""
 _ARM = ("rule", "hash", "matched", "lr", "trajectories", "tokens", "effective_sample_size", "held_out_loss", "curve")
@@ -221,8 +223,11 @@ def write_files(contents: Mapping[str, str], folder: Path, *, file: TextIO | Non
 
 
 def print_failures(comparison: "Comparison") -> None:
-    for folder, error in comparison.failed:
+    """The newest few (the page and --output have all)."""
+    for folder, error in comparison.failed[-FAILURES:]:
         print(f"failed: {folder}: {error}", file=sys.stderr)
+    if (further := len(comparison.failed) - FAILURES) > 0:
+        print(f"failed: {further} further runs, which the page and --output name", file=sys.stderr)
 
 
 def main() -> None:

@@ -28,8 +28,9 @@ def hydra_main(config: DictConfig) -> float:
         write_replay(config, folder)
         return job(config, folder, group=folder.parent.name if sweep else folder.name)
     except Exception as error:  # whatever a job fails of, it is recorded and the sweep goes on
-        record_failure(folder, error)
-        known = isinstance(error, USER_ERRORS) and not FULL_ERROR
+        known = isinstance(error, USER_ERRORS)
+        record_failure(folder, configuration.sentence(error) if known else f"{type(error).__name__}: {error}")
+        known = known and not FULL_ERROR
         if not sweep:
             if known:
                 sys.exit(f"lark: {configuration.sentence(error)}")  # raised, Hydra would print the command line again
@@ -40,20 +41,25 @@ def hydra_main(config: DictConfig) -> float:
         return float("nan")
 
 
-def record_failure(folder: Path, error: Exception) -> None:
+def record_failure(folder: Path, sentence: str) -> None:
     from lark.cache import write_json
 
-    text = configuration.sentence(error) if isinstance(error, USER_ERRORS) else f"{type(error).__name__}: {error}"
-    write_json(folder / "summary.json", {"status": "failed", "error": text})
+    write_json(folder / "summary.json", {"status": "failed", "error": sentence})
 
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
     from lark.experiment import run  # torch and its friends: seconds
-    from lark.termination import terminable
+    from lark.plan import is_main
+    from lark.termination import TerminatedError, terminable
 
     configuration.check_types(config)
     with terminable():
-        return run(config, folder, group=group)
+        try:
+            return run(config, folder, group=group)
+        except TerminatedError:
+            if is_main():
+                record_failure(folder, "stopped by a signal; the same command goes on from what is there")
+            raise
 
 
 def main() -> None:

@@ -60,6 +60,23 @@ class Lark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learnability:
+    """The learnability factor rho_k = B_k T_k^-a / L_k of the trajectory alone, a = `length_exponent` (a rule of ours).
+
+    a = 0: the proxy of ||grad L||^2 / L in LARK (arXiv 2605.30651), whose gain g weighs it by the loss. a = 1: what it
+    comes to under a mean loss with tokens that pull apart (docs/theory.md, 2.3). It needs no other candidates. Needs
+    L_k > 0; other rows get NaN.
+    """
+
+    length_exponent: float = 1.0
+    needs = (Statistics(),)
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        brier_N = candidates["brier"] * np.maximum(candidates["num_tokens"], 1.0) ** -self.length_exponent
+        return _quotient(brier_N, candidates["loss"])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Likelihood:
     """sign * -L, the mean log-probability in nats/token: +1 takes the likeliest first (GRAPE, arXiv 2502.04194; "global
     naturalness"), -1 the highest perplexity first (the opposite control)."""

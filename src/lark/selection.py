@@ -1,6 +1,8 @@
 """Rules (filter, score, policy) -> Selection: which rows, with which weights, and how that came about."""
 
 import json
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +129,8 @@ class Rule:
         """Mask [N] of the candidates the filter lets through; a missing value does not pass."""
         if self.filter is None:
             return np.ones(len(candidates), bool)
-        values = candidates[self.filter] if isinstance(self.filter, str) else self.filter(candidates)
+        with _named(self.filter, f"the filter of selector {self.name}"):
+            values = candidates[self.filter] if isinstance(self.filter, str) else self.filter(candidates)
         pass_N = _numbers(values, len(candidates), f"the filter of selector {self.name}")
         other_N = ~(np.isnan(pass_N) | (pass_N == 0) | (pass_N == 1))
         if other_N.any():
@@ -140,10 +143,28 @@ class Rule:
     def scores(self, candidates: Candidates) -> np.ndarray:
         """Scores [N] in float64 of candidates that passed the filter."""
         assert callable(self.score)
-        score_N = _numbers(self.score(candidates), len(candidates), f"the score of selector {self.name}")
+        with _named(self.score, f"the score of selector {self.name}"):
+            values = self.score(candidates)
+        score_N = _numbers(values, len(candidates), f"the score of selector {self.name}")
         if np.isposinf(score_N).any():
             raise ValueError(f"the score of selector {self.name} is +inf for some rows; return finite numbers or NaN")
         return score_N
+
+
+@contextmanager
+def _named(called: Any, what: str) -> Iterator[None]:
+    """What a function of the user's own raises becomes a ValueError that says where; what ours raise passes."""
+    try:
+        yield
+    except Exception as error:
+        module = getattr(called, "__module__", "lark.")  # of a function, or of an object's class
+        if isinstance(called, str) or module.startswith("lark."):
+            raise
+        source = getattr(sys.modules.get(module), "__file__", None)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
+        where = f" ({Path(source).name}, line {lines[-1]})" if source and lines else ""
+        text = f"{what} raised {type(error).__name__}{where}: {error}"
+        raise ValueError(f"{text}; correct it (HYDRA_FULL_ERROR=1 shows the traceback)") from error
 
 
 def _numbers(values: Any, rows: int, what: str) -> np.ndarray:

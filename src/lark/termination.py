@@ -1,7 +1,8 @@
-"""SIGTERM, by which a scheduler says that the machine is about to be taken away: the process ends with exit code 143,
-and in training not before its last step is saved. Lightning's own handling is set aside: it talks to other ranks from
-inside the handler, at whatever point each of them happens to be. SIGUSR2, by which SLURM tells submitit's jobs that
-their time is over, is taken the same way and then left to submitit, which queues the job again.
+"""SIGTERM, by which a scheduler says that the machine is about to be taken away, and SIGINT (Ctrl-C): the process ends
+with exit code 143 or 130, and in training not before its last step is saved; a second Ctrl-C does not wait for that.
+Lightning's own handling is set aside: it talks to other ranks from inside the handler, at whatever point each of them
+happens to be. SIGUSR2, by which SLURM tells submitit's jobs that their time is over, is taken the same way and then
+left to submitit, which queues the job again.
 """
 
 import os
@@ -14,8 +15,8 @@ from typing import Any, NoReturn
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
-EXIT_CODE = 128 + signal.SIGTERM
 PATIENCE = 20.0  # seconds in which the process should have ended; a signal that comes later counts anew
 
 
@@ -36,8 +37,8 @@ class _Signal:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises TerminatedError, at once or when training is ready for it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    """Inside, SIGTERM and SIGINT raise TerminatedError, at once or when training is ready for it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     _Signal.requeue = before[signal.SIGUSR2] if "SUBMITIT_EXECUTOR" in os.environ else None
     _Signal.terminable = True
     _take_over()
@@ -51,7 +52,7 @@ def terminable() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether SIGTERM has come and has not been obeyed yet."""
+    """Whether a signal has come and has not been obeyed yet."""
     return bool(_Signal.asked)
 
 
@@ -61,7 +62,7 @@ def name() -> str:
 
 
 def wait() -> None:
-    """From here on SIGTERM is noted only (see `asked`)."""
+    """From here on a signal is noted only (see `asked`)."""
     _Signal.waits = True
 
 
@@ -70,11 +71,11 @@ def obey() -> NoReturn:
     if _Signal.asked == signal.SIGUSR2 and _Signal.requeue is not None:
         _Signal.requeue(signal.SIGUSR2, None)  # ends rank 0
         raise TerminatedError(0)
-    raise TerminatedError(EXIT_CODE)
+    raise TerminatedError(128 + (signal.SIGINT if _Signal.asked == signal.SIGINT else signal.SIGTERM))
 
 
 def go_on() -> None:
-    """The end of `wait`. Raises TerminatedError if SIGTERM has come meanwhile."""
+    """The end of `wait`. Raises TerminatedError if a signal has come meanwhile."""
     _Signal.waits = False
     if _Signal.asked:
         obey()
@@ -88,18 +89,32 @@ def stop_waiting() -> None:
 def _take_over() -> None:
     if threading.current_thread() is threading.main_thread():  # others get no signals
         signal.signal(signal.SIGTERM, _note)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # ignored in the background of a shell script
+            signal.signal(signal.SIGINT, _note)
         if _Signal.requeue is not None:
             signal.signal(signal.SIGUSR2, _note)
 
 
 def _note(signum: int, frame: Any) -> None:
+    if _Signal.asked == signum == signal.SIGINT:
+        signal.default_int_handler(signum, frame)
     if _Signal.asked and (_Signal.waits or time.monotonic() - _Signal.since < PATIENCE):  # schedulers repeat themselves
         return
     _Signal.asked, _Signal.since = signum, time.monotonic()
-    for launcher in _Signal.launchers:
-        launcher.kill(signum)  # the ranks that this one started
-    if not _Signal.waits:
-        obey()
+    for launcher in _Signal.launchers:  # the ranks that this one started; a terminal has told them of Ctrl-C already
+        launcher.kill(signal.SIGTERM if signum == signal.SIGINT else signum)
+    if _Signal.waits:
+        if signum == signal.SIGINT:
+            _tell("SIGINT: the step at hand is finished and saved first (Ctrl-C once more: at once)")
+        return
+    _tell(f"stopped by {name()}; what is finished is kept, and the same command goes on from there")
+    obey()
+
+
+def _tell(text: str) -> None:
+    """From inside a handler, where print may be what was interrupted."""
+    if rank_zero_only.rank == 0:
+        os.write(2, f"\nlark: {text}\n".encode())
 
 
 class Signals(Callback):

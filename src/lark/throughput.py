@@ -48,6 +48,13 @@ def gemm_seconds(
     return of_decoder, _seconds_a_row(head.weight_VD, tokens, seconds / 2)
 
 
+def of_the_limit(share: float) -> str:
+    """A pass's share of its GEMM limit, in words."""
+    if share > 1:
+        return "more than 100% of the GEMM limit (other work slowed its measurement down)"
+    return f"{share:.0%} of the GEMM limit"
+
+
 def peak_rate(dtype: torch.dtype, device: torch.device, size: int = 4096, seconds: float = 1.0) -> float:
     """FLOP/s of the product of two square matrices; where that takes longer than `seconds`, with fewer rows."""
     weight = torch.randn(size, size, device=device).to(dtype)

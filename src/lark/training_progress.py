@@ -14,7 +14,7 @@ from lightning.fabric.utilities.throughput import Throughput
 from lark.bar import bar
 from lark.models import base_model, head_of
 from lark.progress import LIMIT_AFTER, LIMIT_SECONDS, LIMIT_SHARE, ProgressLine
-from lark.throughput import gemm_seconds
+from lark.throughput import gemm_seconds, of_the_limit
 
 WINDOW = 5  # optimizer steps that rates are taken over
 
@@ -77,7 +77,7 @@ class TrainingProgress(ProgressLine):
         if self.bar is not None:
             rates = [f"{self.rates['trained_tokens_per_s']:,.0f} trained tokens/s"] if self.rates else []
             if "share_of_gemm_limit" in self.rates:
-                rates.append(f"{self.rates['share_of_gemm_limit']:.0%} of the GEMM limit")
+                rates.append(of_the_limit(self.rates["share_of_gemm_limit"]))
             loss = float(trainer.callback_metrics["train/loss"])
             self.bar.set_postfix_str(", ".join([f"loss {loss:.3f}", *rates]), refresh=False)
             self.bar.update()
@@ -135,12 +135,12 @@ def describe(facts: Mapping[str, Any]) -> str:
     if facts["halvings"]:
         micro += f" (halved {facts['halvings']} times for want of memory)"
     share = facts["row_tokens"] / computed
-    kept = f"{computed:,} tokens computed for {facts['row_tokens']:,} of trajectories ({share:.0%})"
+    kept = f"{facts['row_tokens']:,} tokens of trajectories in {computed:,} computed ({share:.0%})"
     parts = [layout, micro, kept]
     if "trained_tokens_per_s" in facts:
         parts.append(f"{facts['trained_tokens_per_s']:,.0f} trained tokens/s")
     if "share_of_gemm_limit" in facts:
-        parts.append(f"{facts['share_of_gemm_limit']:.0%} of the GEMM limit")
+        parts.append(of_the_limit(facts["share_of_gemm_limit"]))
     if "memory_gb" in facts:
         parts.append(f"{facts['memory_gb']:.2f} GB")
     return "; ".join(parts)

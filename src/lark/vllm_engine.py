@@ -22,7 +22,7 @@ from lark.models import Student
 
 PYTHON = "LARK_VLLM_PYTHON"
 """Environment variable: the Python that has vLLM, where no setting names it."""
-REMEDY = "pip install 'lark-select[vllm]', or name a Python that has it in evaluation.vllm_python"
+REMEDY = "pip install -e '.[vllm]' in the checkout, or name a Python that has it in evaluation.vllm_python"
 _POLL_SECONDS = 0.2
 _LAST_LINES = 15
 

@@ -46,7 +46,7 @@ for (const button of all(".sort")) button.addEventListener("click", () => sortBy
 const toggle = one("#theme");
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  toggle.setAttribute("aria-pressed", String(theme === "dark"));
+  toggle.textContent = theme === "dark" ? "Light theme" : "Dark theme"; // what a press makes of it
   if (typeof Plotly !== "undefined") for (const box of all("div.plot")) if (box.childElementCount) draw(box);
 }
 setTheme(document.documentElement.dataset.theme);

@@ -19,6 +19,7 @@ from lark.cache import file_hash, replacing, write_text
 from lark.page import arm_plots, diagnostic_plots, pool_plots
 from lark.page.contents import Contents, Diagnosis, GroupContents, PoolContents, gather
 from lark.page.plots import Look, Plot, looks_of
+from lark.page.readings import readings
 from lark.page.trajectories import pack
 
 NAME = "report.html"
@@ -55,6 +56,8 @@ class Section:
     sheets: list[Sheet]
     notes: list[str]
     plots: list[Plot]
+    readings: Sequence[str] = ()
+    """Sentences before all else."""
 
 
 def write_page(folders: Sequence[Path], path: Path, *, shared: Path | None = None) -> Path:
@@ -193,6 +196,7 @@ def _sections(group: GroupContents, printed: Sequence[tables.Sheet]) -> list[Sec
         sheets=_sheets(group, printed, looks),
         notes=[*(tables.notes(group.compared) if group.compared else ()), *group.left_out],
         plots=plots,
+        readings=[] if group.compared is None else list(readings(group.compared)),
     )
     rest = [_pool_section(f"{key}-pool{i}", pool, group, looks) for i, pool in enumerate(group.pools)]
     shown = group.diagnoses[:SEVERAL_DIAGNOSES] or (None,)
