@@ -21,7 +21,7 @@ from pages import ROOT, blocks, commands, composed, text_of
 
 from lark import config as configuration
 
-PAGES = {f"docs/{page}.md": page for page in ("index", "concepts", "your_own_pool", "your_own_task", "faq")}
+PAGES = {f"docs/{page}.md": page for page in ("index", "concepts", "your_own_pool", "your_own_task", "evidence", "faq")}
 COMMANDS = [line for page in PAGES for line in commands(page) if line.startswith("python -m lark.")]
 
 
