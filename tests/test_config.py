@@ -20,6 +20,15 @@ DEFECTS = [  # overrides; what the one sentence has to hold
     (["sft.stesp=1"], ["sft.stesp is no setting", "did you mean sft.steps?"]),
     (["budgt=2"], ["budgt is no setting", "did you mean budget?"]),
     (["selectr=lark"], ["selectr is no setting", "did you mean selector?"]),
+    (
+        ["selector.score.parameters=last:1"],
+        ["selector.score.parameters is no setting here: another option of selector="],
+    ),
+    (
+        ["baseline=none", "baseline.filter=correct"],
+        ["baseline.filter is no setting here", "another option of baseline="],
+    ),
+    (["checkpoint=x"], ["checkpoint is no setting here: another command"]),
     (["baseline.polcy.tau=1"], ["did you mean baseline.policy.tau?"]),
     (["+sft.stpes=1"], ["sft.stpes is no setting", "did you mean sft.steps?"]),
     (["+foo=1"], ["foo is no setting"]),

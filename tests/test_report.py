@@ -208,7 +208,7 @@ def test_of_many_failed_runs_the_last_few_are_named_and_the_others_counted(tmp_p
     written(tmp_path, "99", summary())
     _, err, code = at_the_end_of(tmp_path, capsys)
     assert code == 1 and err.count("failed: ") == 11
-    assert "no 13" in err and "no 3\n" not in err and "failed: 4 further runs, which the page and --output name" in err
+    assert "no 13" in err and "no 3\n" not in err and "failed: 4 further runs, which --page and --output name" in err
 
 
 def test_the_end_of_a_sweep_prints_and_writes_the_comparison_only(tmp_path, monkeypatch, capsys):

@@ -242,7 +242,9 @@ def test_what_a_custom_score_or_filter_raises_is_one_sentence_with_its_line():
 
     line = broken.__code__.co_firstlineno + 1
     for wrong, what in ((rule(broken), "score"), (rule(filter=broken), "filter")):
-        said = rf"the {what} of selector mine raised TypeError \(test_selection.py, line {line}\): .*; correct it"
+        said = (
+            rf"the {what} of selector mine raised TypeError \(test_selection.py, line {line}\): .* \(correct it; HYDRA"
+        )
         with pytest.raises(ValueError, match=said):
             select(wrong, pool(), seed=0)
 

@@ -203,7 +203,7 @@ def test_no_vllm_is_one_sentence_with_the_remedy(draw, monkeypatch, tmp_path):
     (tmp_path / "vllm.py").write_text("raise ImportError('no vllm here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"cannot import \(ImportError: no vllm here\): pip install 'lark-select\[vllm\]'"
+        ValueError, match=r"cannot import \(ImportError: no vllm here\): pip install -e '\.\[vllm\]' in the checkout"
     ):
         list(draw())
     monkeypatch.setenv("LARK_VLLM_PYTHON", "/nowhere/python")

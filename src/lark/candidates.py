@@ -1,7 +1,7 @@
 """The rows a rule chooses from: their ids, statistics and pool columns as numpy arrays, grouped by problem."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from lark.selection import Selection
 
 POOL_COLUMNS = ("teacher", "correct", "answer", "text")
+
+
+def meant(name: str, statistics: Iterable[str]) -> str:
+    """For the error about a column that is not there."""
+    close = difflib.get_close_matches(name, [*statistics, *POOL_COLUMNS], 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,10 +81,8 @@ class Candidates:
             except ValueError as error:
                 if name.startswith("token_"):
                     raise ValueError(f"{error}; values a token are kept with probe.keep=tokens") from error
-                if close := difflib.get_close_matches(name, [*self.statistics, *POOL_COLUMNS], 1):
-                    raise ValueError(f"{error}; did you mean {close[0]}?") from error
                 if "loss" in self.statistics:
-                    raise
+                    raise ValueError(f"{error}{meant(name, self.statistics)}") from error
                 raise ValueError(f"{error}; a statistic is there if the rule's `needs` name Statistics()") from error
         return self._of_pool[name]
 

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.forkserver
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -90,6 +93,12 @@ def _process_context(libraries: Sequence[str]) -> multiprocessing.context.BaseCo
     context = multiprocessing.get_context("forkserver")
     # The server imports the library once, so a worker that replaces a killed one is there at once.
     context.set_forkserver_preload(list(libraries))
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits: Ctrl-C is for this process
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
     return context
 
 

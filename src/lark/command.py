@@ -32,7 +32,7 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
         _join(Path(child), job) if child else hydra_main()
-    except KeyboardInterrupt:  # before the job has begun, or for the second time (see lark.termination)
+    except KeyboardInterrupt:  # before the job has begun; then lark.termination answers
         print("lark: interrupted", file=sys.stderr)
         sys.exit(130)
     except USER_ERRORS as error:  # Hydra's: jobs answer for themselves

@@ -184,6 +184,10 @@ def _in_words(hint: Any) -> str:
 
 
 def _no_setting(name: str, known: list[str]) -> str:
+    group = name.partition(".")[0]
+    if name in known:
+        other = f"another option of {group}= has it" if group in GROUPS else "another command has it"
+        return f"{name} is no setting here: {other}; leave it out (--cfg job prints those there are)"
     close = difflib.get_close_matches(name, known, 1)
     remedy = f"did you mean {close[0]}? " if close else ""
     return f"{name} is no setting; {remedy}--cfg job prints all of them"
@@ -194,11 +198,13 @@ def _settings() -> list[str]:
     found: set[str] = set()
     for path in sorted(folder().rglob("*.yaml")):
         text = path.read_text()
+        if path.parent.parent != folder() and path.parent != folder():  # a plugin's, of Hydra's own
+            continue
         inside = path.parent != folder() and "@package _global_" not in text
         plain = OmegaConf.to_container(OmegaConf.create(text))  # interpolations stay text
         found |= _names(plain, f"{path.parent.name}." if inside else "")
     found |= {name.replace("selector.", "baseline.", 1) for name in found if name.startswith("selector.")}
-    return sorted({*GROUPS, *found})
+    return sorted({*GROUPS, *found} - {"defaults"})
 
 
 def _names(node: Any, prefix: str) -> set[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lark.batches import Step, held_out_coefficients, held_out_steps, training_step
 from lark.cache import complete, identity_hash, read_json, source_hash
-from lark.candidates import Candidates
+from lark.candidates import Candidates, meant
 from lark.contests import contests, raced
 from lark.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
 from lark.gradient_passes import (
@@ -187,10 +187,11 @@ class TrajectoryDataModule(LightningDataModule):
                 try:
                     self.trajectories.column(column, self.scored[:1])
                 except ValueError as error:
-                    raise ValueError(
-                        f"{name}={rule.name} reads the column {column}, but {error}; add it to the pool, or name "
-                        f"another in {name}.score, {name}.filter or {name}.policy.prior"
-                    ) from error
+                    remedy = (
+                        f"add it to the pool, or name another in {name}.score, {name}.filter or {name}.policy.prior"
+                    )
+                    text = f"{name}={rule.name} reads the column {column}, but {error}{meant(column, STATISTICS)}"
+                    raise ValueError(f"{text}; {remedy}") from error
 
     @property
     def dtype(self) -> str:

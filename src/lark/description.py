@@ -72,7 +72,9 @@ def describe_selections(data: TrajectoryDataModule) -> Iterator[str]:
             + (f"; choosing cost {_cost(data.cost_of(data.rules[name]))}" if data.rules[name].needs else "")
         )
     if (budget := data.rules["selector"].policy.budget) is not None and _takes_all(selections["selector"]):
-        yield f"warning     budget={budget} takes every candidate of every problem: nothing is chosen; lower it"
+        several = budget > 1 and data.candidates.groups.size.max() > 1
+        remedy = "lower it" if several else "a choice needs problems with several candidates"
+        yield f"warning     budget={budget} takes every candidate of every problem: nothing is chosen; {remedy}"
     if len(selections) == 2 and _same(*selections.values()):
         yield "warning     selector and baseline chose the same rows with the same weights: no difference is possible"
 

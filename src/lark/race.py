@@ -170,8 +170,9 @@ class Estimate:
         elif isinstance(score, Learnability):
             scale_N = np.maximum(field.tokens_N, 1.0) ** -score.length_exponent
             surprisal_N = np.maximum(self.total_NC[:, 0], np.finfo(float).tiny)
-            slope_NC[:, 0] = -scale_N * self.total_NC[:, 1] / surprisal_N**2
-            slope_NC[:, 1] = scale_N / surprisal_N
+            with np.errstate(over="ignore"):  # of a candidate that is surely predicted so far
+                slope_NC[:, 0] = -scale_N * (self.total_NC[:, 1] / surprisal_N) / surprisal_N
+                slope_NC[:, 1] = scale_N / surprisal_N
         elif isinstance(score, Lark):
             loss_N, brier_N = (np.where(enters_N, self.total_NC[:, c] / field.tokens_N, 0.0) for c in (0, 1))
             scale_N = np.maximum(field.tokens_N, 1.0) ** -score.length_exponent

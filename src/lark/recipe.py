@@ -13,7 +13,8 @@ AVERAGES = ("trajectory", "token")
 def check_average(average: str, setting: str) -> None:
     """Raises ValueError, naming `setting`, for what no loss is averaged over."""
     if average not in AVERAGES:
-        raise ValueError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}")
+        follows = "" if setting == "sft.average" else " (it follows sft.average)"
+        raise ValueError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}{follows}")
 
 
 @dataclass(frozen=True, kw_only=True)

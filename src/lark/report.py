@@ -223,11 +223,11 @@ def write_files(contents: Mapping[str, str], folder: Path, *, file: TextIO | Non
 
 
 def print_failures(comparison: "Comparison") -> None:
-    """The newest few (the page and --output have all)."""
+    """The last few; a page written by --page, and --output, have all."""
     for folder, error in comparison.failed[-FAILURES:]:
         print(f"failed: {folder}: {error}", file=sys.stderr)
     if (further := len(comparison.failed) - FAILURES) > 0:
-        print(f"failed: {further} further runs, which the page and --output name", file=sys.stderr)
+        print(f"failed: {further} further runs, which --page and --output name", file=sys.stderr)
 
 
 def main() -> None:

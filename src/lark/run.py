@@ -49,17 +49,11 @@ def record_failure(folder: Path, sentence: str) -> None:
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
     from lark.experiment import run  # torch and its friends: seconds
-    from lark.plan import is_main
-    from lark.termination import TerminatedError, terminable
+    from lark.termination import terminable
 
     configuration.check_types(config)
     with terminable():
-        try:
-            return run(config, folder, group=group)
-        except TerminatedError:
-            if is_main():
-                record_failure(folder, "stopped by a signal; the same command goes on from what is there")
-            raise
+        return run(config, folder, group=group)
 
 
 def main() -> None:

@@ -157,14 +157,14 @@ def _named(called: Any, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        module = getattr(called, "__module__", "lark.")  # of a function, or of an object's class
+        module = getattr(called, "__module__", None) or ""  # of a function, or of an object's class
         if isinstance(called, str) or module.startswith("lark."):
             raise
         source = getattr(sys.modules.get(module), "__file__", None)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
         where = f" ({Path(source).name}, line {lines[-1]})" if source and lines else ""
         text = f"{what} raised {type(error).__name__}{where}: {error}"
-        raise ValueError(f"{text}; correct it (HYDRA_FULL_ERROR=1 shows the traceback)") from error
+        raise ValueError(f"{text} (correct it; HYDRA_FULL_ERROR=1 shows the traceback)") from error
 
 
 def _numbers(values: Any, rows: int, what: str) -> np.ndarray:

@@ -96,8 +96,11 @@ def _take_over() -> None:
 
 
 def _note(signum: int, frame: Any) -> None:
-    if _Signal.asked == signum == signal.SIGINT:
-        signal.default_int_handler(signum, frame)
+    if _Signal.asked and signum == signal.SIGINT and (rank_zero_only.rank == 0 or _Signal.asked == signal.SIGINT):
+        _tell("interrupted")
+        for launcher in _Signal.launchers:
+            launcher.kill(signal.SIGKILL)  # as Lightning does when it is interrupted
+        raise TerminatedError(128 + signum)
     if _Signal.asked and (_Signal.waits or time.monotonic() - _Signal.since < PATIENCE):  # schedulers repeat themselves
         return
     _Signal.asked, _Signal.since = signum, time.monotonic()

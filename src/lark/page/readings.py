@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lark.comparison import Difference, Group
-from lark.inference import Interval
+from lark.inference import MIN_SEEDS, Interval
 from lark.tables import number
 
 
@@ -16,7 +16,9 @@ def readings(group: Group) -> Iterator[str]:
         for selector in dict.fromkeys(one.selector for one in group.differences):
             own = [one for one in group.differences if one.selector == selector and name in one.sets]
             if text := _reading(own, name):
-                yield f"{name}, in points: {selector} {text}."
+                seeds = min(len(one.seeds) for one in own)
+                few = "" if seeds >= MIN_SEEDS else " Over problems only: the seeds are too few to tell how they vary."
+                yield f"{name}, in points, by 95% intervals: {selector} {text}.{few}"
 
 
 def _reading(differences: Sequence[Difference], name: str) -> str:
