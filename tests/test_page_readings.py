@@ -36,8 +36,8 @@ def test_each_side_is_named_once_with_the_lowest_difference_first(group):
     intervals = [(0.1, 0.05, 0.15), (-0.01, -0.02, 0.01), (0.02, 0.01, 0.03), (-0.3, -0.4, -0.2), (nan, nan, nan)]
     (sentence,) = told(group, *intervals)
     assert sentence == (
-        f"{name}, in points, by 95% intervals: mine scores above rule2 (+2.0) and rule0 (+10.0), scores below rule3 (-30.0), "
-        "is not told apart from rule1 (-1.0)."
+        f"{name}, in points, by 95% intervals: mine scores above rule2 (+2.0) and rule0 (+10.0), "
+        "scores below rule3 (-30.0), is not told apart from rule1 (-1.0)."
     )
     assert told(group, (-0.5, -0.6, -0.4)) == [f"{name}, in points, by 95% intervals: mine scores below rule0 (-50.0)."]
 
