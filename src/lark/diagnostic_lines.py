@@ -21,7 +21,8 @@ def describe_selections(found: Mapping[str, Any]) -> Iterator[str]:
     yield _line(
         "diagnostics",
         f"{found['problems']:,} problems, {found['candidates']:,} candidates; rank correlations within problems"
-        f"{_chance_range(chance)}, [95% over problems]" + "".join(f"; {note}" for note in notes),
+        f"{_chance_range(chance)}, [95% over problems]"
+        + "".join(f"; {note}" for note in (*notes, "docs/evidence.md says how to read it")),
     )
     for role, one in found["selections"].items():
         figures = [
