@@ -11,6 +11,14 @@ from lark.student import SFTModule
 from lark.termination import Signals, TerminatedError, asked, terminable
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as a terminal has it: where tests run in a shell's background, SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def fit(make_data, make_trainer, tmp_path):
     """Trains so many steps with a Saver; `at` is called after each optimizer step and may send signals."""
