@@ -6,6 +6,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
 BIN := $(VENV)/bin
+APT := DEBIAN_FRONTEND=noninteractive apt-get -y -o Acquire::http::Timeout=30
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -17,7 +18,7 @@ help:  ## Show this help
 run: $(VENV)/.run  ## Compare LARK's choice with a random one on the embedded task (ARGS="baseline=rsr seed=1" for others)
 	$(BIN)/python -m lark.run $(ARGS)
 
-test: $(VENV)/.dev  ## Run the whole test suite
+test: $(VENV)/.dev $(VENV)/.browser  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev  ## Lint, format and type checks
@@ -43,6 +44,16 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.run: $(VENV)/.torch pyproject.toml
 	$(PIP) -e .
 	@touch $@
+
+# Chromium, in which the pages are tested, is in no Python index: on Debian, root gets it from apt. Elsewhere it is for
+# the user to install, and without one those tests are skipped by name.
+$(VENV)/.browser: $(VENV)/.run
+	@if PYTHONPATH=tests $(BIN)/python -c 'import sys, browser; sys.exit(browser.chromium() is None)'; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then \
+		echo "Installing Chromium from Debian, in which the pages are tested"; \
+		($(APT) update && $(APT) install --no-install-recommends chromium fonts-dejavu-core) >$(VENV)/browser.log 2>&1 \
+			&& touch $@ || echo "It could not be installed, see $(VENV)/browser.log"; \
+	fi
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) -e '.[dev]'

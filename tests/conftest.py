@@ -28,8 +28,8 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="module")
 def browser():
-    """A real headless Chromium. No index of Python packages has one to install with the tests, so on a machine without
-    one what needs it cannot be tried; it is named in the summary, with how to install one.
+    """A real headless Chromium, which `make test` installs where it may (root on Debian). No index of Python packages
+    has one, so elsewhere it is the user's to install; what could not be tried is named in the summary, with how to.
     """
     from browser import MISSING, chromium, launched
 

@@ -50,7 +50,7 @@ class Lark:
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         loss_N, groups = candidates["loss"], candidates.groups
-        brier_N = candidates["brier"] * np.maximum(candidates["num_tokens"], 1.0) ** -self.length_exponent
+        brier_N = _brier(candidates, self.length_exponent)
         valid_N = np.isfinite(loss_N) & np.isfinite(brier_N) & (loss_N > 0)
         loss_sum_N = groups.spread(groups.sum(np.where(valid_N, loss_N, 0.0)))
         brier_sum_N = groups.spread(groups.sum(np.where(valid_N, brier_N, 0.0)))
@@ -72,8 +72,7 @@ class Learnability:
     needs = (Statistics(),)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        brier_N = candidates["brier"] * np.maximum(candidates["num_tokens"], 1.0) ** -self.length_exponent
-        return _quotient(brier_N, candidates["loss"])
+        return _quotient(_brier(candidates, self.length_exponent), candidates["loss"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +266,11 @@ def _check_clip(clip: int | None) -> None:
 def _clipped(clip: int | None) -> str:
     """The statistic that holds sum_t min(r_t, clip)."""
     return "sum_rank" if clip is None else f"sum_rank_{clip}"
+
+
+def _brier(candidates: Candidates, length_exponent: float) -> np.ndarray:
+    """B_k T_k^-a, [N]."""
+    return candidates["brier"] * np.maximum(candidates["num_tokens"], 1.0) ** -length_exponent
 
 
 def _quotient(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:

@@ -129,7 +129,7 @@ class Rule:
         """Mask [N] of the candidates the filter lets through; a missing value does not pass."""
         if self.filter is None:
             return np.ones(len(candidates), bool)
-        with _named(self.filter, f"the filter of selector {self.name}"):
+        with _errors_of(self.filter, f"the filter of selector {self.name}"):
             values = candidates[self.filter] if isinstance(self.filter, str) else self.filter(candidates)
         pass_N = _numbers(values, len(candidates), f"the filter of selector {self.name}")
         other_N = ~(np.isnan(pass_N) | (pass_N == 0) | (pass_N == 1))
@@ -143,7 +143,7 @@ class Rule:
     def scores(self, candidates: Candidates) -> np.ndarray:
         """Scores [N] in float64 of candidates that passed the filter."""
         assert callable(self.score)
-        with _named(self.score, f"the score of selector {self.name}"):
+        with _errors_of(self.score, f"the score of selector {self.name}"):
             values = self.score(candidates)
         score_N = _numbers(values, len(candidates), f"the score of selector {self.name}")
         if np.isposinf(score_N).any():
@@ -152,7 +152,7 @@ class Rule:
 
 
 @contextmanager
-def _named(called: Any, what: str) -> Iterator[None]:
+def _errors_of(called: Any, what: str) -> Iterator[None]:
     """What a function of the user's own raises becomes a ValueError that says where; what ours raise passes."""
     try:
         yield
