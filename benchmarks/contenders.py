@@ -13,11 +13,11 @@ from lightning import Callback
 from omegaconf import OmegaConf
 from profiles import forget_peak, peak_bytes
 
-from lark.data import TrajectoryDataModule
-from lark.models import base_model
-from lark.student import SFTModule
-from lark.trainer import trainer_of
-from lark.trajectories import Trajectories
+from lark.student.student import base_model
+from lark.student.tokenized_pool import Trajectories
+from lark.training.datamodule import TrajectoryDataModule
+from lark.training.sft_module import SFTModule
+from lark.training.trainer import trainer_of
 
 IGNORED = -100
 

@@ -5,7 +5,7 @@
 
 In one process, with the same dtype and threads, after a warm-up, samples of the first `--problems` problems:
 
-batched        what an evaluation does (lark.generate): samples of a problem share its prompt, those that have ended
+batched        what an evaluation does (lark.generation.transformers_backend): samples of a problem share its prompt, those that have ended
                make room for others
 one at a time  the same code with a batch size of 1, on `--alone` samples spread evenly over the problems
 transformers   model.generate with sampling by temperature and top-p, one sample at a time, for the same prompts and
@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from profiles import forget_peak, peak_bytes
 
-from lark.engines import stop_ids
-from lark.generate import Sample, fitting_batch_size, generate_samples
-from lark.models import Student, head_of
-from lark.problems import prompt_messages, read_problems
+from lark.generation.backends import stop_ids
+from lark.generation.transformers_backend import Sample, fitting_batch_size, generate_samples
+from lark.scoring.throughput import gemm_seconds
+from lark.student.student import Student, head_of
 from lark.tasks.arithmetic import generate
-from lark.tasks.files import EmbeddedTask
-from lark.throughput import gemm_seconds
+from lark.tasks.problems import prompt_messages, read_problems
+from lark.tasks.task import EmbeddedTask
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:

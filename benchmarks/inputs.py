@@ -10,16 +10,16 @@ import torch
 from lightning import Trainer
 from transformers.utils import logging
 
-from lark.data import TrajectoryDataModule
-from lark.description import quiet_libraries
-from lark.models import Student
-from lark.policies import Policy
-from lark.probe import Probe
-from lark.recipe import Recipe
-from lark.scores import Lark
-from lark.selection import Rule
+from lark.experiment.description import quiet_libraries
+from lark.scoring.statistics_pass import Probe
+from lark.selection.policies import Policy
+from lark.selection.scores.statistics import Lark
+from lark.selection.selection import Rule
+from lark.student.student import Student
 from lark.tasks.arithmetic import generate
-from lark.tasks.files import EmbeddedTask, Task
+from lark.tasks.task import EmbeddedTask, Task
+from lark.training.datamodule import TrajectoryDataModule
+from lark.training.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, problems: int) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/long_row.py [--tokens 32768] [--vocabulary 151936] [--hidden 128] [--layers 2]
 
-The student is random, small but for its vocabulary. Its statistics are measured as in a run (lark.probe.ProbeModule);
+The student is random, small but for its vocabulary. Its statistics are measured as in a run (lark.scoring.statistics_pass.ProbeModule);
 dense float32 logits of the same trajectory, which nothing here makes, would alone take tokens x vocabulary x 4 bytes.
 The last line is JSON: peak_bytes (of the whole process), dense_logits_bytes, seconds.
 """
@@ -19,10 +19,10 @@ import torch
 from profiles import resident_peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lark.chat import Encoded
-from lark.packing import collate
-from lark.passes import Statistics
-from lark.probe import Probe, ProbeModule, Work
+from lark.scoring.passes import Statistics
+from lark.scoring.statistics_pass import Probe, ProbeModule, Work
+from lark.student.batching import collate
+from lark.student.chat import Encoded
 
 PROMPT = 100
 

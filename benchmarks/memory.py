@@ -78,7 +78,7 @@ def write_pool(folder: Path, rows: Iterator[dict[str, Any]], form: str) -> None:
 
 def work(pool: Path, cache: Path, scoring: bool) -> None:
     """What the fresh process does; a line on stdout says when a part begins, the last one what it was."""
-    from lark.description import quiet_libraries
+    from lark.experiment.description import quiet_libraries
 
     quiet_libraries()
     warm = cache / "warm-up"
@@ -99,17 +99,17 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     """From the pool to the written selection; `begin` hears of each part. Returns the tokens of each row."""
     from lightning import Trainer
 
-    from lark.arms import write_selection
-    from lark.data import TrajectoryDataModule
-    from lark.description import write_statistics
-    from lark.models import Student
-    from lark.policies import Policy
-    from lark.pool import read_pool
-    from lark.probe import Probe
-    from lark.recipe import Recipe
-    from lark.scores import Lark, Length, Random
-    from lark.selection import Rule
-    from lark.tasks.files import Task
+    from lark.experiment.description import write_statistics
+    from lark.pool.pool import read_pool
+    from lark.scoring.statistics_pass import Probe
+    from lark.selection.policies import Policy
+    from lark.selection.scores.statistics import Lark, Length, Random
+    from lark.selection.selection import Rule
+    from lark.student.student import Student
+    from lark.tasks.task import Task
+    from lark.training.arms import write_selection
+    from lark.training.datamodule import TrajectoryDataModule
+    from lark.training.recipe import Recipe
 
     quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     quiet |= {"enable_progress_bar": False, "enable_model_summary": False, "inference_mode": False}

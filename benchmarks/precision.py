@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from inputs import add_arguments, open_data
 
-from lark.agreement import PROBLEMS, candidates_of, compare, sample_rows, statistics_in
-from lark.cache import read_json
-from lark.policies import Policy
-from lark.progress import PassProgress
-from lark.scores import Lark, Likelihood, RankSurprisal, Score
-from lark.selection import Rule
+from lark.common.cache import read_json
+from lark.scoring.progress import PassProgress
+from lark.selection.policies import Policy
+from lark.selection.scores.statistics import Lark, Likelihood, RankSurprisal, Score
+from lark.selection.selection import Rule
+from lark.training.agreement import PROBLEMS, candidates_of, compare, sample_rows, statistics_in
 
 SCORES: dict[str, Score] = {"lark": Lark(), "rsr": RankSurprisal(clip=100), "likelihood": Likelihood()}
 

@@ -30,25 +30,25 @@ import numpy as np
 import torch
 from lightning import Trainer
 
-from lark.cache import complete, identity_hash, read_json
-from lark.candidates import Candidates
-from lark.contests import Contest, contests, raced
-from lark.data import TrajectoryDataModule
-from lark.description import quiet_libraries
-from lark.groups import Groups, unit_hash
-from lark.judge import Judge, Problem, Scored, rehearsal
-from lark.models import Student
-from lark.passes import Statistics
-from lark.policies import Policy
-from lark.probe import PassModule, Probe, ProbeModule, Work, measure
-from lark.race import MARGINS, Trial, calibration_size, top
-from lark.race_pass import RaceModule, RaceWork
-from lark.recipe import Recipe
-from lark.scores import Lark, Likelihood, RankSurprisal
-from lark.selection import Rule
-from lark.shards import read_columns
+from lark.common.cache import complete, identity_hash, read_json
+from lark.common.groups import Groups, unit_hash
+from lark.experiment.description import quiet_libraries
+from lark.scoring.passes import Statistics
+from lark.scoring.race_pass import RaceModule, RaceWork
+from lark.scoring.statistics_pass import PassModule, Probe, ProbeModule, Work, measure
+from lark.scoring.table_cache import read_columns
+from lark.selection.candidates import Candidates
+from lark.selection.contests import Contest, contests, raced
+from lark.selection.judge import Judge, Problem, Scored, rehearsal
+from lark.selection.policies import Policy
+from lark.selection.race import MARGINS, Trial, calibration_size, top
+from lark.selection.scores.statistics import Lark, Likelihood, RankSurprisal
+from lark.selection.selection import Rule
+from lark.student.student import Student
 from lark.tasks.arithmetic import generate
-from lark.tasks.files import EmbeddedTask, Task
+from lark.tasks.task import EmbeddedTask, Task
+from lark.training.datamodule import TrajectoryDataModule
+from lark.training.recipe import Recipe
 
 SCORES = {
     "lark": (Lark(), "chi2"),

@@ -5,7 +5,7 @@
 
 In one process, after a warm-up, with the same dtype and threads, on all candidates of the first `--problems` problems:
 
-ours    the pass that a run makes (lark.probe.ProbeModule under a Trainer): every statistic, in shards on disk
+ours    the pass that a run makes (lark.scoring.statistics_pass.ProbeModule under a Trainer): every statistic, in shards on disk
 plain   one trajectory a forward pass through the whole model, full logits, cross-entropy over the whole vocabulary
         and the Brier score from the 50 largest logits, as LARK's released code computes them
 limit   the linear layers and the head alone, for the tokens that are distinct once beginnings are shared, at the
@@ -28,14 +28,14 @@ import torch.nn.functional as F
 from inputs import add_arguments, open_data
 from profiles import operations, part_of, peak_bytes, profiler, shares
 
-from lark.data import TrajectoryDataModule
-from lark.models import head_of
-from lark.passes import Statistics
-from lark.prefixes import prefix_tree
-from lark.probe import Probe, ProbeModule, Work, measure
-from lark.shards import read_statistics
-from lark.throughput import gemm_seconds, peak_rate
-from lark.trajectories import Trajectories
+from lark.scoring.passes import Statistics
+from lark.scoring.statistics_pass import Probe, ProbeModule, Work, measure
+from lark.scoring.table_cache import read_statistics
+from lark.scoring.throughput import gemm_seconds, peak_rate
+from lark.student.attention import prefix_tree
+from lark.student.student import head_of
+from lark.student.tokenized_pool import Trajectories
+from lark.training.datamodule import TrajectoryDataModule
 
 TOP_K = 50
 

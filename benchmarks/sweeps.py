@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lark.cache import write_json
-from lark.inference import paired_difference, smallest_detectable_difference
+from lark.common.cache import write_json
+from lark.comparison.inference import paired_difference, smallest_detectable_difference
 from lark.page.pool_sample import NAME, shortened
 
 RULES = ("lark", "random", "longest", "shortest", "likelihood", "rsr", "entropy", "lark_length")

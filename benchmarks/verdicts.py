@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lark.rows import find_files, read_rows
-from lark.verify import KINDS, Answer, Checker, Verdict
+from lark.answers.checker import KINDS, Answer, Checker, Verdict
+from lark.pool.rows import find_files, read_rows
 
 BATCH = 2_000  # rows checked at a time
 

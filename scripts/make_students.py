@@ -1,4 +1,4 @@
-"""Makes the students shipped in src/lark/students: a tokenizer and two Qwen3 models of about 1M weights.
+"""Makes the students shipped in src/lark/student/shipped: a tokenizer and two Qwen3 models of about 1M weights.
 
     export PYTHONPATH=src OMP_NUM_THREADS=1
     python scripts/make_students.py primitives                  # what both students know: the tokenizer, a + b, a - b,
@@ -29,12 +29,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from lark.tasks.arithmetic import generate, terms_of
-from lark.tasks.teachers import TEACHERS, Terms, direct, expression, running_totals, slip
+from lark.tasks.arithmetic_teachers import TEACHERS, Terms, direct, expression, running_totals, slip
 
 # Shapes: N documents, T tokens (longest of the batch), V vocabulary.
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDENTS = ROOT / "src/lark/students"
+STUDENTS = ROOT / "src/lark/student/shipped"
 VOCABULARY = 448
 WORDINGS = ("Compute {}.", "What is {}?", "Calculate {}.", "Evaluate {}.", "Find the value of {}.", "{} = ?")
 FRAMES = ("{}",) * 4 + ("Question: {}", "Quick one: {}", "Hi! {}", "Please help me. {}", "{} Thanks.", "{} Go on!")

@@ -100,7 +100,7 @@ def write_pool(path: Path, rows) -> Path:
 
 @pytest.fixture
 def make_student(student_folder):
-    from lark.models import Student
+    from lark.student.student import Student
 
     return lambda **settings: Student(**{"name": "small", "path": str(student_folder), **settings})
 
@@ -127,13 +127,13 @@ def make_trainer(tmp_path):
 def make_data(tmp_path, make_student, make_trainer):
     """A TrajectoryDataModule over the small pool; settings go to the part they are named after, and `selector` and
     `baseline` may be other scores than lark's and random, `scorer` another student to ask."""
-    from lark.data import TrajectoryDataModule
-    from lark.policies import Policy
-    from lark.probe import Probe
-    from lark.recipe import Recipe
-    from lark.scores import Lark, Random
-    from lark.selection import Rule
-    from lark.tasks.files import Task
+    from lark.scoring.statistics_pass import Probe
+    from lark.selection.policies import Policy
+    from lark.selection.scores.statistics import Lark, Random
+    from lark.selection.selection import Rule
+    from lark.tasks.task import Task
+    from lark.training.datamodule import TrajectoryDataModule
+    from lark.training.recipe import Recipe
 
     def make(
         rows=None, *, cache="cache", task=None, probe=None, recipe=None, student=None, trainer=None, say=None, **rules

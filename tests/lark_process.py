@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from lark.plan import RUN_VARIABLE
+from lark.common.ranks import RUN_VARIABLE
 
 DEADLINE = 240.0  # seconds; a run takes about ten on an idle machine
 TWO_DEVICES = ("trainer.accelerator=cpu", "trainer.devices=2")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lark.inference import paired_difference, smallest_detectable_difference
+from lark.comparison.inference import paired_difference, smallest_detectable_difference
 
 Accuracies = dict[str, dict[str, float | None]]
 """By evaluation set and problem."""

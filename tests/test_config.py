@@ -53,7 +53,10 @@ DEFECTS = [  # overrides; what the one sentence has to hold
     (["selector.name=null"], ["selector.name=None", "text"]),
     (["selector=custom"], ["selector.score has no value", "selector.score=..."]),
     (["selector=custom", "selector.score=no_such_module:f"], ["selector.score='no_such_module:f'", "PYTHONPATH"]),
-    (["selector.score._target_=lark.scores.Nope"], ["selector.score._target_=lark.scores.Nope", "correct it"]),
+    (
+        ["selector.score._target_=lark.selection.scores.statistics.Nope"],
+        ["selector.score._target_=lark.selection.scores.statistics.Nope", "correct it"],
+    ),
     (["stop_after=foo"], ["stop_after=foo", "statistics, selection, training"]),
     (["match=bytes"], ["match=bytes", "trajectories or tokens"]),
     (["selector=drop_first", "selector.score.skip=3"], ["selector: skip=3", "probe.skip=2", "set both"]),

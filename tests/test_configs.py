@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from lark import config as configuration
 from lark.config import build
-from lark.diagnostics import Diagnostics
-from lark.models import Student
-from lark.selection import Rule
-from lark.tasks.files import Task
-from lark.tracking import Csv, Wandb
+from lark.diagnostics.diagnostics import Diagnostics
+from lark.selection.selection import Rule
+from lark.student.student import Student
+from lark.tasks.task import Task
+from lark.tracking.tracking import Csv, Wandb
 
 CONF = configuration.folder()
 OPTIONS = [(group, name) for group in configuration.GROUPS for name in configuration.options(group)]

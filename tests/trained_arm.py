@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lark.models import save_student
+from lark.student.student import save_student
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 

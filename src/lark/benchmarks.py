@@ -16,8 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lark.benchmark_rows import Gold, contest_gold, number_gold, read_problem, text_gold
-from lark.cache import (
+from lark.common.cache import (
     complete,
     file_hash,
     identity_hash,
@@ -28,11 +27,20 @@ from lark.cache import (
     writable,
     write_json,
 )
-from lark.problems import read_each
-from lark.prompts import PROMPTS, Prompt
-from lark.rows import RowError, find_files, read_rows
+from lark.pool.rows import RowError, find_files, read_rows
+from lark.tasks.benchmark_rows import Gold, contest_gold, number_gold, read_problem, text_gold
+from lark.tasks.problems import read_each
+from lark.tasks.prompts import PROMPTS, Prompt
 
-_SOURCES = ("answers", "benchmarks", "benchmark_rows", "problems", "prompts", "quantities", "rows")
+_SOURCES = (
+    "answers.extract",
+    "benchmarks",
+    "tasks.benchmark_rows",
+    "tasks.problems",
+    "tasks.prompts",
+    "answers.quantities",
+    "pool.rows",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
         _join(Path(child), job) if child else hydra_main()
-    except KeyboardInterrupt:  # before the job has begun; then lark.termination answers
+    except KeyboardInterrupt:  # before the job has begun; then lark.common.signals answers
         print("lark: interrupted", file=sys.stderr)
         sys.exit(130)
     except USER_ERRORS as error:  # Hydra's: jobs answer for themselves
@@ -50,7 +50,7 @@ def write_replay(config: DictConfig, folder: Path) -> None:
     """replay.yaml: every group composed, so that nothing has to be chosen again; what depends on `seed`, `budget` or
     `paths.logs` still does, so that these can be overridden.
     """
-    from lark.cache import write_text
+    from lark.common.cache import write_text
 
     resolved = OmegaConf.to_container(config, resolve=False)
     hydra_block = {
@@ -65,7 +65,7 @@ def write_replay(config: DictConfig, folder: Path) -> None:
 
 def _join(folder: Path, job: Callable[..., Any]) -> None:
     """As a further rank: the same job from its resolved configuration, no Hydra."""
-    from lark.termination import TerminatedError
+    from lark.common.signals import TerminatedError
 
     config = OmegaConf.load(folder / "replay.yaml")
     assert isinstance(config, DictConfig)

@@ -88,12 +88,12 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
     if student["lora"] is None:  # all its weights are in the checkpoint
         student |= {"path": str((arm / "checkpoint").absolute()), "id": None, "revision": None, "adapter": None}
     config.checkpoint = str(arm.absolute())
-    config.model = OmegaConf.create({"_target_": "lark.models.Student", **student})
+    config.model = OmegaConf.create({"_target_": "lark.student.student.Student", **student})
 
 
 def check_again(config: DictConfig, told: set[str]) -> float:
-    from lark.cache import writable
-    from lark.recheck import recheck
+    from lark.common.cache import writable
+    from lark.evaluation.regrade import recheck
 
     cache = writable(config.paths.cache, "paths.cache")
     found = recheck(Path(config.recheck), configuration.build(config.task), told=told, cache=cache)
@@ -102,8 +102,8 @@ def check_again(config: DictConfig, told: set[str]) -> float:
 
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
-    from lark.student_evaluation import run  # torch and its friends: seconds
-    from lark.termination import terminable
+    from lark.common.signals import terminable
+    from lark.experiment.student_evaluation import run  # torch and its friends: seconds
 
     with terminable():
         return run(config, folder, group=group)

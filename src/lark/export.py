@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lark.cache import complete, read_json, write_json
+from lark.common.cache import complete, read_json, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ARMS = ("selector", "baseline")
@@ -101,7 +101,7 @@ def _moved(student: dict[str, Any], base: str | None) -> dict[str, Any]:
 
 def _check_base(trained: dict[str, Any], say: Callable[[str], None]) -> None:
     """Raises ValueError if the base's weights are missing or are not those that were trained."""
-    from lark.models import Student
+    from lark.student.student import Student
 
     try:
         student = Student(**trained["student"])
@@ -123,7 +123,7 @@ def _write_merged(student: dict[str, Any], checkpoint: Path, folder: Path, dtype
     """One model of base and adapter; says how near its logits are to theirs."""
     import torch
 
-    from lark.models import Student, base_model, save_student
+    from lark.student.student import Student, base_model, save_student
 
     loader = Student(**student)
     kept = dtype or _dtype_of_files(loader)
@@ -162,7 +162,7 @@ def _write_cast(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: 
     """A model all of whose parameters were trained, in another dtype."""
     from transformers import AutoModelForCausalLM
 
-    from lark.models import save_student
+    from lark.student.student import save_student
 
     remote = student["trust_remote_code"]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=remote)
@@ -177,7 +177,7 @@ def _write_copy(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: 
     if student["lora"] is None:
         return "the whole model as it was trained"
     if base is not None:
-        from lark.models import Student
+        from lark.student.student import Student
 
         settings = read_json(folder / "adapter_config.json")
         write_json(folder / "adapter_config.json", settings | Student(**student).base())
@@ -204,14 +204,14 @@ def _chat(student: dict[str, Any], checkpoint: Path) -> Any:
     """Tokenizer and template as they were trained with."""
     from transformers import AutoTokenizer
 
-    from lark.chat import Chat
+    from lark.student.chat import Chat
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=student["trust_remote_code"])
     return Chat(tokenizer=tokenizer, template=tokenizer.chat_template)
 
 
 def _write_card(folder: Path, trained: dict[str, Any], arm: Path, *, merged: bool, weights: str) -> None:
-    from lark.card import write_card
+    from lark.training.model_card import write_card
 
     write_card(folder, trained, arm, merged=merged, weights=weights)
 

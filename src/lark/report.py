@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hydra.experimental.callback import Callback
 
-from lark.cache import read_json, writable, write_text
-from lark.tables import (
+from lark.common.cache import read_json, writable, write_text
+from lark.comparison.tables import (
     FEW_PROBLEMS,
     FORM,
     TOO_FEW,
@@ -30,7 +30,7 @@ from lark.tables import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lark.comparison import Comparison
+    from lark.comparison.comparison import Comparison
 
 SETS_BESIDE_EACH_OTHER = 2
 FAILURES = 10
@@ -93,7 +93,7 @@ def report(folders: Sequence[Path], *, form: str, output: Path | None, page: Pat
     the HTML file to write the page to (lark.page).
     Raises ValueError where there is no summary.json, nothing to put into a file, or `output` cannot be written.
     """
-    from lark.comparison import compare
+    from lark.comparison.comparison import compare
 
     summaries = read_summaries(folders)
     comparison = compare(summaries)
@@ -200,7 +200,7 @@ class ComparisonCallback(Callback):
     """
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
-        from lark.comparison import compare
+        from lark.comparison.comparison import compare
         from lark.page.write import write_own_page
 
         folder = Path(config.hydra.sweep.dir)

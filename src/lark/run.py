@@ -42,14 +42,14 @@ def hydra_main(config: DictConfig) -> float:
 
 
 def record_failure(folder: Path, sentence: str) -> None:
-    from lark.cache import write_json
+    from lark.common.cache import write_json
 
     write_json(folder / "summary.json", {"status": "failed", "error": sentence})
 
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
-    from lark.experiment import run  # torch and its friends: seconds
-    from lark.termination import terminable
+    from lark.common.signals import terminable
+    from lark.experiment.experiment import run  # torch and its friends: seconds
 
     configuration.check_types(config)
     with terminable():

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lark.tables import new_console, new_table, number
-from lark.teachers import ENGINES, read_teachers
+from lark.comparison.tables import new_console, new_table, number
+from lark.teachers.teachers import ENGINES, read_teachers
 
 _COMMON = (
     "samples",
@@ -47,9 +47,9 @@ def sample(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"--limit {arguments.limit} leaves no problem; set it to 1 or more, or leave it out")
 
-    from lark.problems import read_problems
-    from lark.sampled_pool import make_pool
-    from lark.verify import Checker
+    from lark.answers.checker import Checker
+    from lark.tasks.problems import read_problems
+    from lark.teachers.make_pool import make_pool
 
     problems = read_problems(arguments.problems, limit=arguments.limit, setting="--problems")
     with Checker(arguments.checker, pattern=arguments.pattern) as checker:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from lark.comparison import Group
+from lark.comparison.comparison import Group
 from lark.page.plots import COLOURS, Look, Plot, clipped, figure_of, label_height, plain, rounded, whiskers
 
 TEACHERS_SHOWN = 7

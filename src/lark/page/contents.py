@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lark.cache import read_json
-from lark.comparison import Comparison, Group, compare
-from lark.labels import Figures, label_arms
+from lark.common.cache import read_json
+from lark.comparison.comparison import Comparison, Group, compare
+from lark.comparison.labels import Figures, label_arms
 from lark.page.pool_sample import PoolSample, read_sample
 
 ROLES = ("selector", "baseline")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from lark.groups import Groups
+from lark.common.groups import Groups
 from lark.page.contents import Diagnosis
 from lark.page.plots import COLOURS, Plot, clipped, figure_of, label_height, plain, rounded, whiskers
 

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from lark.page.contents import PoolContents
 from lark.page.plots import Look, Plot, clipped, figure_of, label_height, plain, rounded
-from lark.within_problem import jaccard
+from lark.selection.within_problem import jaccard
 
 CELLS_WRITTEN = 14  # rules, up to which the overlaps are written into the matrix
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lark.cache import finite, identity_hash, replacing
-from lark.groups import Groups
+from lark.common.cache import finite, identity_hash, replacing
+from lark.common.groups import Groups
 
 if TYPE_CHECKING:
-    from lark.chat import Encoded
-    from lark.data import TrajectoryDataModule
+    from lark.student.chat import Encoded
+    from lark.training.datamodule import TrajectoryDataModule
 
 NAME = "candidates.jsonl.gz"
 TRAJECTORIES = 2_000

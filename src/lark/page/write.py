@@ -14,12 +14,12 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from lark import tables
-from lark.cache import file_hash, replacing, write_text
+from lark.common.cache import file_hash, replacing, write_text
+from lark.comparison import tables
 from lark.page import arm_plots, diagnostic_plots, pool_plots
 from lark.page.contents import Contents, Diagnosis, GroupContents, PoolContents, gather
+from lark.page.headline import readings
 from lark.page.plots import Look, Plot, looks_of
-from lark.page.readings import readings
 from lark.page.trajectories import pack
 
 NAME = "report.html"

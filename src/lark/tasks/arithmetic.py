@@ -1,7 +1,7 @@
 """Embedded task `arithmetic`: sums and differences of a few small numbers, solved by programmatic teachers.
 
 Problems and the answer checker are those of reasoning-gym's `chain_sum`. `generate` writes a pool in which every
-teacher of `lark.tasks.teachers` has one candidate a problem, an evaluation set of the same kind, and a shifted
+teacher of `lark.tasks.arithmetic_teachers` has one candidate a problem, an evaluation set of the same kind, and a shifted
 evaluation set with longer operands, more terms and a wording that neither the pool nor the students' pre-training
 contains.
 """
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from lark.tasks.teachers import TEACHERS, Terms
+from lark.tasks.arithmetic_teachers import TEACHERS, Terms
 
 SOURCE_DATASET = "chain_sum"
 PROMPT = "Compute {}."

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lark.answers import find_boxed
-from lark.rows import RowError
+from lark.answers.extract import find_boxed
+from lark.pool.rows import RowError
 
 Turn = dict[str, str]
 

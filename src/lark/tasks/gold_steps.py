@@ -2,7 +2,7 @@
 
 Of the data sets of reasoning-gym 0.1.25 one carries a solution in words (gsm_symbolic) and three the states that a
 solution passes through; for some more the metadata hold the intermediate result that the answer follows from, and
-chain_sum is solved by the programmatic teachers of `lark.tasks.teachers`. All others hold a bare answer.
+chain_sum is solved by the programmatic teachers of `lark.tasks.arithmetic_teachers`. All others hold a bare answer.
 """
 
 import random
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
-from lark.tasks.teachers import TEACHERS, running_totals
+from lark.tasks.arithmetic_teachers import TEACHERS, running_totals
 
 Item = dict[str, Any]  # of reasoning-gym: question, answer, metadata
 

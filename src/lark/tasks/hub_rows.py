@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lark.rows import RowError
+from lark.pool.rows import RowError
 from lark.tasks.conversations import read_candidates
 from lark.tasks.hub import HubError, commit_of, hub_errors, is_hub_id
 from lark.tasks.imported import Found, ImportedTask, hashes

@@ -14,14 +14,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lark.cache import complete, file_hash, identity_hash, lock, read_json, replacing, source_hash, writable, write_json
-from lark.pool import PoolError
-from lark.rows import READERS, RowError, find_files
+from lark.common.cache import (
+    complete,
+    file_hash,
+    identity_hash,
+    lock,
+    read_json,
+    replacing,
+    source_hash,
+    writable,
+    write_json,
+)
+from lark.pool.pool import PoolError
+from lark.pool.rows import READERS, RowError, find_files
 from lark.tasks.conversations import Candidate, Columns
-from lark.tasks.files import Say, Task
-from lark.tasks.golds import Golds, read_golds
 from lark.tasks.hub import commit_of, fetched, is_hub_id
-from lark.tasks.joining import Joiner
+from lark.tasks.merging import Joiner
+from lark.tasks.reference_answers import Golds, read_golds
+from lark.tasks.task import Say, Task
 
 FAULTS_KEPT = 50  # examples in the manifest; all are counted
 DATA_FILES = tuple(f"*{ending}" for ending in READERS)
@@ -84,7 +94,7 @@ class ImportedTask(Task):
             "system": self.system,
             "on_error": self.on_error,
             "rows": self.rows,
-            "source": source_hash(["tasks", "rows", "overlap", "answers"]),
+            "source": source_hash(["tasks", "pool.rows", "pool.contamination", "answers.extract"]),
         }
         folder = writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
         with lock(folder):

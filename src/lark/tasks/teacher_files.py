@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lark.bar import bar
-from lark.pool import PoolError
-from lark.rows import READERS, Fault, RowError, find_files, read_rows
+from lark.common.progress_line import bar
+from lark.pool.pool import PoolError
+from lark.pool.rows import READERS, Fault, RowError, find_files, read_rows
 from lark.tasks.conversations import read_candidates
 from lark.tasks.hub import commit_of, fetched, is_hub_id
 from lark.tasks.imported import Found, ImportedTask, data_files, hashes
@@ -128,7 +128,7 @@ class TeacherFiles(ImportedTask):
     def _lookup(self) -> dict[str, dict[str, Any]]:
         if self.problems is None:
             return {}
-        from lark.problems import read_problems
+        from lark.tasks.problems import read_problems
 
         return {row["problem_id"]: row for row in read_problems(self.problems, setting="task.problems")}
 

@@ -1,0 +1,213 @@
+"""Answers: extracted from generated text and checked against the gold answer.
+
+Generated text is hostile input: a student that has gone astray writes megabytes of braces or a tower of exponents.
+Extraction is linear in the text or bounded in time. What needs a computer algebra system, or somebody else's verifier,
+runs in worker processes that are killed at a time limit, because a power of large integers is one C call that no signal
+interrupts.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lark.answers.equivalence import equal_as_written, tidy
+from lark.answers.extract import compile_pattern, extract_answer, parse_choice
+from lark.answers.quantities import parse_quantity, same_quantity
+from lark.answers.workers import math_equal, outcome, reasoning_gym_equal, start_pool
+
+KINDS = ("math", "number", "choice", "reasoning_gym", "exact")
+
+SOURCES = ("answers.extract", "answers.workers", "answers.equivalence", "answers.quantities", "answers.checker")
+"""The modules that decide a verdict; what is cached or saved with verdicts names their hash."""
+
+MAX_CHARACTERS = 10_000
+"""Characters of an answer that needs a worker to check, or four times the gold answer's, if that is more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One text to be checked."""
+
+    text: str
+    """What the student, or a teacher, wrote."""
+    gold: str
+    """The right answer."""
+    kind: str | None = None
+    """How this one is checked; None: as the checker checks."""
+    pattern: str | None = None
+    """Where the answer stands if it is not boxed; None: the checker's own pattern."""
+    source_dataset: str | None = None
+    """The reasoning_gym data set the problem comes from; only that kind of check reads it."""
+    metadata: Mapping[str, Any] | None = None
+    """What reasoning_gym's verifier wants to know about the problem, where it wants more than the right answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The result of one check."""
+
+    correct: bool
+    answer: str | None
+    """The extracted answer; None if the text has none."""
+    timed_out: bool = False
+    """The check was cut off at the time limit, or took its worker process down; `correct` is then False."""
+    oversized: bool = False
+    """The answer is too long to be checked (`MAX_CHARACTERS`); `correct` is then False."""
+
+
+class Checker:
+    r"""Compares the answers that texts state with the gold answers.
+
+    Kinds:
+        exact: the stripped strings are equal.
+        number: both state one number and agree (`lark.answers.quantities.same_quantity`): 27.0 is 27, 50% is 50 and 0.5.
+        choice: the same letter of a multiple-choice question (`lark.answers.extract.parse_choice`).
+        math: equal numbers or numerals (`lark.answers.equivalence.equal_as_written`), else math-verify, gold first, in workers.
+        reasoning_gym: the verifier of the item's `source_dataset`, in workers; a score of 1.0 is correct.
+
+    Answers are found as `lark.answers.extract.extract_answer` says. An item may have a kind and a pattern of its own, so one
+    checker checks rows of several kinds.
+
+    Use it as a context manager: workers start when the first check needs them and end with the block. They are started
+    by a fork server or spawned, never forked from a process that has threads or a GPU context.
+
+    Args:
+        kind: one of the five above.
+        pattern: the task's own answer pattern (`extract_answer`).
+        time_limit: seconds per check in a worker.
+        workers: worker processes; by default one per core, at most 4.
+
+    Raises:
+        ValueError: unknown kind, broken pattern, or a time limit or number of workers that is not positive.
+    """
+
+    def __init__(
+        self, kind: str, *, pattern: str | None = None, time_limit: float = 5.0, workers: int | None = None
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"task.checker={kind!r} is not known; set one of {', '.join(KINDS)}")
+        if time_limit <= 0:
+            raise ValueError(f"evaluation.time_limit={time_limit} must be positive (seconds per check)")
+        if workers is not None and workers < 1:
+            raise ValueError(f"evaluation.workers={workers} must be at least 1")
+        compile_pattern(pattern)
+        self.kind = kind
+        self.pattern = pattern
+        self.time_limit = time_limit
+        self.workers = workers or min(4, os.cpu_count() or 1)
+        self._pools: dict[str, Any] = {}
+
+    def __enter__(self) -> "Checker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker processes, if any were started."""
+        while self._pools:
+            pool = self._pools.popitem()[1]
+            pool.stop()
+            pool.join()
+
+    def validate(self, items: Sequence[Answer]) -> None:
+        """Raises ValueError on the first item whose gold answer its kind cannot check; texts are not looked at.
+
+        Costs no worker process; meant to be called before anything is generated.
+        """
+        for item in items:
+            kind = item.kind or self.kind
+            if kind not in KINDS:
+                raise ValueError(f"checker={kind!r} of a row is not known; set one of {', '.join(KINDS)}")
+            compile_pattern(item.pattern)
+            if kind == "number" and parse_quantity(item.gold) is None:
+                raise ValueError(
+                    f"task.checker='number', but the gold answer {item.gold[:80]!r} is no plain number; "
+                    "set task.checker to math or exact"
+                )
+            if kind == "choice" and parse_choice(item.gold) is None:
+                raise ValueError(
+                    f"task.checker='choice', but the gold answer {item.gold[:80]!r} is no letter; "
+                    "give the letter of the right option, or set task.checker to math, number or exact"
+                )
+            if kind == "reasoning_gym":
+                _source_dataset(item)
+
+    def check(self, items: Sequence[Answer]) -> list[Verdict]:
+        """One verdict per item, in their order.
+
+        Raises:
+            ValueError: a gold answer or a row that its kind cannot check.
+        """
+        self.validate(items)
+        verdicts: list[Verdict | None] = []
+        waiting: dict[int, tuple[Any, ...]] = {}  # item -> the question put to a worker
+        futures: dict[tuple[Any, ...], Any] = {}
+        for i, item in enumerate(items):
+            verdict, key = self._decide(item)
+            verdicts.append(verdict)
+            if key is not None:  # samples of one problem often state the same answer: each question is put once
+                waiting[i] = key
+                if key not in futures:
+                    futures[key] = self._schedule(item, key)
+        outcomes = {key: outcome(future) for key, future in futures.items()}
+        for i, key in waiting.items():
+            correct, timed_out = outcomes[key]
+            verdicts[i] = Verdict(correct=correct, answer=key[0], timed_out=timed_out)
+        decided = [verdict for verdict in verdicts if verdict is not None]
+        assert len(decided) == len(items), "every item has a verdict"
+        return decided
+
+    def _decide(self, item: Answer) -> tuple[Verdict | None, tuple[Any, ...] | None]:
+        """The verdict on an item, or the question that a worker has to answer."""
+        kind = item.kind or self.kind
+        try:
+            answer = extract_answer(item.text, self.pattern if item.pattern is None else item.pattern, kind)
+        except TimeoutError:
+            return Verdict(correct=False, answer=None, timed_out=True), None
+        if answer is None:
+            return Verdict(correct=False, answer=None), None
+        correct = answer.strip() == item.gold.strip()
+        if correct or kind == "exact":
+            return Verdict(correct=correct, answer=answer), None
+        if kind == "number":
+            gold, stated = parse_quantity(item.gold), parse_quantity(answer, equations=True)
+            assert gold is not None, "gold answers are validated"
+            return Verdict(correct=stated is not None and same_quantity(gold, stated), answer=answer), None
+        if kind == "choice":
+            return Verdict(correct=parse_choice(answer) == parse_choice(item.gold), answer=answer), None
+        if len(answer) > max(MAX_CHARACTERS, 4 * len(item.gold)):
+            return Verdict(correct=False, answer=answer, oversized=True), None
+        if kind == "math":
+            equal = equal_as_written(item.gold, answer)
+            if equal is not None:
+                return Verdict(correct=equal, answer=answer), None
+        return None, (answer, kind, item.gold, item.source_dataset, id(item.metadata))
+
+    def _schedule(self, item: Answer, key: tuple[Any, ...]) -> Any:
+        answer, kind = key[:2]
+        library = "math_verify" if kind == "math" else "reasoning_gym"
+        if library not in self._pools:
+            self._pools[library] = start_pool(library, self.workers)
+        if kind == "math":
+            return self._pools[library].schedule(
+                math_equal, args=(tidy(item.gold), tidy(answer)), timeout=self.time_limit
+            )
+        entry = {"answer": item.gold, "metadata": dict(item.metadata or {})}
+        args = (_source_dataset(item), entry, answer)
+        return self._pools[library].schedule(reasoning_gym_equal, args=args, timeout=self.time_limit)
+
+
+def _source_dataset(item: Answer) -> str:
+    """The item's source_dataset, if reasoning_gym has it; else ValueError."""
+    remedy = "add or correct that column, or set task.checker to math, number or exact"
+    if item.source_dataset is None:
+        raise ValueError(
+            f"task.checker='reasoning_gym', but the row with answer {item.gold[:80]!r} has no source_dataset; {remedy}"
+        )
+    from reasoning_gym.factory import DATASETS
+
+    if item.source_dataset not in DATASETS:
+        raise ValueError(f"source_dataset={item.source_dataset!r} is no data set of reasoning_gym; {remedy}")
+    return item.source_dataset

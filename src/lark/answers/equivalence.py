@@ -1,0 +1,77 @@
+r"""LaTeX answers made ready for math-verify, and what is decided without it because it cannot tell.
+
+Both sides go through the same steps, all linear in the text.
+"""
+
+import re
+
+from lark.answers.quantities import parse_quantity, plain_notation, same_quantity
+
+_NUMERAL = re.compile(r"\(?\s*([A-Z]{0,9}\d[0-9A-Z]{0,99})\s*\)?\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
+_DIGITS = re.compile(r"[0-9A-Z]{1,100}")
+_ROUNDED = re.compile(r"\.\d{6}")
+_IDLE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+_DELIMITERS = re.compile(r"\\[()\[\]]|(?<!\\)\$|\*\*|`")
+_SPELLED = (
+    (re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!]\s*)(?=\d{3}(?!\d))"), ""),  # before 10\,000 is read as 10 times 000
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile("\N{DEGREE SIGN}"), r"^\\circ"),
+    (re.compile("\N{MINUS SIGN}"), "-"),
+    (re.compile("\N{INFINITY}"), r"\\infty "),
+    (re.compile("\N{GREEK SMALL LETTER PI}"), r"\\pi "),
+    (re.compile("\N{SQUARE ROOT}" r"\s*(?:\(([^()]*)\)|(\w+))"), r"\\sqrt{\1\2}"),
+    (re.compile("\N{LESS-THAN OR EQUAL TO}"), r"\\le "),
+    (re.compile("\N{GREATER-THAN OR EQUAL TO}"), r"\\ge "),
+    (re.compile("\N{UNION}"), r"\\cup "),
+    (re.compile(r"\\(?:mathbf|boldsymbol|bm)(?![A-Za-z])"), ""),
+    (re.compile(r"\\textbf(?![A-Za-z])"), r"\\text"),
+)
+
+
+def tidy(text: str) -> str:
+    r"""The expression without math delimiters, Markdown emphasis and a final full stop, in math-verify's spelling."""
+    text = _DELIMITERS.sub(" ", text)
+    for spelled, instead in _SPELLED:
+        text = spelled.sub(instead, text)
+    text = text.strip()
+    return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
+
+
+def equal_as_written(gold: str, answer: str) -> bool | None:
+    r"""Whether two answers are equal, where that shows without algebra; None if it takes algebra to tell.
+
+    Numbers with units, percent or currency are compared as `lark.answers.quantities.same_quantity` says. Numerals with a base
+    as subscript (2516_8) are equal if their values are, and if only one side names the base, if their digits are.
+    """
+    plain = plain_notation(gold), plain_notation(answer)
+    if _IDLE_SPACE.sub("", plain[0]) == _IDLE_SPACE.sub("", plain[1]):
+        return True
+    if any(map(_NUMERAL.fullmatch, plain)):
+        return _same_numeral(*plain)
+    wanted, stated = parse_quantity(gold), parse_quantity(answer, equations=True)
+    if wanted is None or stated is None:
+        return None
+    if same_quantity(wanted, stated):
+        return True
+    # Different numbers, units or names; 0.333333 is left to math-verify, which rounds to 6 places.
+    return None if any(map(_ROUNDED.search, (gold, answer))) else False
+
+
+def _same_numeral(gold: str, answer: str) -> bool | None:
+    sides = []
+    for text in (gold, answer):
+        if match := _NUMERAL.fullmatch(text):
+            sides.append((match[1], int(match[2] or match[3])))
+        elif match := _DIGITS.fullmatch(text):
+            sides.append((match[0], None))
+        else:
+            return None
+    (digits, base), (other_digits, other_base) = sides
+    if base is None or other_base is None:
+        return digits.lstrip("0") == other_digits.lstrip("0")
+    if not (2 <= base <= 36 and 2 <= other_base <= 36):
+        return None
+    try:
+        return int(digits, base) == int(other_digits, other_base)
+    except ValueError:  # 9_8: no digits of that base
+        return None

@@ -1,0 +1,163 @@
+"""Identities, hashes, locks and files that are either whole or absent.
+
+A cache folder is named after the hash of an explicit identity dict and is complete once its manifest exists: the
+manifest is written last, by rename, so that a process killed half-way leaves nothing that looks finished.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """First 16 hex digits of the sha256 of `identity` as canonical JSON: sorted keys, no spaces, no NaN.
+
+    Raises AssertionError where `identity` is no plain JSON: what goes into an identity is ours to choose.
+    """
+    try:
+        text = json.dumps(dict(identity), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"an identity holds plain JSON only ({error}): {identity!r}") from error
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's bytes as 64 hex digits, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_hash(modules: Iterable[str]) -> str:
+    """First 16 hex digits of the sha256 of the source text of modules of this package.
+
+    modules: names such as "stats", "lark.student.token_statistics" or "tasks.arithmetic", in any order; a package stands for all its
+    modules. They are read, not imported. Line ends do not count, so a checkout on another system hashes alike.
+    """
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for name in sorted({module.removeprefix("lark.") for module in modules}):
+        place = root.joinpath(*name.split("."))
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_name(place.name + ".py")]
+        assert files and all(file.is_file() for file in files), f"lark has no module {name}"
+        for file in files:
+            source = file.read_bytes().replace(b"\r\n", b"\n")
+            digest.update(f"{file.relative_to(root).as_posix()} {len(source)}\n".encode() + source)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write a file to; it becomes `path`, by rename, if the block succeeds.
+
+    On an error the temporary file is removed and an earlier `path` stays as it was. Both the file and its folder are
+    synced, so that a file seen under its final name is whole even after a power cut.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its files are readable by their owner only, and a cache may be shared.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        assert temporary.is_file(), f"nothing was written to {temporary}"
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as JSON, whole or not at all. JSON has no NaN and no infinity: both are written as null."""
+    write_text(path, json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every number that is not finite, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file in UTF-8."""
+    return json.loads(Path(path).read_bytes())
+
+
+@contextmanager
+def lock(path: str | Path) -> Iterator[None]:
+    """Hold the lock of `path` (a file `<path>.lock` beside it) against other processes.
+
+    Waits as long as it takes, after a printed line that says so. The system frees the lock of a process that dies.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = filelock.FileLock(f"{path}.lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for {path}, held by another process", flush=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def freed(path: Path) -> Path:
+    """The path with nothing there: a folder goes with what is in it, of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    return path
+
+
+def writable(folder: str | Path, setting: str) -> Path:
+    """The folder, made if it is missing and tried by writing to it.
+
+    setting: the name under which the user chose it, such as "paths.cache".
+    Raises ValueError naming setting and folder if nothing can be written there.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell: mounts may be read-only and root may do anything.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{setting}={folder} cannot be written ({error.strerror}): set {setting} to a folder you may write to"
+        ) from error
+    return folder
+
+
+def complete(folder: str | Path, manifest: str = "manifest.json") -> bool:
+    """Whether a folder was written to its end, that is whether its manifest, which is written last, exists."""
+    return (Path(folder) / manifest).is_file()

@@ -1,0 +1,228 @@
+"""What a run says about its own scores and selections: `diagnostics=none|cheap|full`.
+
+cheap   from the statistics and selections that are there anyway: correlations of all scores with loss, length and
+        correctness (lark.selection.within_problem), what the selections are made of (lark.diagnostics.composition), loss curves (lark.diagnostics.curves)
+full    also, on a sample of problems, exact gradients and real loss drops beside the proxies (lark.diagnostics.exact_gradients,
+        lark.diagnostics.fidelity), and a student trained on each bin of the score (lark.diagnostics.quantile_bins)
+
+<run>/diagnostics.json has every figure with its problems, chance value and interval, diagnostics-*.csv the tables.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from lark.common.cache import read_json, write_json
+from lark.common.ranks import is_main
+from lark.diagnostics import quantile_bins
+from lark.diagnostics.curves import TrainingLoss, against_baseline, own_loss_ratio
+from lark.diagnostics.exact_gradients import ExactGradients
+from lark.diagnostics.fidelity_sample import measure_sample, of_sample
+from lark.diagnostics.files import flat, levelled, plain, tables, write_table
+from lark.diagnostics.lines import describe_arms, describe_bins, describe_fidelity, describe_selections
+from lark.diagnostics.selection_diagnostics import of_choice
+from lark.evaluation.arm_evaluation import action_of
+from lark.evaluation.summary import read_figures
+from lark.scoring.passes import check_parameters
+from lark.student.sharding import ShardedStrategy
+from lark.training.agreement import Claim
+from lark.training.arms import Arm
+from lark.training.datamodule import TrajectoryDataModule
+from lark.training.divergence import DivergedError
+from lark.training.recipe import Recipe, check_average
+
+LEVELS = ("none", "cheap", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics:
+    """How much is measured about scores and selections.
+
+    name: none | cheap | full. resamples: bootstrap resamples of problems for intervals.
+    Of full alone: problems: those whose trajectories' gradients are taken, chosen by hash of their id among those with
+    more candidates than the budget. parameters: trained | all | last:<n>, those that the exact quantities are over.
+    average: trajectory | token, the loss whose exact gain is measured.
+    eta: the SGD step of the loss drops; step_tolerance: what halving it may change, relative. bins: of the score, each
+    of which a student is trained on; 0: none.
+    """
+
+    name: str = "cheap"
+    resamples: int = 1000
+    problems: int = 40
+    parameters: str = "trained"
+    average: str = "trajectory"
+    eta: float = 1e-3
+    step_tolerance: float = 0.05
+    bins: int = 4
+
+    def __post_init__(self) -> None:
+        if self.name not in LEVELS:
+            raise ValueError(f"diagnostics.name={self.name!r} is unknown; set it to one of {', '.join(LEVELS)}")
+        if self.resamples < 100:
+            raise ValueError(f"diagnostics.resamples={self.resamples} is too few for intervals; set at least 100")
+        if self.problems < 1:
+            raise ValueError(f"diagnostics.problems={self.problems} is no sample; set it to at least 1")
+        check_parameters(self.parameters, "diagnostics.parameters")
+        check_average(self.average, "diagnostics.average")
+        if not self.eta > 0:
+            raise ValueError(f"diagnostics.eta={self.eta} is no step; set it above 0, for example 1e-3")
+        if not self.step_tolerance > 0:
+            raise ValueError(f"diagnostics.step_tolerance={self.step_tolerance} lets nothing pass; set it above 0")
+        if self.bins < 0 or self.bins == 1:
+            raise ValueError(f"diagnostics.bins={self.bins} compares nothing; set it to 2 or more, or 0 for none")
+
+
+class Diagnosis:
+    """The diagnostics of one run as they come together: `of_selections`, then `of_arms` if it trains; all ranks call
+    both, rank 0 writes. `found` is what diagnostics.json holds. Raises ValueError for what trainer=fsdp cannot do.
+    """
+
+    def __init__(self, settings: Diagnostics, data: TrajectoryDataModule, folder: Path):
+        self.settings, self.data, self.folder = settings, data, folder
+        self.found: dict[str, Any] = {"settings": asdict(settings)}
+        if settings.name == "full" and isinstance(data.make_trainer("").strategy, ShardedStrategy):
+            raise ValueError(
+                "diagnostics=full needs the student's gradients, which trainer=fsdp does not give; set "
+                "diagnostics=cheap, or trainer=ddp"
+            )
+
+    def callbacks(self, arm: Arm) -> list[Callback]:
+        """What watches an arm's training."""
+        return [] if self.settings.name == "none" else [TrainingLoss(arm.folder)]
+
+    def of_selections(self, claim: Claim) -> None:
+        """What can be said before training; the exact passes of `full` are run or found cached."""
+        if self.settings.name == "none":
+            return
+        start = time.monotonic()
+        if is_main():
+            self.found |= of_choice(self.data, resamples=self.settings.resamples)
+            self.found["seconds"] = time.monotonic() - start
+            self._tell(describe_selections(self.found))
+        if self.settings.name == "full":
+            wanted = ExactGradients(parameters=self.settings.parameters, eta=self.settings.eta)
+            sample, manifest = measure_sample(self.data, wanted, claim, problems=self.settings.problems)
+            if sample is not None and is_main():
+                self.found["fidelity"], rows = of_sample(
+                    sample,
+                    wanted,
+                    manifest,
+                    self.data,
+                    average=self.settings.average,
+                    resamples=self.settings.resamples,
+                    tolerance=self.settings.step_tolerance,
+                )
+                write_table(self.folder / "diagnostics-candidates.csv", rows)
+                self._tell(describe_fidelity(self.found["fidelity"]))
+            elif sample is None:
+                self.data.say("fidelity    no problem has more candidates than the budget: nothing to choose from")
+        self._write()
+
+    def of_arms(
+        self,
+        arms: Sequence[Arm],
+        make: Callable[..., Arm],
+        claim: Claim,
+        finish: Callable[[Arm, str], None],
+        identity: dict[str, Any],
+        training_only: bool,
+    ) -> None:
+        """Loss curves of the trained arms beside the baseline's; under `full` an arm for each bin of the selector's
+        score, trained by the selector arm's recipe. make: `make_arm` but for name, rule and recipe; finish: does what
+        is left of an arm (train, evaluate or reuse); identity: the evaluation's, which training_only leaves out.
+        """
+        if self.settings.name == "none":
+            return
+        self.found["curves"] = curves_of(arms) if is_main() else {}
+        self._tell(describe_arms(self.found["curves"]))
+        if self.settings.name == "full" and self.settings.bins:
+            (selector,) = (arm for arm in arms if arm.name == "selector")
+            self._train_bins(selector.recipe, make, claim, finish, identity, training_only)
+            self._tell(describe_bins(self.found.get("bins")))
+        self._write()
+
+    def figures(self) -> dict[str, float]:
+        """Every figure, as `flat` gives them."""
+        return flat(self.found)
+
+    def _train_bins(
+        self,
+        recipe: Recipe,
+        make: Callable[..., Arm],
+        claim: Claim,
+        finish: Callable[[Arm, str], None],
+        identity: dict[str, Any],
+        training_only: bool,
+    ) -> None:
+        data, bins = self.data, self.settings.bins
+        score_N = data.selections["selector"].score_N
+        bin_N = quantile_bins.bins_of(score_N, data.candidates, bins=bins, seed=data.seed)
+        counts = {
+            "bins": bins,
+            "rule": data.rules["selector"].name,
+            "problems": int((data.candidates.groups.sum((bin_N >= 0).astype(float)) > 0).sum()),
+            "left_out": int((bin_N < 0).sum()),
+        }
+        if not counts["problems"]:
+            data.say(f"bins        no problem has {bins} scored candidates; lower diagnostics.bins={bins}")
+            return
+        chosen = quantile_bins.selections_of(
+            bin_N,
+            data.candidates,
+            rule=counts["rule"],
+            bins=bins,
+            seed=data.seed,
+            tokens_N=data.trajectories.span_tokens[data.candidates.row_N],
+        )
+        data.selections |= chosen
+        arms = [make(name, selection.record["rule"], recipe=recipe) for name, selection in chosen.items()]
+        for arm in arms:
+            with claim(arm.name, arm.folder, partial(_done, arm, identity, training_only)) as to_do:
+                action = action_of(arm, identity, training_only) if to_do else "reuse"
+                data.say(f"arm         {arm.name} ({arm.rule}): {action} {arm.folder}")
+                try:
+                    finish(arm, action)
+                except DivergedError as error:  # what the run is for does not depend on it
+                    data.say(f"warning     {arm.name} diverged and has no figures ({error})")
+        for arm in arms:
+            del data.selections[arm.name]
+        data.use("selector")
+        if is_main():
+            sets = [] if training_only else identity["sets"]
+            figures = [read_figures(arm, sets if arm.trained else []) for arm in arms]
+            rows = quantile_bins.figures_of(arms, score_N, bin_N, figures)
+            self.found["bins"] = counts | {"rows": rows, "trends": quantile_bins.trends(rows, figures)}
+            write_table(self.folder / "diagnostics-bins.csv", [levelled(row) for row in rows])
+
+    def _tell(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.data.say(line)
+
+    def _write(self) -> None:
+        if is_main():
+            write_json(self.folder / "diagnostics.json", plain(self.found))
+            for name, rows in tables(self.found).items():
+                write_table(self.folder / f"diagnostics-{name}.csv", rows)
+
+
+def curves_of(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
+    """By arm that was trained: its held-out loss curve beside the baseline's, if there is one, and its own training
+    loss (lark.diagnostics.curves).
+    """
+    trained = [arm for arm in arms if arm.selection is not None and arm.trained]
+    curves = {arm.name: read_json(arm.folder / "trained.json")["curve"] for arm in trained}
+    return {
+        arm.name: {"rule": arm.rule, "label": "one seed: its variance is not estimated"}
+        | (against_baseline(curves[arm.name], curves["baseline"]) if "baseline" in curves else {})
+        | {"own_training_loss_not_comparable": own_loss_ratio(arm.folder)}
+        for arm in trained
+    }
+
+
+def _done(arm: Arm, identity: dict[str, Any], training_only: bool) -> bool:
+    return action_of(arm, identity, training_only) == "reuse"

@@ -1,0 +1,156 @@
+"""One evaluation of a student, from a composed configuration to its table."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from lark.answers.checker import Checker
+from lark.common.cache import lock, read_json, writable
+from lark.common.ranks import Plan, check_ranks, in_ranks, is_main, say, world_size
+from lark.config import build
+from lark.evaluation.arm_evaluation import identity_of, is_evaluated, record_of_task, student_weights
+from lark.evaluation.evaluate import describe_set, evaluate
+from lark.evaluation.evaluation_table import print_figures
+from lark.experiment.description import quiet_libraries
+from lark.generation.backends import record_of
+from lark.student.context_length import check_room
+from lark.student.student import Student
+from lark.tasks.problems import read_problems
+from lark.tasks.task import Task
+from lark.tracking.logging_metrics import evaluation_metrics
+from lark.tracking.tracking import opened
+from lark.training.trainer import trainer_of
+
+
+def run(config: DictConfig, folder: Path, *, group: str) -> float:
+    """Evaluate the student into `folder`, or find it evaluated there; returns avg@k on the first set.
+
+    Raises ValueError for settings and data a user can correct; samples that were drawn are kept.
+    """
+    quiet_libraries()
+    logs = writable(config.paths.logs, "paths.logs")
+    cache = writable(config.paths.cache, "paths.cache")
+    remedy = (
+        f"lower evaluation.batch_size={config.evaluation.batch_size}, or set model.dtype=bfloat16 or "
+        "evaluation.engine=vllm"
+    )
+    with in_ranks(out_of_memory=remedy):
+        return _run(config, folder, logs=logs, cache=cache, group=group)
+
+
+def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: str) -> float:
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    config = DictConfig(plain)  # every interpolation resolved
+    seed_everything(config.seed, verbose=False)
+    task, student, sampling, tracker = (build(config[name]) for name in ("task", "model", "evaluation", "logger"))
+    _, make_trainer = trainer_of(config.trainer, folder)
+    trainer: Trainer = make_trainer()
+    check_ranks(trainer.world_size, config.trainer.name)
+    arm = None if config.checkpoint is None else Path(config.checkpoint)
+    say(f"evaluation  {folder}")
+    say(f"model       {_describe_student(student, arm)}")
+    _check_base(student, arm)
+    problems = _problems(task, cache)
+    check_room(student, task.max_new_tokens)
+    device = trainer.strategy.root_device
+    weights = student_weights(student, arm)
+    dtype = str(student.resolve_dtype(device))
+    chat = student.load_chat()
+    identity = identity_of(task, problems, sampling, seed=config.seed, dtype=dtype)
+    identity |= {"weights": weights, "chat": chat.prompt_identity}
+    engine = sampling.engine_of(
+        student,
+        chat,
+        trained=arm / "checkpoint" if arm is not None and student.lora is not None else None,
+        weights=weights,
+        device=device,
+    )
+    plan = Plan(folder)
+    with ExitStack() as held:
+        if is_main():
+            held.enter_context(lock(folder))
+        plan.share(evaluation="reuse" if is_main() and is_evaluated(folder, identity) else "run")
+        if plan["evaluation"] == "reuse":
+            say("reuse       metrics.json is of these settings, problems and weights")
+        else:
+            rank = _launch(trainer)
+            with Checker(task.checker, pattern=task.pattern) as checker:
+                evaluate(
+                    engine,
+                    problems,
+                    folder,
+                    checker=checker,
+                    sampling=sampling,
+                    max_new_tokens=task.max_new_tokens,
+                    seed=config.seed,
+                    system=task.system,
+                    identity=identity,
+                    record=record_of(engine, student, chat, trainer.strategy.root_device)
+                    | {"task": record_of_task(task)},
+                    rank=rank,
+                    world=world_size(),
+                    label=student.name,
+                )
+        if not is_main():
+            return float("nan")
+        figures = read_json(folder / "metrics.json")
+    where = {"group": group, "folder": logs}
+    with opened(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as logger:
+        logger.log_metrics(evaluation_metrics(figures["sets"], figures["intervals"]))
+        logger.save()
+        tracker.keep(logger, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
+    print_figures(f"{task.name} · {student.name} · seed {config.seed}", figures)
+    say(f"metrics     {folder / 'metrics.json'}")
+    return next(iter(figures["intervals"].values()))["estimate"]
+
+
+def _problems(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """The task's evaluation sets, and a line on each."""
+    files = task.evaluation_files(cache, say)
+    if not files:
+        raise ValueError(f"task={task.name} has no evaluation set; set task.eval=<file>, or to {{name: file, ...}}")
+    problems = {name: read_problems(path, limit=task.eval_limit) for name, path in files.items()}
+    for name, rows in problems.items():
+        prompts = ", ".join(
+            f"{prompt} ({count:,})" for prompt, count in describe_set(rows, task.system)["prompts"].items()
+        )
+        kinds = ", ".join(dict.fromkeys(str(row.get("checker") or task.checker) for row in rows))
+        say(f"set         {name}: {len(rows):,} problems; prompts: {prompts}; checked by: {kinds}; {files[name]}")
+    return problems
+
+
+def _check_base(student: Student, arm: Path | None) -> None:
+    """Raises ValueError if the weights below an arm's adapter are others than it was trained on."""
+    if arm is None or student.lora is None:
+        return
+    known, found = read_json(arm / "trained.json")["identity"]["student"], student.identity()
+    if any(known.get(key, value) != value for key, value in found.items()):  # a folder then, the hub now: unknown
+        raise ValueError(
+            f"checkpoint={arm} was trained on other weights ({ {key: known.get(key) for key in found} }) than "
+            f"{student.path or student.id} holds ({found}); set model.path or model.id to the right ones"
+        )
+
+
+def _describe_student(student: Student, arm: Path | None) -> str:
+    adapters = "".join(f" + {folder}" for folder in student.adapters)
+    trained = "" if arm is None else f", trained in {arm}"
+    return f"{student.name}: {student.path or student.id}{adapters}{trained}"
+
+
+class _Nothing(LightningModule):
+    def configure_model(self) -> None:
+        """There is none."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing is asked of it."""
+
+
+def _launch(trainer: Trainer) -> int:
+    """Start the other ranks, if the trainer has any, as it would before its first pass; the rank of this process."""
+    if trainer.world_size > 1:
+        trainer.predict(_Nothing(), DataLoader([0] * trainer.world_size), return_predictions=False)  # type: ignore[arg-type]
+    return trainer.global_rank

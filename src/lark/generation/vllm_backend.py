@@ -1,0 +1,238 @@
+"""Generation with vLLM, in a process of its own: prompts -> samples, as `lark.generation.transformers_backend.generate_samples` gives them.
+
+vLLM pins its own torch and does not give memory back, so it lives in a process, and if need be in a Python, of its own
+(`lark.generation.vllm_worker`). Each sample has a seed of its own, from (seed, problem, sample); yet vLLM's sums depend on what
+it computes at the same time, so samples are not reproducible bit for bit. Nor are they those of transformers.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lark.common.cache import identity_hash, read_json, replacing, write_json
+from lark.generation import vllm_worker as vllm_process
+from lark.generation.sampling import digest
+from lark.generation.transformers_backend import Sample, check_prompts, check_sampling, decoded
+from lark.student.student import Student
+
+PYTHON = "LARK_VLLM_PYTHON"
+"""Environment variable: the Python that has vLLM, where no setting names it."""
+REMEDY = "pip install -e '.[vllm]' in the checkout, or name a Python that has it in evaluation.vllm_python"
+_POLL_SECONDS = 0.2
+_LAST_LINES = 15
+
+
+def vllm_source(student: Student, checkpoint: str | Path | None = None) -> dict[str, Any]:
+    """`model`, `revision` and `adapter` of `generate_with_vllm` for a student, or for one trained from it.
+
+    checkpoint: the folder that training left: an adapter's where the student has LoRA, else the whole student's.
+
+    Raises:
+        ValueError: weights that vLLM does not read as they are (GGUF files, several adapters).
+    """
+    if checkpoint is not None and student.lora is None:
+        return {"model": str(checkpoint), "revision": None, "adapter": None, "config": None}  # its config.json has it
+    adapters = [*student.adapters, *([str(checkpoint)] if checkpoint is not None else [])]
+    if len(adapters) > 1:
+        raise ValueError(
+            f"model.adapter={student.adapter} makes {len(adapters)} adapters with the trained one, and vLLM takes one; "
+            "merge them with python -m lark.export, or set evaluation.engine=transformers"
+        )
+    if student.path is not None and student.path.endswith(".gguf"):
+        raise ValueError(
+            f"model.path={student.path} is a .gguf file, which vLLM is not given; export it with python -m "
+            "lark.export, or set evaluation.engine=transformers"
+        )
+    source = str(student.id) if student.folder is None else str(student.folder)
+    revision = student.revision if student.folder is None else None
+    adapter = adapters[0] if adapters else None
+    return {"model": source, "revision": revision, "adapter": adapter, "config": student.config}
+
+
+def generate_with_vllm(
+    folder: str | Path,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[str],
+    *,
+    model: str,
+    revision: str | None = None,
+    adapter: str | None = None,
+    config: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    samples: int,
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    seed: int,
+    stop_ids: Sequence[int],
+    done: Collection[tuple[str, int]] = (),
+    tensor_parallel_size: int | None = None,
+    gpu_memory_utilization: float = 0.9,
+    python: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Iterator[list[Sample]]:
+    """Draws samples with vLLM; yields them as they end, in no order.
+
+    Args:
+        folder: of this evaluation's own, and of one set of weights: requests and tokens, vLLM's output (vllm.log), and
+            engine.json, which says what was used and `"bit_reproducible": false`. What an earlier call of the same
+            settings left there is yielded again, but for `done`, and not sampled again.
+        tokenizer: decodes what was sampled; vLLM is given token ids.
+        model: a folder in transformers' format, or an id of the hub, with `revision`.
+        adapter: folder of a peft LoRA adapter on top of it.
+        dtype: auto (the weights' own), float32, bfloat16 or float16.
+        tensor_parallel_size: GPUs a model is divided over; None: all that are visible. vLLM wants it to divide the
+            number of attention heads.
+        gpu_memory_utilization: share of each GPU's memory that vLLM takes.
+        python: interpreter that has vLLM; None: the one named by LARK_VLLM_PYTHON, else this one.
+
+    Further arguments are those of `generate_samples`.
+
+    Raises:
+        ValueError: a setting is out of its range, or vLLM is not installed.
+        RuntimeError: vLLM's process ended before its samples, with the last lines that it printed.
+    """
+    check_sampling(samples, temperature, top_p, None)
+    longest = check_prompts(prompts, keys, max_new_tokens, stop_ids)
+    wanted = [(i, n) for i, key in enumerate(keys) for n in range(samples) if (key, n) not in done]
+    if not wanted:
+        return
+    python = python or os.environ.get(PYTHON) or sys.executable
+    settings = {
+        "engine": {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "max_model_len": longest + max_new_tokens,
+            "seed": 0,
+            "trust_remote_code": False,
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # none of the model's own settings
+            **({"hf_overrides": dict(config)} if config else {}),
+        },
+        "sampling": {
+            "temperature": float(temperature),
+            "top_p": float(top_p),
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": list(stop_ids),
+            "ignore_eos": True,  # the tokens given end a sample, and no others
+            "detokenize": False,
+        },
+        "adapter": adapter,
+    }
+    folder = Path(folder)
+    identity = identity_hash(
+        {**settings, "samples": samples, "seed": seed, "prompts": list(map(list, prompts)), "keys": list(keys)}
+    )
+    tokens = _prepare(folder, settings | {"identity": identity})
+    number = {(i, n): i * samples + n for i, n in wanted}
+    place = {number: pair for pair, number in number.items()}
+
+    def sampled(row: dict[str, Any]) -> Sample:
+        i, n = place.pop(row["number"])
+        return decoded(tokenizer, keys[i], n, row["token_ids"], stop_ids)
+
+    reader = _Lines(tokens)
+    kept = [sampled(row) for row in reader.rows() if row["number"] in place]
+    if kept:
+        say(f"vllm        {len(kept)} samples are there from before")
+        yield kept
+    if not place:
+        return
+    with replacing(folder / "requests.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for pair in sorted(place.values(), key=lambda pair: -len(prompts[pair[0]])):
+            own = int.from_bytes(digest(seed, keys[pair[0]], pair[1])[16:24], "little") >> 1
+            row = {"prompt_token_ids": list(prompts[pair[0]]), "seed": own, "number": number[pair]}
+            file.write(json.dumps(row) + "\n")
+    say(f"vllm        {len(place)} samples by {python}; not reproducible bit for bit; output in {folder / 'vllm.log'}")
+    process = _start(python, folder)
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+            code = process.poll()  # asked before reading: what was written before its end is read
+            batch = [sampled(row) for row in reader.rows() if row["number"] in place]
+            if batch:
+                yield batch
+            if code is not None:
+                break
+    finally:
+        _end(process)
+    if code == vllm_process.MISSING:
+        raise ValueError(
+            f"evaluation.engine=vllm needs vLLM, which {python} cannot import ({_last(folder, 1)}): {REMEDY}"
+        )
+    if code != 0 or place:
+        raise RuntimeError(
+            f"vLLM ended with exit code {code} and {len(place)} of {len(wanted)} samples missing; the others are kept "
+            f"in {folder} and a repeated command goes on from them. The last lines of {folder / 'vllm.log'}:\n"
+            f"{_last(folder, _LAST_LINES)}"
+        )
+    record = read_json(folder / "engine.json")
+    write_json(folder / "engine.json", record | {"python": python, "bit_reproducible": False})
+
+
+def _prepare(folder: Path, settings: dict[str, Any]) -> Path:
+    """The folder's tokens.jsonl, cut to its whole lines, or empty where the folder is of another evaluation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, tokens = folder / "settings.json", folder / "tokens.jsonl"
+    if not path.exists() or read_json(path).get("identity") != settings["identity"]:
+        tokens.unlink(missing_ok=True)
+    write_json(path, settings)
+    content = tokens.read_bytes() if tokens.exists() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content) or not tokens.exists():
+        with replacing(tokens) as temporary:
+            temporary.write_bytes(content[:whole])
+    return tokens
+
+
+class _Lines:
+    """The rows of a JSONL file that another process appends to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.read = path, 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Those that have been completed since the last call."""
+        with open(self.path, "rb") as file:
+            file.seek(self.read)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self.read += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def _start(python: str, folder: Path) -> subprocess.Popen[bytes]:
+    # Not as a module: that Python need not have this package. -P: nor may this package's modules hide others.
+    command = [python, "-P", str(Path(vllm_process.__file__).resolve()), str(folder)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with open(folder / "vllm.log", "wb") as log:
+        try:
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            raise ValueError(
+                f"evaluation.vllm_python={python} cannot be started ({error.strerror}): {REMEDY}"
+            ) from error
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Closing its input ends the process and those that vLLM has started."""
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def _last(folder: Path, count: int) -> str:
+    lines = (folder / "vllm.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-count:])

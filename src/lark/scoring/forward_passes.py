@@ -1,0 +1,171 @@
+"""The passes that need forward passes of other sequences, or other figures of the same ones, than the statistics.
+
+Surprisals come from the same function as the statistics', so that a window that is the whole prefix gives the same sum.
+
+Shapes: R rows of a batch, S steps of a row, T span tokens of a sequence, X positions of a micro-batch, N tokens of it
+that count, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lark.scoring.passes import LocalWindows, Pass
+from lark.scoring.statistics_pass import PassModule, Work
+from lark.student.batching import MicroBatch, collate, collate_shared, consecutive, micro_batches
+from lark.student.chat import Encoded
+from lark.student.context_length import rope_border
+from lark.student.student import head_of
+from lark.student.token_statistics import step_sums, token_statistics
+
+
+class LocalWindowsModule(PassModule):
+    """Every step's surprisal given the prompt and the `steps_before` steps before it (LALP, arXiv 2510.03988).
+
+    A window is cut out of the row's token ids: the prompt's, then those of the steps. So a step has the same tokens in
+    every context. The first steps, whose windows are the whole prefix, come from one sequence. The end-of-turn token
+    belongs to no step and is in no window.
+    """
+
+    SOURCES = ("scoring.forward_passes", "student.token_statistics")
+    CUTS_INSIDE = True
+
+    @classmethod
+    def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
+        return wanted.identity() | {"step_splitter": work.probe.step_splitter}
+
+    def batch(self, rows: np.ndarray) -> Any:
+        return rows, self.work.pool.encoded(rows)
+
+    @torch.inference_mode()
+    def measure(self, batch: tuple[np.ndarray, list[Encoded]]) -> list[dict[str, Any]]:
+        assert isinstance(self.wanted, LocalWindows)
+        rows, encoded = batch
+        windows = [local_windows(row, self.wanted.steps_before) for row in encoded]
+        sums = iter(self._step_sums([window for of_row in windows for window in of_row]))
+        return [
+            {
+                "row": row,
+                "window_surprisal": np.concatenate([np.zeros(0), *(next(sums) for _ in of_row)]),
+                "forward_tokens": sum(len(window.input_ids) for window in of_row),
+            }
+            for row, of_row in zip(rows.tolist(), windows, strict=True)
+        ]
+
+    def _step_sums(self, windows: Sequence[Encoded]) -> list[np.ndarray]:
+        """Summed surprisal (nats) of the scored steps of each window, [S] each."""
+        surprisals = span_surprisals(self, windows)
+        return [
+            step_sums(surprisal_T, window.steps, len(surprisal_T), skip=0)[1]
+            for window, surprisal_T in zip(windows, surprisals, strict=True)
+        ]
+
+
+def local_windows(row: Encoded, steps_before: int) -> list[Encoded]:
+    """Sequences whose spans, in order, hold each step of the row once, behind the prompt and at least the
+    `steps_before` steps before it: exactly these, or all where there are fewer.
+    """
+    prompt, span = row.input_ids[: row.prompt_tokens], row.input_ids[row.prompt_tokens :]
+    end = row.end_of_turn if row.end_of_turn >= 0 else len(span)
+    if end == 0:
+        return []
+    borders = [*row.steps, end]
+    first = min(steps_before + 1, len(row.steps))  # steps whose window is the whole prefix
+    together = Encoded(
+        input_ids=prompt + span[: borders[first]],
+        prompt_tokens=len(prompt),
+        end_of_turn=-1,
+        steps=row.steps[:first],
+    )
+    alone = [
+        Encoded(
+            input_ids=prompt + span[borders[step - steps_before] : borders[step + 1]],
+            prompt_tokens=len(prompt) + borders[step] - borders[step - steps_before],
+            end_of_turn=-1,
+            steps=[0],
+        )
+        for step in range(first, len(row.steps))
+    ]
+    return [together, *alone]
+
+
+class ContentAloneModule(PassModule):
+    """The surprisal of the content without prompt and template, for IFD's PPL(y) (arXiv 2402.00530).
+
+    The content is tokenised by itself; a special token that it spells out is text, as in the row. The tokenizer's BOS
+    token goes before it if there is one; without one nothing predicts the first token, and it is not scored. It is cut
+    to task.max_length, and where the row was cut, to as many tokens as the row has of it.
+    """
+
+    SOURCES = ("scoring.forward_passes", "student.token_statistics")
+    CUTS_INSIDE = True
+
+    def batch(self, rows: np.ndarray) -> Any:
+        pool = self.work.pool
+        tokenizer = pool.chat.tokenizer
+        texts = pool.column("text", rows).tolist()
+        ids: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        alone = []
+        for content, row in zip(ids, pool.encoded(rows), strict=True):
+            was_cut = row.end_of_turn < 0
+            content = content[: len(row.input_ids) - row.prompt_tokens] if was_cut else content
+            kept = (start + content)[: pool.task.max_length]
+            alone.append(Encoded(input_ids=kept, prompt_tokens=1, end_of_turn=-1, steps=[0]))
+        return rows, alone
+
+    @torch.inference_mode()
+    def measure(self, batch: tuple[np.ndarray, list[Encoded]]) -> list[dict[str, Any]]:
+        rows, alone = batch
+        scored = [one for one in alone if len(one.input_ids) > 1]
+        surprisals = iter(span_surprisals(self, scored))
+        measured = []
+        for row, one in zip(rows.tolist(), alone, strict=True):
+            surprisal_T = next(surprisals) if len(one.input_ids) > 1 else np.zeros(0)
+            columns = {"alone_tokens": len(surprisal_T), "alone_surprisal": float(surprisal_T.sum())}
+            measured.append({"row": row, **columns, "forward_tokens": len(one.input_ids) if len(surprisal_T) else 0})
+        return measured
+
+
+class MeanHiddenModule(PassModule):
+    """The mean over the span, end-of-turn token included, of the states that the LM head would read (after the last
+    norm) at the span's own tokens: those that have seen the token, not those that predict it.
+    """
+
+    SOURCES = ("scoring.forward_passes",)
+
+    @torch.inference_mode()
+    def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
+        hidden_XD = self.hidden(batch)
+        counts = torch.bincount(batch.row_N, minlength=len(batch.rows)).tolist()
+        by_row = hidden_XD[batch.observed_N].float().split(counts)
+        return [
+            {"row": row, "vector": hidden_TD.mean(0).cpu().numpy(), "forward_tokens": len(source.input_ids)}
+            for row, hidden_TD, source in zip(
+                batch.rows, by_row, self.work.pool.encoded(np.array(batch.rows)), strict=True
+            )
+        ]
+
+
+def span_surprisals(module: PassModule, sequences: Sequence[Encoded]) -> list[np.ndarray]:
+    """Surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of the module's
+    `batch_tokens`; sequences next to each other may begin alike.
+    """
+    surprisals: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+    lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
+    head, shared = head_of(module.student_model), not module.not_shared
+    long = lengths > rope_border(module.student_model)
+    others = np.flatnonzero(~long)
+    cut = consecutive if shared else micro_batches
+    cuts = [others[piece] for piece in cut(lengths[others], budget=module.batch_tokens)]
+    for piece in [*np.flatnonzero(long)[:, None], *cuts]:
+        micro = (collate_shared if shared else collate)([sequences[i] for i in piece], piece.tolist())
+        micro = micro.to(head.weight_VD.device)
+        surprisal_N = token_statistics(module.hidden(micro)[micro.predict_N], micro.target_N, head).surprisal_N
+        counts = np.bincount(micro.row_N.cpu().numpy(), minlength=len(piece))
+        pieces = np.split(surprisal_N.cpu().numpy().astype(np.float64), np.cumsum(counts)[:-1])
+        for i, surprisal_T in zip(piece.tolist(), pieces, strict=True):
+            surprisals[i] = surprisal_T
+    return surprisals

@@ -1,0 +1,290 @@
+"""Gradients of a trajectory's mean loss L: exact, projected, as Adam would follow them, and of the LM head alone.
+
+Shapes: M trajectories, K candidates of one problem, d chosen parameters (as one vector, in their order), k projected
+dimensions, J further vectors, N span tokens, V vocabulary, v one block of it, D hidden size.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lark.student.batching import MicroBatch
+from lark.student.student import base_model, head_of, hidden_states
+from lark.student.token_statistics import Head, token_statistics, weighted_surprisal
+
+Parameters = list[tuple[str, nn.Parameter]]
+"""Names and tensors; a tied tensor is there once."""
+SIGNS = 2**22  # signs of a projection that exist at a time (16 MiB as float32)
+COLUMNS = 2**18  # of the float64 copy that an inner product is summed from
+HEAD_BYTES = 64 * 2**20  # of each float32 array that the head's gradients are made of
+
+
+def choose_parameters(model: nn.Module, which: str) -> Parameters:
+    """trained: those that require a gradient; all: every one; last:<n>: those of the last n decoder layers, with
+    neither the norm after them nor the head.
+
+    Under LoRA `trained` holds both factors, though the first has no gradient at the start (the second is zero).
+    Raises ValueError where the model has fewer layers.
+    """
+    named = list(model.named_parameters())
+    if which == "trained":
+        return [(name, p) for name, p in named if p.requires_grad]
+    if which == "all":
+        return named
+    count = int(which.removeprefix("last:"))
+    layers = decoder_layers(model)
+    if count > len(layers):
+        raise ValueError(
+            f"selector.score.parameters={which} asks for more decoder layers than the student has ({len(layers)}); "
+            "set fewer, or all"
+        )
+    inside = {id(p) for layer in layers[len(layers) - count :] for p in layer.parameters()}
+    return [(name, p) for name, p in named if id(p) in inside]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers, first to last: its longest list of modules."""
+    decoder: Any = base_model(model).get_decoder()
+    return list(max((m for m in decoder.children() if isinstance(m, nn.ModuleList)), key=len, default=[]))
+
+
+# ---- exact
+
+
+def trajectory_gradient(model: nn.Module, micro: MicroBatch, parameters: Parameters) -> tuple[Tensor, list[Tensor]]:
+    """L (nats/token) of the one trajectory in `micro`, and its gradient with respect to each of `parameters`.
+
+    It is what training with average="trajectory" follows. The head works in chunks, so memory is that of the decoder's
+    activations. A parameter that L does not depend on gets zeros.
+    """
+    assert len(micro.rows) == 1
+    tokens = len(micro.target_N)
+    with torch.enable_grad():
+        hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
+        mean_1N = torch.full((1, tokens), 1 / tokens, device=hidden_XD.device)
+        loss = weighted_surprisal(hidden_XD[micro.predict_N], micro.target_N, mean_1N, head_of(model))[0]
+        tensors = [p for _, p in parameters]
+        gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+    return loss.detach(), list(gradients)
+
+
+def flat_gradients(model: nn.Module, batch: Sequence[MicroBatch], parameters: Parameters) -> Tensor:
+    """The gradients of M trajectories, one a micro-batch, float32 [M, d]."""
+    size = sum(p.numel() for _, p in parameters)
+    gradient_Md = torch.empty(len(batch), size, dtype=torch.float32, device=parameters[0][1].device)
+    for micro, gradient_d in zip(batch, gradient_Md, strict=True):
+        _, gradients = trajectory_gradient(model, micro, parameters)
+        for place, gradient in zip(gradient_d.split([g.numel() for g in gradients]), gradients, strict=True):
+            place.copy_(gradient.flatten())
+    return gradient_Md
+
+
+@torch.no_grad()
+def mean_surprisal(model: nn.Module, micro: MicroBatch) -> float:
+    """L (nats/token) of the one trajectory in `micro`, its tokens added up in float64."""
+    hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
+    tokens = token_statistics(hidden_XD[micro.predict_N], micro.target_N, head_of(model))
+    return tokens.surprisal_N.cpu().double().mean().item()
+
+
+def loss_drop(model: nn.Module, micro: MicroBatch, parameters: Parameters, eta: float) -> tuple[float, float]:
+    """(L(theta) - L(theta - eta grad L)) / eta and L(theta); the first tends to ||grad L||^2 as eta goes to 0.
+
+    The step is taken in place; the parameters come back bit by bit.
+    """
+    before = mean_surprisal(model, micro)
+    _, gradients = trajectory_gradient(model, micro, parameters)
+    with _stepped(parameters, gradients, eta):
+        after = mean_surprisal(model, micro)
+    return (before - after) / eta, before
+
+
+@contextmanager
+def _stepped(parameters: Parameters, gradients: list[Tensor], eta: float) -> Iterator[None]:
+    kept = [p.detach().clone() for _, p in parameters]
+    try:
+        with torch.no_grad():
+            for (_, p), gradient in zip(parameters, gradients, strict=True):
+                p.sub_(gradient, alpha=eta)
+        yield
+    finally:
+        with torch.no_grad():
+            for (_, p), value in zip(parameters, kept, strict=True):
+                p.copy_(value)
+
+
+def inner_products(a_Kd: Tensor, b_Jd: Tensor) -> Tensor:
+    """a_Kd @ b_Jd.T on the CPU in float64 [K, J], summed in float64 from COLUMNS columns at a time."""
+    if a_Kd.device.type == "mps":  # Apple's GPUs have no float64
+        a_Kd, b_Jd = a_Kd.cpu(), b_Jd.cpu()
+    total_KJ = a_Kd.new_zeros(len(a_Kd), len(b_Jd), dtype=torch.float64)
+    for i in range(0, a_Kd.shape[1], COLUMNS):
+        total_KJ += a_Kd[:, i : i + COLUMNS].double() @ b_Jd[:, i : i + COLUMNS].double().T
+    return total_KJ.cpu()
+
+
+def gram(vector_Kd: Tensor) -> Tensor:
+    """The inner products of K vectors with each other, float64 [K, K] on the CPU."""
+    return inner_products(vector_Kd, vector_Kd)
+
+
+# ---- projected
+
+
+def project(gradient_Md: Tensor, parameters: Parameters, *, dimensions: int, seed: int) -> Tensor:
+    """gradient_Md @ signs_dk / sqrt(k), float32 [M, k], whose inner products are unbiased estimates of the gradients'.
+
+    2 M d k floating-point operations. The [d, k] matrix never exists: its signs are made SIGNS at a time, once for all
+    M rows, as a function of seed, parameter name, element and dimension alone; so M, the device and the other
+    parameters change nothing, and no random generator has a state to keep. (Rademacher projection: Achlioptas 2003;
+    for gradients as in TRAK, arXiv 2303.14186, and LESS, arXiv 2402.04333.)
+    """
+    projected_Mk = gradient_Md.new_zeros(len(gradient_Md), dimensions)
+    block = max(1, SIGNS // dimensions)
+    for (name, p), part_Mp in zip(parameters, gradient_Md.split([p.numel() for _, p in parameters], 1), strict=True):
+        if part_Mp.any():  # LoRA's first factors have no gradient at the start
+            for start in range(0, p.numel(), block):
+                stop = min(start + block, p.numel())
+                signs = rademacher(name, start, stop, dimensions, seed=seed, device=gradient_Md.device)
+                projected_Mk += part_Mp[:, start:stop] @ signs
+    return projected_Mk / dimensions**0.5
+
+
+def rademacher(name: str, start: int, stop: int, dimensions: int, *, seed: int, device: torch.device) -> Tensor:
+    """Rows start..stop of the matrix of random signs that `seed` and `name` stand for, float32 [stop - start, k].
+
+    Each row takes ceil(k / 64) words of SplitMix64 (Steele, Lea and Flood 2014), whose n-th word is a hash of n: any
+    part of the matrix can be made by itself, on any device.
+    """
+    words = -(-dimensions // 64)
+    bits = _splitmix64(_key(seed, name), start * words, stop * words, device).view(torch.uint8)
+    bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and_(1)
+    return bits.view(stop - start, 64 * words)[:, :dimensions].to(torch.float32).mul_(-2).add_(1)
+
+
+def _splitmix64(key: int, start: int, stop: int, device: torch.device) -> Tensor:
+    """Words start..stop of SplitMix64's output from `key` on, int64 (multiplication wraps)."""
+    word = torch.arange(start + 1, stop + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        word = word.bitwise_xor_(_shifted(word, shift)).mul_(_signed(factor))
+    return word.bitwise_xor_(_shifted(word, 31))
+
+
+def _shifted(word: Tensor, shift: int) -> Tensor:
+    """A logical shift to the right: torch's own copies the sign."""
+    return (word >> shift).bitwise_and_((1 << 64 - shift) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\x1f{name}".encode()).digest()[:8], signed=True)
+
+
+# ---- as Adam would
+
+
+def adam_direction(
+    gradient_Md: Tensor, first_d: Tensor, second_d: Tensor, *, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """m' / sqrt(v' + eps) with m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2, [M, d]: the direction in which Adam
+    with moments m, v would step from gradient g.
+
+    As LESS's released code computes it: without bias correction, and with eps inside the root (arXiv 2402.04333,
+    section 3.1).
+    """
+    scale_Md = (betas[1] * second_d).addcmul(gradient_Md, gradient_Md, value=1 - betas[1]).add_(eps).sqrt_()
+    return (gradient_Md * (1 - betas[0])).add_(betas[0] * first_d).div_(scale_Md)
+
+
+def adam_moments(optimizer_state: dict[str, Any], parameters: Parameters) -> tuple[Tensor, Tensor]:
+    """First and second moments of `parameters`, float32 [d] each, from a torch Adam or AdamW state dict over just these
+    in this order. A parameter that was never stepped has zeros.
+    """
+    assert sum(len(group["params"]) for group in optimizer_state["param_groups"]) == len(parameters)
+    moments = []
+    for name in ("exp_avg", "exp_avg_sq"):
+        parts = []
+        for i, (_, p) in enumerate(parameters):
+            moment = optimizer_state["state"].get(i, {}).get(name)
+            parts.append(torch.zeros(p.numel()) if moment is None else moment.flatten().float())
+            assert len(parts[-1]) == p.numel()
+        moments.append(torch.cat(parts))
+    return moments[0], moments[1]
+
+
+# ---- of the head
+
+
+@torch.no_grad()
+def head_gram(
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    tokens_K: list[int],
+    head: Head,
+    *,
+    sketch: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Inner products <D_j, D_k> of the gradients of L_k with respect to the head's weight (as if it were tied to
+    nothing), float64 [K, K], without a backward pass.
+
+    D_k = (1/T_k) sum_t e_t h_t' [V, D], with e_t the gradient of token t's surprisal with respect to the product
+    weight @ h_t: pi_t - onehot(y_t), times the slope of the head's softcap and scale where it has them. The tokens of
+    candidate k are the next tokens_K[k] of the N.
+    Exact: one block of the vocabulary at a time, D_k's rows of it for all candidates. With `sketch` = (a, b), from
+    A' D_k B with seeded Rademacher A [V, a] / sqrt(a) and B [D, b] / sqrt(b), whose inner products are unbiased.
+    Memory: a few arrays of HEAD_BYTES. Floating-point operations: 6 N V D, or N V (4 D + 2 a) with the sketch.
+    """
+    size = head.weight_VD.shape[1]
+    hidden_ND = hidden_ND.float() if sketch is None else hidden_ND
+    widest = max(len(target_N), len(tokens_K) * size if sketch is None else sketch[0])
+    blocks = _head_errors(hidden_ND, target_N, head, width=max(1, HEAD_BYTES // (4 * widest)))
+    if sketch is None:
+        total_KK = torch.zeros(len(tokens_K), len(tokens_K), dtype=torch.float64)
+        for _, error_Nv in blocks:
+            total_KK += gram(_outer_means(error_Nv, hidden_ND, tokens_K))
+        return total_KK
+    a, b = sketch
+    left_Na = hidden_ND.new_zeros(len(target_N), a, dtype=torch.float32)
+    for block, error_Nv in blocks:
+        left_Na += error_Nv @ rademacher("head rows", block.start, block.stop, a, seed=seed, device=left_Na.device)
+    right_Nb = hidden_ND.float() @ rademacher("head columns", 0, size, b, seed=seed, device=left_Na.device)
+    return gram(_outer_means(left_Na, right_Nb, tokens_K)) / (a * b)
+
+
+def _outer_means(left_Nv: Tensor, right_ND: Tensor, tokens_K: list[int]) -> Tensor:
+    """(1/T_k) sum_t left_t right_t' over each candidate's tokens, flattened, [K, v D]."""
+    parts = zip(left_Nv.split(tokens_K), right_ND.split(tokens_K), strict=True)
+    return torch.stack([(left.T @ right).flatten() / len(left) for left, right in parts])
+
+
+def _head_errors(hidden_ND: Tensor, target_N: Tensor, head: Head, *, width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of `width` rows of the head with the gradients of the surprisals with respect to their products,
+    float32 [N, v]. The first of two rounds adds up the softmax's denominator.
+    """
+    vocabulary = head.weight_VD.shape[0]
+    blocks = [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+    def logits(block: slice) -> Tensor:
+        bias_v = None if head.bias_V is None else head.bias_V[block]
+        return replace(head, weight_VD=head.weight_VD[block], bias_V=bias_v).logits(hidden_ND)
+
+    log_mass_N = torch.full((len(target_N),), -torch.inf, device=hidden_ND.device)
+    for block in blocks:
+        log_mass_N = torch.logaddexp(log_mass_N, logits(block).logsumexp(1))
+    for block in blocks:
+        logits_Nv = logits(block)
+        error_Nv = (logits_Nv - log_mass_N[:, None]).exp_()
+        inside = ((target_N >= block.start) & (target_N < block.stop)).nonzero().squeeze(1)
+        error_Nv[inside, target_N[inside] - block.start] -= 1
+        if head.softcap is not None:
+            error_Nv *= 1 - (logits_Nv / head.softcap).square()
+        yield block, error_Nv * head.scale if head.scale != 1.0 else error_Nv

@@ -1,0 +1,151 @@
+"""What a rule can ask the student for. A score names its passes in `needs`; each is computed once and cached.
+
+A pass is a frozen dataclass whose fields are all that its result depends on, besides the student, the tokens and the
+seed. `candidates.of(a_pass)` gives its columns, one value a candidate. `Statistics` is special in that its columns are
+the candidates' own: `candidates["loss"]`.
+
+Shapes: T span tokens of a trajectory, K scored candidates of its problem, D hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+PARAMETERS = ("trained", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A pass over every candidate."""
+
+    @property
+    def name(self) -> str:
+        """snake_case, as in manifests and messages."""
+        return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(self).__name__).lstrip("_")
+
+    def identity(self) -> dict[str, Any]:
+        return {"pass": self.name, **vars(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics(Pass):
+    """The one forward pass that all statistics come from (lark.scoring.statistics_pass); its settings are `probe`'s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWindows(Pass):
+    """Surprisal of every step given the prompt and only the `steps_before` steps before it.
+
+    Columns: window_surprisal (one sum in nats a step, an array a row; steps as in the statistics' `step_tokens`).
+    """
+
+    steps_before: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentAlone(Pass):
+    """The trajectory's content by itself: no prompt, no template; its first token is scored only after a BOS token.
+
+    Columns: alone_tokens, alone_surprisal (sum in nats).
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanHidden(Pass):
+    """The mean of the last hidden states over the span.
+
+    Columns: vector (float32 [D], an array a row).
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadGradients(Pass):
+    """The gradient of L with respect to the LM head, (1/T) sum_t (pi_t - onehot(y_t)) h_t', without a backward pass.
+
+    `sketch` = [rows, columns] projects both sides by seeded Rademacher matrices, which leaves inner products unbiased;
+    null takes the gradient itself. Either way the Gram matrix of a problem's candidates is what is stored.
+    Columns: gram, gram_rows as in `Gradients`.
+    """
+
+    sketch: tuple[int, int] | None = None
+    projection_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients(Pass):
+    """Gradients of L over the student's parameters: the Gram matrix of each problem's candidates.
+
+    parameters: trained (what the arm trains: every parameter, or LoRA's at its start) | all | last:<n> (the last n
+    decoder layers). Needs memory for the K gradients of one problem.
+    Columns: squared_norm; gram (float64 [K], inner products with the candidates of the problem), gram_rows (int64 [K],
+    the pool rows these are).
+    """
+
+    parameters: str = "trained"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossDrops(Pass):
+    """What one SGD step of size `eta` on a trajectory does to its own loss: (L(theta) - L(theta - eta grad L)) / eta.
+
+    Columns: drop (nats/token per unit of eta), loss_before (L, nats/token).
+    """
+
+    parameters: str = "trained"
+    eta: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedGradients(Pass):
+    """Gradients of L times a seeded Rademacher matrix / sqrt(dimensions), whose inner products are unbiased.
+
+    Columns: vector (float32 [dimensions], an array a row).
+    """
+
+    parameters: str = "trained"
+    dimensions: int = 512
+    projection_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMatches(Pass):
+    """LESS (arXiv 2402.04333): per checkpoint of a warm-up arm, learning rate times the mean over validation examples
+    of the cosine between the candidate's Adam-preconditioned gradient and the example's gradient, summed.
+
+    The warm-up arm trains `warmup_share` of the candidates for `epochs` epochs. The validation examples are the
+    correct candidates of `validation_problems` problems of the pool, chosen by hash; those of a candidate's own problem
+    do not count for it. `subtask` is a pool column that divides the examples into sub-tasks (null: one). `dimensions`
+    projects the gradients first, as `ProjectedGradients` does (null: not).
+    Columns: match (the largest over sub-tasks).
+    """
+
+    warmup_share: float = 0.05
+    epochs: int = 4
+    validation_problems: int = 32
+    subtask: str | None = None
+    dimensions: int | None = None
+    projection_seed: int = 0
+
+
+DEFAULT = (Statistics(),)
+"""What a function of the user's own is given unless it has an attribute `needs`."""
+
+
+def needs_of(function: Any) -> tuple[Pass, ...]:
+    """The passes a score or filter declares; one that declares nothing gets the statistics.
+
+    Raises ValueError where `needs` is no tuple of passes of this module.
+    """
+    needs = getattr(function, "needs", DEFAULT)
+    if not (isinstance(needs, tuple | list) and all(type(need) in Pass.__subclasses__() for need in needs)):
+        known = ", ".join(f"{one.__name__}()" for one in Pass.__subclasses__())
+        raise ValueError(
+            f"needs={needs!r} of {function!r} is no tuple of passes; name some of lark.scoring.passes: {known}"
+        )
+    return tuple(needs)
+
+
+def check_parameters(value: str, setting: str) -> None:
+    """ValueError unless `value` is trained, all or last:<n>."""
+    count = value.removeprefix("last:")
+    if value not in PARAMETERS and not (value.startswith("last:") and count.isdigit() and int(count) >= 1):
+        raise ValueError(f"{setting}={value!r} is unknown; set it to {', '.join(PARAMETERS)} or last:<layers>")

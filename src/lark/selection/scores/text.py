@@ -1,0 +1,251 @@
+"""Scores over the pool's own columns, without a student: one number per candidate, higher = first, NaN = never.
+
+Shapes: N candidates, G problems, Q pairs of a problem and a teacher with candidates of it.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lark.common.groups import Groups, unit_hash
+from lark.scoring.passes import Pass
+from lark.selection.candidates import Candidates
+from lark.selection.scores.statistics import needs_of_column
+
+CHECKING, EXPLORING, CONNECTING = ("check", "verify"), ("perhaps", "might"), ("therefore", "since")
+"""The words that `RuleQuality` counts."""
+
+BLOCK_ROWS = 1000  # trajectories in memory at a time
+DONORS = 16  # problems whose teachers TeacherMatched copies to one problem, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correct:
+    """1 for a correct candidate, 0 for a wrong one, 0.5 where it is not known (arXiv 2601.14249, E.3.1).
+
+    Raises ValueError if it is known of none, as the choice would be a random one.
+    """
+
+    needs = ()
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        correct_N = _verdicts(candidates)
+        if np.isnan(correct_N).all():
+            raise ValueError(
+                "selector correct puts correct candidates before wrong ones, but no candidate is known to be either; "
+                "fill in the pool's `correct` or `answer`, or set another selector"
+            )
+        return np.nan_to_num(correct_N, nan=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Minus the teacher's place in `order`, so that the first one comes first; the candidates of other teachers, and
+    of none, tie after them.
+
+    order: names of teachers, or null for the teachers with a known verdict by their share of correct candidates among
+    those with one, best first and ties by name. Both are about the candidates that passed the rule's filter: with a
+    filter on `correct` every share is 1, so name an order there.
+    Raises ValueError for a name that no candidate has, and without an order if no verdict is known.
+    """
+
+    order: list[str] | None = None
+    needs = ()
+
+    def __post_init__(self) -> None:
+        if self.order is not None and not self.order:
+            raise ValueError("selector.score.order=[] names no teacher; name some, or set null for the best first")
+        if self.order is not None and len(set(self.order)) < len(self.order):
+            twice = ", ".join(name for name, count in Counter(self.order).items() if count > 1)
+            raise ValueError(f"selector.score.order={self.order} names {twice} more than once; name each teacher once")
+
+    def decisions(self, candidates: Candidates) -> dict[str, list[str]]:
+        """The order in force, for the selection's record."""
+        if self.order is not None:
+            return {"order": self.order}
+        return {"order": _by_share_of_correct(candidates["teacher"].tolist(), _verdicts(candidates))}
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        teachers = candidates["teacher"].tolist()
+        order = self.decisions(candidates)["order"]
+        there = set(teachers) - {None}
+        if unknown := [name for name in order if name not in there]:
+            raise ValueError(
+                f"selector.score.order={self.order} names {', '.join(unknown)}, of which no candidate is there to "
+                f"choose from; the teachers that are there: {', '.join(sorted(there)) or 'none'}"
+            )
+        place = {name: i for i, name in enumerate(order)}
+        return -np.array([place.get(teacher, len(order)) for teacher in teachers], np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleQuality:
+    """.30 z(words) + .20 z(check, verify) + .25 z(perhaps, might) + .25 z(therefore, since): LIMO's rule as in
+    arXiv 2601.14249, B.2.
+
+    Words are what white space separates; each pair's occurrences are divided by them. An occurrence is the whole word,
+    in any case: inflections (checks, verified) are none. z is over all candidates that passed the rule's filter, with
+    the standard deviation of a population; a criterion that is the same for all has z = 0.
+    """
+
+    needs = ()
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        criteria_N4 = np.fromiter(map(_criteria, _texts(candidates)), np.dtype((np.float64, 4)), len(candidates))
+        return np.stack([_z(criterion_N) for criterion_N in criteria_N4.T], axis=1) @ [0.30, 0.20, 0.25, 0.25]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A numeric column of the pool (or a statistic), such as a judge's mark; NaN where it is missing.
+
+    Raises ValueError if no candidate has it or a value is no number.
+    """
+
+    column: str
+
+    @property
+    def needs(self) -> tuple[Pass, ...]:
+        return needs_of_column(self.column)
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        try:
+            return candidates[self.column].astype(np.float64)  # None becomes NaN
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"selector.score.column={self.column} cannot be read as numbers ({error}); set it to a column of the "
+                "pool that holds numbers"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherMatched:
+    """Control: each problem gets, at random, candidates of the teachers that the selector took in another problem.
+
+    It takes the selector's teachers in the selector's shares and nothing else of its choice, which tells whether a rule
+    does more than pick a teacher. A donor is drawn for each problem, uniformly among the other problems in which the
+    selector took something; first come candidates of the donor's teachers, as many of each as were taken there (fewer
+    if the problem has fewer), which ones and in which order at random. Then comes what a second donor adds, and so on;
+    what `DONORS` donors leave over ends in random order. Every draw is a hash of `seed` and the ids, so the order of
+    the rows does not matter.
+
+    Only for a baseline: it reads `candidates.like`. The rule's own filter acts on the donors too, so that of the
+    selector's choice only those rows count that pass it.
+    Raises ValueError as a selector, if a candidate has no teacher, and if nothing of the choice passes the filter.
+    """
+
+    seed: int
+    needs = ()
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        if candidates.like is None:
+            raise ValueError(
+                "the score TeacherMatched copies the teachers of a selector's choice and is no selector itself; set "
+                "baseline=teacher_matched_random and another selector"
+            )
+        taken_N = np.isin(candidates.row_N, candidates.like.row)
+        if not taken_N.any():
+            raise ValueError(
+                "baseline.filter lets none of the selector's choice through, so there are no teachers to copy; set "
+                "baseline.filter to the selector's, or to null"
+            )
+        ids = candidates["problem_id"], candidates["candidate_id"]
+        return unit_hash(self.seed, *ids, salt="teacher_matched order") - self._donors(candidates, taken_N)
+
+    def _donors(self, candidates: Candidates, taken_N: np.ndarray) -> np.ndarray:
+        """The number of the donor that each candidate comes in with, 0 for the first; `DONORS` for none, int64 [N]."""
+        groups, teachers = candidates.groups, _teachers(candidates)
+        key_Q, pair_N = np.unique(groups.index_N * teachers.count + teachers.index_N, return_inverse=True)
+        taken_Q = np.bincount(pair_N[taken_N], minlength=key_Q.size)
+        given_Q = np.zeros_like(taken_Q)
+        place_N = self._places(candidates, Groups(pair_N, key_Q.size))
+        id_G = np.empty(groups.count, object)
+        id_G[groups.index_N] = candidates["problem_id"]
+        givers = np.flatnonzero(groups.sum(taken_N))
+        givers = givers[np.argsort(id_G[givers])]  # so that a draw means the same in every order of the rows
+        donor_N = np.full(len(candidates), DONORS)
+        for number in range(DONORS):
+            unit_G = unit_hash(self.seed, id_G, np.full(groups.count, number), salt="teacher_matched donor")
+            wanted_N = groups.spread(_others(givers, unit_G)) * teachers.count + teachers.index_N
+            found_N = np.minimum(np.searchsorted(key_Q, wanted_N), key_Q.size - 1)
+            adds_N = np.where(key_Q[found_N] == wanted_N, taken_Q[found_N], 0)
+            new_N = (place_N >= given_Q[pair_N]) & (place_N < given_Q[pair_N] + adds_N)
+            donor_N[new_N] = number
+            given_Q += np.bincount(pair_N[new_N], minlength=key_Q.size)
+        return donor_N
+
+    def _places(self, candidates: Candidates, pairs: Groups) -> np.ndarray:
+        """A random order, from 0, of the candidates that a problem has from one teacher, [N]."""
+        ids = candidates["problem_id"], candidates["candidate_id"]
+        unit_N = unit_hash(self.seed, *ids, salt="teacher_matched place")
+        ranking = pairs.rank(unit_N, np.zeros_like(unit_N), np.ones(unit_N.shape, bool))
+        return ranking.scatter(ranking.position, len(unit_N))
+
+
+def _others(givers: np.ndarray, unit_G: np.ndarray) -> np.ndarray:
+    """For each group one of `givers` (groups) but never itself, by a uniform draw; -1 where there is no other."""
+    place_G = np.full(unit_G.size, givers.size)
+    place_G[givers] = np.arange(givers.size)
+    others_G = givers.size - (place_G < givers.size)
+    drawn_G = (unit_G * others_G).astype(np.int64)
+    drawn_G += drawn_G >= place_G
+    return np.where(others_G > 0, givers[np.minimum(drawn_G, givers.size - 1)], -1)
+
+
+def _verdicts(candidates: Candidates) -> np.ndarray:
+    """1 correct, 0 wrong, NaN unknown, float64 [N]."""
+    return candidates["correct"].astype(np.float64)
+
+
+def _by_share_of_correct(teachers: list[str | None], correct_N: np.ndarray) -> list[str]:
+    known = [
+        (name, verdict) for name, verdict in zip(teachers, correct_N.tolist(), strict=True) if not math.isnan(verdict)
+    ]
+    checked = Counter(name for name, _ in known if name is not None)
+    if not checked:
+        raise ValueError(
+            "selector.score.order=null orders the teachers by their share of correct candidates, but of no candidate "
+            "are both teacher and verdict known; name an order, as in selector.score.order=[strong,weak]"
+        )
+    correct = Counter(name for name, verdict in known if verdict == 1)
+    return sorted(checked, key=lambda name: (-correct[name] / checked[name], name))
+
+
+def _texts(candidates: Candidates) -> Iterator[str]:
+    """The trajectories, read a block at a time: `candidates["text"]` would keep all of them."""
+    if candidates.read_column is None:
+        yield from candidates["text"]  # raises, saying which columns there are
+        return
+    for start in range(0, len(candidates), BLOCK_ROWS):
+        yield from candidates.read_column("text", candidates.row_N[start : start + BLOCK_ROWS])
+
+
+_COUNTED = re.compile(rf"\b(?:{'|'.join(CHECKING + EXPLORING + CONNECTING)})\b")
+
+
+def _criteria(text: str) -> tuple[float, ...]:
+    """Words, and checking, exploring and connecting ones per word."""
+    words = len(text.split())
+    found = Counter(_COUNTED.findall(text.lower()))
+    return words, *(sum(found[word] for word in kind) / max(words, 1) for kind in (CHECKING, EXPLORING, CONNECTING))
+
+
+def _z(x_N: np.ndarray) -> np.ndarray:
+    if len(x_N) == 0 or x_N.min() == x_N.max():  # the computed deviation of equal numbers need not be 0
+        return np.zeros(len(x_N))
+    return (x_N - x_N.mean()) / x_N.std()
+
+
+def _teachers(candidates: Candidates) -> Groups:
+    """The candidates by teacher. Raises ValueError if one has none."""
+    missing = sum(teacher is None for teacher in candidates["teacher"])
+    if missing:
+        raise ValueError(
+            f"baseline=teacher_matched_random needs a teacher in every candidate, {missing} of {len(candidates)} have "
+            "none; fill the pool's teacher field or set another baseline"
+        )
+    return Groups.from_ids(candidates["teacher"])

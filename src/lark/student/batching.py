@@ -1,0 +1,214 @@
+"""From rows to batches: the step sampler, micro-batches, collate. A pure function of (rows, seed, step).
+
+Shapes: R rows of a padded micro-batch (or 1 packed row), L its length, N trained tokens, C coefficient sets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lark.common.groups import Groups
+from lark.student.attention import PrefixTree, prefix_tree
+from lark.student.chat import Encoded
+
+LEAST_SAVING = 0.05  # of the computed tokens, for which a prefix tree's gathering pays
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows laid out for one forward pass, and which of their tokens count.
+
+    `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed), or one packed row whose
+    `position_ids_RL` restart at every document, or one row of the nodes of a `tree`. `predict_N` indexes the flattened
+    [R * L] hidden states that predict `target_N`, `observed_N` those that have seen it; `row_N` and `position_N` say
+    which row of the micro-batch, and which place in its span, that is.
+    """
+
+    input_ids_RL: Tensor
+    position_ids_RL: Tensor | None
+    predict_N: Tensor
+    target_N: Tensor
+    observed_N: Tensor
+    row_N: Tensor
+    position_N: Tensor
+    rows: tuple[int, ...]
+    tree: PrefixTree | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed, padding included; those that rows share once."""
+        return self.input_ids_RL.numel()
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v.to(device)
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor | PrefixTree)
+        }
+        return replace(self, **moved)
+
+
+def collate(encoded: Sequence[Encoded], rows: Sequence[int], *, packed: bool = False) -> MicroBatch:
+    """Lay out `encoded`, whose ids are `rows`, in one micro-batch."""
+    lengths = [len(row.input_ids) for row in encoded]
+    width = sum(lengths) if packed else max(lengths)
+    input_ids = torch.zeros(1 if packed else len(encoded), width, dtype=torch.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.arange(len(encoded)) * width
+    flat = input_ids.view(-1)
+    positions = torch.zeros_like(flat) if packed else None
+    predict, row_of, position = [], [], []
+    for i, (row, start, length) in enumerate(zip(encoded, starts.tolist(), lengths, strict=True)):
+        flat[start : start + length] = torch.tensor(row.input_ids)
+        if positions is not None:
+            positions[start : start + length] = torch.arange(length)
+        first = max(row.prompt_tokens, 1)  # nothing predicts the very first token
+        predict.append(torch.arange(start + first - 1, start + length - 1))
+        row_of.append(torch.full((length - first,), i))
+        position.append(torch.arange(first - row.prompt_tokens, length - row.prompt_tokens))
+    predict_N = torch.cat(predict)
+    return MicroBatch(
+        input_ids_RL=input_ids,
+        position_ids_RL=None if positions is None else positions[None],
+        predict_N=predict_N,
+        target_N=flat[predict_N + 1],
+        observed_N=predict_N + 1,
+        row_N=torch.cat(row_of),
+        position_N=torch.cat(position),
+        rows=tuple(rows),
+    )
+
+
+def collate_shared(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatch:
+    """Lay out `encoded` as one prefix tree, unless right-padded rows come to nearly as few tokens."""
+    ids_X, depths_X, tree, paths = prefix_tree([row.input_ids for row in encoded])
+    if len(ids_X) > (1 - LEAST_SAVING) * len(encoded) * max(len(path) for path in paths):
+        return collate(encoded, rows)
+    firsts = [max(row.prompt_tokens, 1) for row in encoded]
+    observed_N = torch.from_numpy(np.concatenate([path[first:] for path, first in zip(paths, firsts, strict=True)]))
+    predict = [path[first - 1 : -1] for path, first in zip(paths, firsts, strict=True)]
+    spans = [torch.arange(first, len(row.input_ids)) for row, first in zip(encoded, firsts, strict=True)]
+    return MicroBatch(
+        input_ids_RL=ids_X[None],
+        position_ids_RL=depths_X[None],
+        predict_N=torch.from_numpy(np.concatenate(predict)),
+        target_N=ids_X[observed_N],
+        observed_N=observed_N,
+        row_N=torch.repeat_interleave(torch.arange(len(encoded)), torch.tensor([len(span) for span in spans])),
+        position_N=torch.cat([span - row.prompt_tokens for span, row in zip(spans, encoded, strict=True)]),
+        rows=tuple(rows),
+        tree=tree,
+    )
+
+
+def step_rows(rows: int, batch_size: int, *, seed: int, step: int, stream: int = 0) -> np.ndarray:
+    """Row numbers of optimizer step `step`'s global batch: consecutive cuts of one permutation per epoch, seeded by
+    `seed` and `stream`.
+    """
+    if not batch_size >= 1:
+        raise ValueError(f"sft.batch_size={batch_size} trains nothing; set it to at least 1 trajectory")
+    wanted = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = wanted // rows
+    batch = np.empty(batch_size, np.int64)
+    for epoch in np.unique(epochs):
+        order = np.random.Generator(np.random.Philox(key=[seed, (stream << 32) + int(epoch)])).permutation(rows)
+        inside = epochs == epoch
+        batch[inside] = order[wanted[inside] % rows]
+    return batch
+
+
+def rank_share(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: int) -> np.ndarray:
+    """This rank's part of a global batch: every world-th row by length, so that ranks get equal work and widths."""
+    return batch[np.argsort(-lengths[batch], kind="stable")][rank::world]
+
+
+def micro_batches(lengths: np.ndarray, *, budget: int, packed: bool = False) -> list[np.ndarray]:
+    """Cut rows into micro-batches of at most `budget` computed tokens (a longer row goes alone).
+
+    Returns indices into `lengths`. Rows of similar length are padded together (each costs the longest one's length);
+    packed rows are placed by best-fit-decreasing (each costs its own length).
+    """
+    order = np.argsort(-lengths, kind="stable")
+    if not packed:
+        cuts, start = [], 0
+        for i in range(1, len(order) + 1):
+            if i == len(order) or (i + 1 - start) * lengths[order[start]] > budget:
+                cuts.append(order[start:i])
+                start = i
+        return cuts
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in order.tolist():
+        fitting = [b for b, free in enumerate(room) if free >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda b: room[b])
+        else:
+            best = len(bins)
+            bins.append([])
+            room.append(budget)
+        bins[best].append(index)
+        room[best] -= int(lengths[index])
+    return [np.array(rows) for rows in bins]
+
+
+def consecutive(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
+    """Cut rows, in their order, into micro-batches of at most `budget` tokens (a longer row goes alone)."""
+    cuts, start, tokens = [], 0, 0
+    for i, length in enumerate(lengths.tolist()):
+        if i > start and tokens + length > budget:
+            cuts.append(np.arange(start, i))
+            start, tokens = i, 0
+        tokens += length
+    return [*cuts, np.arange(start, len(lengths))] if len(lengths) else []
+
+
+def prefix_units(problem_id: np.ndarray, lengths: np.ndarray, spans: np.ndarray, *, budget: int) -> list[np.ndarray]:
+    """Cut rows into units of at most `budget` tokens, a prompt counted once for the rows of its problem (a longer row
+    goes alone). Problems stay together where they fit, those of similar length next to each other, the longest first.
+
+    problem_id, lengths, spans: [N], `spans` being the tokens after the prompt. Returns indices into them.
+    """
+    problems = [rows[np.argsort(-lengths[rows], kind="stable")] for rows in Groups.from_ids(problem_id).split()]
+    units: list[list[int]] = []
+    room = 0
+    for rows in sorted(problems, key=lambda rows: -lengths[rows[0]]):
+        prompt = int(lengths[rows[0]] - spans[rows[0]])
+        together = prompt + int(spans[rows].sum())
+        if together <= room:
+            units[-1] += rows.tolist()
+            room -= together
+            continue
+        room = 0
+        for row in rows.tolist():
+            if spans[row] > room:
+                units.append([])
+                room = budget - prompt
+            units[-1].append(row)
+            room -= int(spans[row])
+    return [np.array(unit) for unit in units]
+
+
+def coefficients(
+    row_tokens: np.ndarray, weights: np.ndarray, *, average: str, total_rows: int, total_weighted_tokens: float
+) -> np.ndarray:
+    """What each row's summed surprisal is multiplied by so that the products add up to the step's loss, [R].
+
+    average="trajectory": w_i / (|G| T_i), the weighted mean over trajectories of the mean over their tokens.
+    average="token": w_i / sum over G of w_j T_j, the weighted mean over tokens.
+    Both denominators are the global batch's (`total_rows` = |G|), never the micro-batch's.
+    """
+    if average == "trajectory":
+        return weights / (total_rows * row_tokens)
+    if average == "token":
+        return weights / total_weighted_tokens
+    raise ValueError(f"sft.average={average!r} is unknown; set it to trajectory or token")
+
+
+def problem_mean_coefficients(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Coefficients [R] that average a row's value over its problem's masked rows, then over problems."""
+    _, problem, rows = np.unique(problem_id[mask].astype(str), return_inverse=True, return_counts=True)
+    result = np.zeros(len(problem_id))
+    result[mask] = 1 / (rows[problem] * len(rows))
+    return result

@@ -1,0 +1,342 @@
+"""Conversations to tokens: chat templates with generation marks, the trained span, the steps inside it.
+
+The span of a row is its last assistant turn: the trajectory's content plus its end-of-turn token. Exactly these
+tokens are scored and trained. They are found by position in the rendered text, never by token id (some tokenizers
+use their end token as padding), and from one tokenisation of the whole text, since tokens may merge across the
+border between prompt and trajectory.
+
+What a row says is text: where a prompt or trajectory spells out a special token (`<|im_end|>`), it is tokenised as
+ordinary characters, so that no row can end its own span or forge a turn. Added tokens that are not special, such as
+Qwen3's `<think>`, stay tokens.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+SPANS = ("content", "authors")
+STEPS = ("sentences", "blank_lines")
+_STEP_END = {  # white space after a sentence or with a newline in it; with two newlines in it
+    "sentences": re.compile(r"(?<=[.!?])\s+|\n\s*"),
+    "blank_lines": re.compile(r"\n[^\S\n]*\n\s*"),
+}
+
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}.*?\{%[-+]?\s*endgeneration\s*[-+]?%\}", re.DOTALL)
+_TURNS = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)]
+_MASK = "\ue000"  # a private-use character: no tokenizer's special tokens hold it
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row as tokens: `input_ids[prompt_tokens:]` is the span.
+
+    `end_of_turn` is the index of the end-of-turn token inside the span (-1 once truncation has removed it), `steps`
+    are the span indices at which the trajectory's steps begin (the first is 0).
+    """
+
+    input_ids: list[int]
+    prompt_tokens: int
+    end_of_turn: int
+    steps: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """How rows become tokens.
+
+    `template` is the Jinja source with `{% generation %}` marks; `span="content"` (default) trains the content and
+    its end-of-turn token, `span="authors"` also what the template prints up to the next token boundary after it
+    (the newline of ChatML), as LARK's released code does; `step_splitter` cuts a trajectory into steps. `end_token`
+    ends the assistant's turns in `template` in place of `own_end` (see `ending_with`); None: as the template came.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    span: str = "content"
+    step_splitter: str = "sentences"
+    end_token: str | None = None
+    own_end: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.span not in SPANS:
+            raise ValueError(f"probe.span={self.span!r} is unknown; set it to one of {', '.join(SPANS)}")
+        if self.step_splitter not in STEPS:
+            known = ", ".join(STEPS)
+            raise ValueError(f"probe.step_splitter={self.step_splitter!r} is unknown; set it to one of {known}")
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer {type(self.tokenizer).__name__} gives no character offsets, without which the trained "
+                "span cannot be found; set model.path to a folder with a tokenizer.json"
+            )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a cache of tokens and steps depends on besides the rows."""
+        return {**self.span_identity, "step_splitter": self.step_splitter}
+
+    @property
+    def prompt_identity(self) -> dict[str, str]:
+        """What the tokens of a prompt depend on."""
+        return {name: value for name, value in self.span_identity.items() if name != "span"}
+
+    @cached_property
+    def span_identity(self) -> dict[str, str]:
+        """What tokens and spans depend on; where steps begin is another matter."""
+        vocabulary = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        return {
+            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+            "template": hashlib.sha256(self.template.encode()).hexdigest()[:16],
+            "span": self.span,
+            **({} if self.end_token is None else {"end_token": self.end_token}),
+        }
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends the assistant's turns."""
+        row = self.encode([_TURNS[:2]])[0]
+        return row.input_ids[row.prompt_tokens + row.end_of_turn]
+
+    def ending_with(self, token: str) -> "Chat":
+        """The same chat with the assistant's turns, this one and earlier ones, ended by `token`; what others say ends
+        as before.
+
+        The template itself is changed, so that scoring, training, sampling and whoever loads the student render alike.
+        Raises ValueError when `token` is not a single special token of the tokenizer (another might occur within a
+        trajectory, which would then end there), or the template does not spell out its end between its marks.
+        """
+        special = [entry.content for entry in self.tokenizer.added_tokens_decoder.values() if entry.special]
+        if token not in special:
+            count = len(self.tokenizer(token, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+            what = f"{count} tokens" if count != 1 else "a token that may occur within a trajectory"
+            shown = ", ".join(special[:8]) + (", ..." if len(special) > 8 else "")
+            raise ValueError(
+                f"model.end_token={token!r} is {what} of this tokenizer, not a single special one; set it to one of "
+                f"{shown}, or null"
+            )
+        own = str(self.tokenizer.decode([self.end_id]))
+        if own == token:
+            return self
+        (text,), (marks,) = self._render([_TURNS], return_assistant_tokens_mask=True)
+        wanted, done = "", 0
+        for begin, end in marks:
+            wanted += text[done:begin] + text[begin:end].replace(own, token)
+            done = end
+        wanted += text[done:]
+
+        def changed(block: re.Match[str]) -> str:
+            source = block[0].replace(own, token)
+            if own == self.tokenizer.eos_token:
+                source = re.sub(r"\beos_token\b", lambda _: f"'{token}'", source)
+            return source
+
+        own_end = own if own in special else None
+        template = _GENERATION.sub(changed, self.template)
+        chat = replace(self, template=template, end_token=token, own_end=own_end)
+        if chat._render([_TURNS])[0] != [wanted]:
+            raise ValueError(
+                f"model.end_token={token!r} cannot take the place of {own!r}, which the chat template does not spell "
+                "out between {% generation %} and {% endgeneration %}; set model.template=chatml, llama3 or a file "
+                "that does, or model.end_token=null"
+            )
+        return chat
+
+    def encode(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[Encoded]:
+        """Tokens of whole rows, each ending with the assistant's trajectory.
+
+        Raises ValueError when the template marks no generation, alters the trajectory (strips it, drops its
+        <think> block), or ends a turn with something that is not one token.
+        """
+        texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
+        tokens = self._tokens(texts, conversations)
+        return [
+            self._encoded(text, spans, conversation[-1]["content"], ids, offsets)
+            for text, spans, conversation, (ids, offsets) in zip(texts, marks, conversations, tokens, strict=True)
+        ]
+
+    def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Tokens of a prompt that asks the student for its turn."""
+        texts, _ = self._render([messages], add_generation_prompt=True)
+        return self._tokens(texts, [messages], add_generation_prompt=True)[0][0]
+
+    def _render(
+        self, conversations: Sequence[Sequence[dict[str, str]]], **how: bool
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        """The rows as text and, if asked for, the character spans marked as generated."""
+        try:
+            return render_jinja_template(  # type: ignore[return-value]
+                [list(conversation) for conversation in conversations],
+                chat_template=self.template,
+                **self.tokenizer.special_tokens_map,  # type: ignore[arg-type]
+                **how,
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template cannot render a row ({error}); set model.template=chatml, llama3, or another file"
+            ) from error
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Matches the texts of the tokenizer's special tokens."""
+        texts = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+    def _tokens(
+        self, texts: list[str], conversations: Sequence[Sequence[dict[str, str]]], **how: bool
+    ) -> list[tuple[list[int], Offsets]]:
+        """Ids and character offsets of rendered rows; `how` they were rendered."""
+        batch: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        tokens = list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
+        for i, conversation in enumerate(conversations):
+            if any(self._special.search(message["content"]) for message in conversation):
+                tokens[i] = self._literal_tokens(texts[i], conversation, **how)
+        return tokens
+
+    def _literal_tokens(
+        self, text: str, conversation: Sequence[dict[str, str]], **how: bool
+    ) -> tuple[list[int], Offsets]:
+        """Ids and offsets of a row whose messages spell out special tokens: only the template's own are special.
+
+        The template's are those left when the messages' are masked by as many other characters. No token crosses a
+        special one, so the text between them can be tokenised by itself.
+        """
+        masked_row = [
+            message | {"content": self._special.sub(lambda match: _MASK * len(match[0]), message["content"])}
+            for message in conversation
+        ]
+        (masked,), _ = self._render([masked_row], **how)
+        whole: Any = self.tokenizer(masked, add_special_tokens=False, return_offsets_mapping=True)
+        fixed = [
+            (token, start, stop)
+            for token, (start, stop) in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+            if self._special.fullmatch(masked[start:stop].strip())
+        ]
+        if len(masked) != len(text) or self._between(masked, fixed)[0] != whole["input_ids"]:
+            raise ValueError(
+                f"a message that spells out a special token ({self._special.findall(text)[-1]!r}, in the row that "
+                f"ends {text[-60:]!r}) cannot be told from a real one with this template and tokenizer; take it out"
+            )
+        return self._between(text, fixed)
+
+    def _between(self, text: str, fixed: Sequence[tuple[int, int, int]]) -> tuple[list[int], Offsets]:
+        """The `fixed` tokens (id, start, stop), and `text` between them as tokens none of which is special."""
+        ids: list[int] = []
+        offsets: Offsets = []
+        done = 0
+        for token, start, stop in [*fixed, (None, len(text), len(text))]:
+            part: Any = self.tokenizer(
+                text[done:start], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True
+            )
+            ids += part["input_ids"]
+            offsets += [(done + a, done + b) for a, b in part["offset_mapping"]]
+            if token is not None:
+                ids.append(token)
+                offsets.append((start, stop))
+            done = stop
+        return ids, offsets
+
+    def _encoded(
+        self, text: str, marks: list[tuple[int, int]], content: str, ids: list[int], offsets: Offsets
+    ) -> Encoded:
+        if not marks or marks[-1][0] >= marks[-1][1]:
+            raise ValueError(
+                "the chat template marks nothing as generated by the assistant, so no token could be trained; set "
+                "model.template=chatml, llama3, or a file with {% generation %} ... {% endgeneration %} in it"
+            )
+        begin, end = marks[-1]
+        if not text.startswith(content, begin):
+            raise ValueError(
+                f"the chat template changes the trajectory (it prints {text[begin : begin + 40]!r} for "
+                f"{content[:40]!r}); set model.template=chatml, llama3, or a file that prints content as it is"
+            )
+        content_end = begin + len(content)
+        first = next(i for i, (_, stop) in enumerate(offsets) if stop > begin)
+        # Some tokenizers (Llama 3) trim white space off the offsets: only a token's stop says where it lies.
+        inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > content_end]
+        if len(inside) != 1 or offsets[inside[0]][0] < content_end:
+            raise ValueError(
+                f"the template ends a turn with {text[content_end:end]!r}, which is not one token of this tokenizer "
+                f"(but in {len(inside)}); set model.template to the family the tokenizer belongs to"
+            )
+        last = inside[0] if self.span == "content" else min(inside[0] + 1, len(ids) - 1)
+        return Encoded(
+            input_ids=ids[: last + 1],
+            prompt_tokens=first,
+            end_of_turn=inside[0] - first,
+            steps=self._steps(content, begin, offsets[first : inside[0]]),
+        )
+
+    def _steps(self, content: str, begin: int, offsets: Offsets) -> list[int]:
+        """Span indices of each step's first token; a token over a border opens the later step."""
+        steps = [0]
+        index = 0
+        for match in _STEP_END[self.step_splitter].finditer(content):
+            if match.start() == 0 or match.end() == len(content):
+                continue  # white space at either end of the trajectory separates nothing
+            char = begin + match.end()
+            while index < len(offsets) and offsets[index][1] <= char:
+                index += 1
+            if steps[-1] < index < len(offsets):
+                steps.append(index)
+        return steps
+
+    def marked(self, row: Encoded, limit: int = 400) -> str:
+        """The row as text with its trained tokens between guillemets, for a printed sample.
+
+        Of a span longer than `limit` tokens the first ones and the last are shown, of a long prompt both ends. Tokens
+        that only together make a character share their guillemets.
+        """
+        span = row.input_ids[row.prompt_tokens :]
+        shown = self._guillemets(span[:limit])
+        if len(span) > limit:
+            shown += f" ... {len(span) - limit - 1} more ... " + self._guillemets(span[-1:])
+        prompt = str(self.tokenizer.decode(row.input_ids[: row.prompt_tokens]))
+        if len(prompt) > 200:
+            prompt = f"{prompt[:120]} ... {prompt[-60:]}"
+        return prompt + shown
+
+    def _guillemets(self, ids: Sequence[int]) -> str:
+        text, pending = "", []
+        for i, token in enumerate(ids, start=1):
+            pending.append(token)
+            piece = self.tokenizer.decode(pending)
+            if "\ufffd" not in piece or len(pending) == 4 or i == len(ids):  # UTF-8 takes at most 4 bytes
+                text += f"«{piece}»"
+                pending = []
+        return text
+
+
+def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template called `name`: chatml, llama3, `own` (the tokenizer's) or a path to a Jinja file."""
+    if name == "own":
+        if not isinstance(tokenizer.chat_template, str):
+            raise ValueError("model.template=own, but the tokenizer brings no chat template; set chatml or llama3")
+        return tokenizer.chat_template
+    shipped = resources.files("lark") / "student/templates" / f"{name}.jinja"
+    if shipped.is_file():
+        return shipped.read_text(encoding="utf-8")
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+    raise ValueError(f"model.template={name!r} is neither chatml, llama3, own nor a file; set one of these")
+
+
+def truncated(row: Encoded, max_length: int) -> Encoded:
+    """The row cut to `max_length` tokens; the end-of-turn token goes with the tail."""
+    ids = row.input_ids[:max_length]
+    span = len(ids) - row.prompt_tokens
+    return Encoded(
+        input_ids=ids,
+        prompt_tokens=min(row.prompt_tokens, len(ids)),
+        end_of_turn=row.end_of_turn if row.end_of_turn < span else -1,
+        steps=[step for step in row.steps if step < max(span, 1)],
+    )

@@ -1,0 +1,52 @@
+"""How far a student can count: positions it was made for, and from where on rotary ones depend on the row."""
+
+import math
+from typing import Any
+
+from transformers import AutoConfig
+
+from lark.student.student import LOADING_ERRORS, Student, base_model
+
+
+def positions_of(student: Student) -> float:
+    """Tokens of the longest row that the student was made for, by its config.json and `model.config` (infinite: it does
+    not say). Reads no weights; infinite as well where nothing can be read, which loading the weights will report.
+    """
+    source, keywords = student.source()
+    try:
+        config: Any = AutoConfig.from_pretrained(source, **keywords, **(student.config or {}))
+    except LOADING_ERRORS:
+        return math.inf
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_room(student: Student, max_new_tokens: int) -> None:
+    """ValueError if answers of so many tokens leave a prompt no room in the student's positions."""
+    positions = positions_of(student)
+    if max_new_tokens >= positions:
+        raise ValueError(
+            f"task.max_new_tokens={max_new_tokens} leaves a prompt no room in the {positions:,} positions of "
+            f"{student.name}; lower it, or set model.config (max_position_embeddings, rope_parameters)"
+        )
+
+
+def rope_border(model: Any) -> float:
+    """Tokens from which on rotary positions depend on the longest row of a forward pass (infinite: they never do): a
+    longer row would change the others'.
+    """
+    config = base_model(model).config.get_text_config()
+    found = math.inf
+    for rope in _rope_settings(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+            own = rope.get("original_max_position_embeddings")
+            border = own or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+            found = min(found, border)
+    return found
+
+
+def _rope_settings(parameters: Any) -> list[dict[str, Any]]:
+    """Those of all layers, or one of each kind of layer."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]

@@ -1,0 +1,378 @@
+"""The student: where its weights come from, its tokenizer, its head, LoRA."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from lark.common.cache import file_hash, read_json, write_json
+from lark.student.attention import PrefixTree
+from lark.student.chat import Chat, load_template
+from lark.student.token_statistics import Head
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHIPPED = "shipped:"
+LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError)
+"""What transformers raises for files that are missing, of no known kind, broken, or in want of another package."""
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A causal language model to score with and to train.
+
+    id, revision: on the Hugging Face hub; used when `path` is null.
+    path: a folder with safetensors and a tokenizer, a .gguf file, or `shipped:<name>` for an embedded student.
+    dtype: auto | float32 | bfloat16 | float16. auto is float32 on CPU and bfloat16 on an accelerator, but
+        for passes whose choice bfloat16 would change (lark.training.agreement).
+    attention: the transformers attention implementation.
+    template: chatml | llama3 | own | a Jinja file.
+    end_token: the special token that ends the student's turns; null = the template's own. Typed into a shell as
+        'model.end_token="<|endoftext|>"': the single quotes are for the shell, the double ones for Hydra.
+    lora: null trains every parameter; otherwise peft.LoraConfig's arguments.
+    adapter: a folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights
+        in their order; null = none. What is trained starts from there.
+    config: entries of the student's config.json that are changed, such as {max_position_embeddings: 32768}.
+    trust_remote_code: run code that comes with the weights; never on unless set.
+    """
+
+    name: str
+    id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    template: str = "chatml"
+    end_token: str | None = None
+    lora: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+    adapter: str | tuple[str, ...] | None = None
+    config: dict[str, Any] | None = None
+    _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"model.dtype={self.dtype!r} is unknown; set it to auto, {', '.join(DTYPES)}")
+        if self.lora is not None:
+            self.lora_config()
+        if self.path is None and self.id is None:
+            raise ValueError("model.path and model.id are both null; set model.path to a folder or a .gguf file")
+        if self.path is not None and not self.path.startswith(SHIPPED) and not Path(self.path).exists():
+            raise ValueError(f"model.path={self.path} does not exist; set it to a folder with weights or a .gguf file")
+        for folder in self.adapters:
+            if not (Path(folder) / "adapter_config.json").is_file():
+                raise ValueError(
+                    f"model.adapter={folder} holds no adapter_config.json; set it to a folder with a peft adapter, "
+                    "such as the checkpoint of an arm that was trained with LoRA"
+                )
+
+    def lora_config(self) -> Any:
+        """peft's LoraConfig. Raises ValueError for a setting it does not have or cannot use."""
+        from peft import LoraConfig
+
+        try:
+            config = LoraConfig(task_type="CAUSAL_LM", **(self.lora or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.lora={self.lora} is not usable ({error}); set r, lora_alpha, ...") from error
+        if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
+            raise ValueError(f"model.lora.r={config.r} is no rank; set it to a whole number from 1 on")
+        return config
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The folders of the adapters that are merged into the weights."""
+        return (self.adapter,) if isinstance(self.adapter, str) else tuple(self.adapter or ())
+
+    @property
+    def folder(self) -> Path | None:
+        """Local weights, or None when they come from the hub."""
+        if self.path is None:
+            return None
+        if self.path.startswith(SHIPPED):
+            return Path(str(resources.files("lark") / "student/shipped" / self.path.removeprefix(SHIPPED)))
+        path = Path(self.path)
+        return path.parent if path.suffix == ".gguf" else path
+
+    def source(self) -> tuple[str, dict[str, Any]]:
+        """from_pretrained's first argument and keywords."""
+        common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.folder is None:
+            return str(self.id), common | {"revision": self.revision}
+        if self.path is not None and self.path.endswith(".gguf"):
+            common["gguf_file"] = Path(self.path).name
+        return str(self.folder), common
+
+    def identity(self) -> dict[str, str | None]:
+        """What weights these are: hub id and revision, or a hash of the local files; likewise of merged adapters."""
+        merged = {"adapter": self._hash("adapter", self._adapter_files)} if self.adapters else {}
+        if self.config:
+            merged["config"] = json.dumps(self.config, sort_keys=True)
+        if self.folder is None:
+            return {"id": self.id, "revision": self._commit(), **merged}
+        return {"weights": self._hash("weights", self._weight_files), **merged}
+
+    def _hash(self, name: str, files: Callable[[], list[Path]]) -> str:
+        if name not in self._hashes:  # 135M parameters hash in a fraction of a second; once a process is enough
+            self._hashes[name] = "-".join(file_hash(file)[:16] for file in files())
+        return self._hashes[name]
+
+    def _weight_files(self) -> list[Path]:
+        assert self.folder is not None
+        if self.path is not None and self.path.endswith(".gguf"):
+            return [Path(self.path)]
+        return sorted({f for pattern in _WEIGHTS for f in self.folder.glob(pattern)})
+
+    def _adapter_files(self) -> list[Path]:
+        return [f for folder in self.adapters for f in sorted(Path(folder).glob("adapter_*"))]
+
+    def _commit(self) -> str:
+        """The commit that `revision` stands for now: a branch moves, and caches must notice."""
+        if "commit" not in self._hashes:
+            try:
+                path = cached_file(str(self.id), "config.json", revision=self.revision)
+            except OSError as error:
+                raise self._unavailable(error) from error
+            self._hashes["commit"] = Path(str(path)).parent.name  # .../snapshots/<commit>/config.json
+        return self._hashes["commit"]
+
+    def resolve_dtype(self, device: torch.device) -> torch.dtype:
+        """What the setting means on `device`. Passes of a student on auto may be settled otherwise (lark.training.agreement)."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        source, keywords = self.source()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
+        except LOADING_ERRORS as error:
+            raise self._unavailable(error) from error
+        if not tokenizer("0", add_special_tokens=False)["input_ids"]:  # what transformers makes of a missing file
+            raise self._unavailable("its tokenizer has no vocabulary")
+        return tokenizer
+
+    def load_chat(self, *, span: str = "content", step_splitter: str = "sentences") -> Chat:
+        tokenizer = self.load_tokenizer()
+        template = load_template(self.template, tokenizer)
+        chat = Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
+        return chat if self.end_token is None else chat.ending_with(self.end_token)
+
+    def load_model(self, dtype: torch.dtype, *, merge: bool = True) -> PreTrainedModel:
+        """The pre-trained weights, on CPU and in eval mode. Raises ValueError if they or their head are of no use.
+
+        merge: whether the last adapter goes into the weights, or stays beside them: in bfloat16, weights swallow what
+        is small against them.
+        """
+        source, keywords = self.source()
+        keywords |= {"attn_implementation": self.attention, "use_safetensors": self._safetensors()}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords, **(self.config or {}))
+        except LOADING_ERRORS as error:
+            raise self._unavailable(error) from error
+        except TypeError as error:
+            if not self.config:
+                raise
+            raise ValueError(
+                f"model.config={self.config} cannot be used ({error}); take out what the student's config.json lacks"
+            ) from error
+        for parameter in model.parameters():  # a dequantised GGUF file arrives in its own dtype
+            parameter.data = parameter.data.to(dtype)  # not model.to(dtype): that would round RoPE's frequencies too
+        for folder in self.adapters:
+            model = self._with_adapter(model, folder, merge=merge or folder != self.adapters[-1])
+        self._check_head(model)
+        return model
+
+    def _with_adapter(self, model: Any, folder: str, *, merge: bool) -> Any:
+        """The model with the adapter in `folder` in its weights, which keep their dtype, or in its layers."""
+        from peft import PeftModel
+
+        try:
+            adapted: Any = PeftModel.from_pretrained(model, folder)
+            return (adapted.merge_and_unload() if merge else adapted.get_base_model()).eval()
+        except (*LOADING_ERRORS, RuntimeError, TypeError) as error:  # of another format, or for another model
+            reason = str(error).strip().partition("\n")[0].rstrip(":. ")
+            raise ValueError(
+                f"model.adapter={folder} is no adapter that peft can merge into model={self.name} ({reason}); set it "
+                "to one that was trained on these weights"
+            ) from error
+
+    def _check_head(self, model: Any) -> None:
+        """Statistics and training use hidden states and head apart: together they must give the model's own logits."""
+        tokens_RL = torch.arange(4)[None]
+        is_on_gpus_only = self.attention.startswith("flash")  # and the model is not there yet
+        if is_on_gpus_only:
+            model.set_attn_implementation("sdpa")
+        with torch.inference_mode():
+            expected = model(input_ids=tokens_RL, use_cache=False).logits[0].float()
+            difference = (head_of(model).logits(hidden_states(model, tokens_RL, None)) - expected).abs().max().item()
+        if is_on_gpus_only:
+            model.set_attn_implementation(self.attention)
+        if not difference <= 0.02 * max(1.0, expected.abs().max().item()):
+            raise ValueError(
+                f"model={self.name}: {model.config.model_type} does more to its logits than this package reproduces "
+                f"(they differ by {difference:.3g}); set model to one of another architecture"
+            )
+
+    def _safetensors(self) -> bool | None:
+        """Weights a user downloaded are never unpickled; GGUF has its own reader."""
+        return None if self.path is not None and self.path.endswith(".gguf") else True
+
+    def load_trainable(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The model to train, in train mode: LoRA on top of frozen weights, or every parameter.
+
+        from_pretrained returns eval mode, in which dropout is off and gradient checkpointing silently does nothing.
+        """
+        model: Any = self.load_model(dtype)
+        model.train()
+        if self.lora is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, self.lora_config())
+            if hasattr(base_model(model).get_output_embeddings(), "lora_A"):  # its weight alone is what we multiply by
+                raise ValueError(
+                    f"model.lora.target_modules={self.lora.get('target_modules')} puts LoRA on the head, where it "
+                    "would not be trained; take the head out, or name it in +model.lora.modules_to_save=[lm_head]"
+                )
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        model.train()
+        return model
+
+    def load_trained(self, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+        """The student as `save_student` left it in `folder`."""
+        if self.lora is None:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=self.attention,
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            )
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(self.load_model(dtype), str(folder))
+        base_model(model).generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def base(self) -> dict[str, str | None]:
+        """The weights an adapter is for, as adapter_config.json names them."""
+        if self.folder is None:
+            return {"base_model_name_or_path": self.id, "revision": self._commit()}
+        is_gguf = self.path is not None and self.path.endswith(".gguf")
+        place = Path(str(self.path)) if is_gguf else self.folder
+        return {"base_model_name_or_path": str(place.absolute())}
+
+    def _unavailable(self, reason: object) -> ValueError:
+        first_line = str(reason).strip().partition("\n")[0].rstrip(":. ")
+        if self.folder is not None:
+            return ValueError(
+                f"model.path={self.path} holds no student that transformers can load ({first_line}); set it to a "
+                "folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
+            )
+        return ValueError(
+            f"model={self.name}: {self.id} could be loaded neither from the local Hugging Face cache nor from the hub "
+            f"({first_line}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the "
+            "model is gated)"
+        )
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model under a LoRA wrapper (its layers are changed in place)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: Any) -> Head:
+    """The LM head with what the architecture does to its logits (`load_model` checks that this is all it does)."""
+    base = base_model(model)
+    linear: Any = base.get_output_embeddings()
+    config = base.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale /= float(config.logits_scaling)
+    return Head(
+        weight_VD=linear.weight,
+        bias_V=getattr(linear, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=scale,
+    )
+
+
+def hidden_states(
+    model: Any, input_ids_RL: torch.Tensor, position_ids_RL: torch.Tensor | None, tree: PrefixTree | None = None
+) -> torch.Tensor:
+    """Last hidden states [R * L, D] of right-padded rows, of one packed row with restarting positions, or of the nodes
+    of a prefix tree (once `lark.student.attention.share_prefixes` has made the student understand one).
+
+    No attention mask is passed: right padding needs none, and transformers keeps packed documents apart only when
+    the mask is absent, positions restart and no cache is used.
+    """
+    decoder: Any = base_model(model).get_decoder()
+    shared = {} if tree is None else {"prefix_tree": tree}
+    output = decoder(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False, **shared)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def save_student(
+    model: Any, chat: Chat, folder: Path, *, student: Student | None = None, state: dict[str, Any] | None = None
+) -> None:
+    """A save_pretrained folder (the adapter alone under LoRA) with tokenizer, template and a generation config that
+    ends an answer where the template ends a turn; complete or absent.
+
+    student: whose adapter it is; adapter_config.json then names the base so that a reader can load it: the hub's id
+    and commit, a folder or a .gguf file. state: the state dict of a model that is divided over ranks.
+    """
+    base: Any = base_model(model)
+    if getattr(base.config, "quantization_config", None) is not None:
+        delattr(base.config, "quantization_config")  # a dequantised GGUF student is an ordinary one from here on
+        base.hf_quantizer = None  # transformers would refuse to save it
+    base.generation_config = _generation_config(base, chat)
+    is_adapter = base is not model
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # Embeddings are never resized; left to itself, peft asks the hub whether they were.
+    options: dict[str, Any] = {"save_embedding_layers": False} if is_adapter else {}
+    if state is not None:
+        options["state_dict"] = state
+    model.save_pretrained(temporary, safe_serialization=True, **options)
+    base.generation_config.save_pretrained(temporary)
+    if is_adapter and student is not None:
+        settings = read_json(temporary / "adapter_config.json")
+        write_json(temporary / "adapter_config.json", settings | student.base())
+    tokenizer = copy.copy(chat.tokenizer)
+    tokenizer.chat_template = chat.template
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def _generation_config(base: Any, chat: Chat) -> GenerationConfig:
+    """The base's own, which also ends an answer at the template's end of turn and at the tokenizer's end token."""
+    config = copy.deepcopy(base.generation_config) or GenerationConfig()
+    ends = [chat.end_id]
+    for known in (config.eos_token_id, chat.tokenizer.eos_token_id):
+        ends += [known] if isinstance(known, int) else list(known or [])
+    ends = list(dict.fromkeys(ends))
+    config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    try:
+        config.validate(strict=True)
+    except ValueError:  # temperature without do_sample, say: it acts on nothing, and transformers would not save it
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = GenerationConfig(**tokens)
+    return config

@@ -1,0 +1,148 @@
+"""Problems of an evaluation set: rows read and checked, their prompts, the answers to them."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lark.answers.checker import KINDS, Answer
+from lark.answers.extract import compile_pattern
+from lark.pool.rows import Fault, RowError, find_files, read_rows
+
+_FAULTS_SHOWN = 20
+
+
+def read_problems(path: str | Path, *, limit: int | None = None, setting: str = "task.eval") -> list[dict[str, Any]]:
+    """Rows of an evaluation file, with `problem_id` and `answer` as strings; further columns are carried along.
+
+    A row has `problem_id` or `id`, `problem` (text) or `messages` (ending with the user's turn), and `answer`. It may
+    have `level` (by which metrics are given too), `prompt` (the name of the prompt's version), and `checker` and
+    `pattern`, which take the place of the task's.
+
+    Args:
+        path: .jsonl, .json or .parquet.
+        limit: read at most this many problems.
+        setting: the setting that named the file, for messages.
+
+    Raises:
+        ValueError: the file is missing or holds no problem, or rows are faulty (with file, line and field of each).
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"task.eval_limit={limit} leaves no problem; set it to 1 or more, or null for all")
+    return read_each(find_files(path, setting=setting), _problem, setting=f"{setting}={path}", limit=limit)
+
+
+def read_each(
+    files: Mapping[str, Path],
+    problem_of: Callable[[Any], dict[str, Any]],
+    *,
+    setting: str,
+    limit: int | None = None,
+    read: Callable[[Path], Iterator[tuple[int, Any]]] = read_rows,
+) -> list[dict[str, Any]]:
+    """Problems of files, in order: `problem_of` each row that `read` finds, which raises RowError for what is wrong.
+
+    setting: with its value, for messages.
+
+    Raises:
+        ValueError: there is no problem, or rows are faulty (with file, line and field of each).
+    """
+    problems: dict[str, dict[str, Any]] = {}
+    faults: list[Fault] = []
+    for name, file in files.items():
+        line = None
+        try:
+            for line, raw in read(file):
+                if limit is not None and len(problems) >= limit:
+                    break
+                try:
+                    problem = problem_of(raw)
+                    if problem["problem_id"] in problems:
+                        message = f"{problem['problem_id']!r} stands in an earlier row too: give each problem its own"
+                        raise RowError("problem_id", "repeated", message)
+                    problems[problem["problem_id"]] = problem
+                except RowError as error:
+                    faults.append(error.at(name, error.line or line))
+        except RowError as error:
+            faults.append(error.at(name, error.line or line))
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:_FAULTS_SHOWN])
+        more = f"\n  ... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise ValueError(f"{setting} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
+    if not problems:
+        raise ValueError(f"{setting} holds no problem; set it to a file with rows")
+    return list(problems.values())
+
+
+def _problem(raw: Any) -> dict[str, Any]:
+    if isinstance(raw, RowError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise RowError("row", "no object", "is no object of fields")
+    raw = {key: value for key, value in raw.items() if value == value}  # tables write NaN where nothing stands
+    try:
+        json.dumps(raw, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        message = f"holds what JSON cannot ({error}): store it as text or take the column out"
+        raise RowError("row", "faulty column", message) from error
+    name = "problem_id" if raw.get("problem_id") is not None else "id"
+    identifier, answer, messages = raw.get(name), raw.get("answer"), raw.get("messages")
+    if not isinstance(identifier, str | int) or isinstance(identifier, bool):
+        raise RowError("problem_id", "no id", "is missing or neither a string nor an integer: number the problems")
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not str(answer).strip():
+        raise RowError("answer", "no answer", "is missing or neither text nor number: give the right answer")
+    if messages is not None:
+        well_formed = isinstance(messages, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in messages
+        )
+        if not well_formed or not messages or messages[-1]["role"] != "user":
+            message = 'is no list of {"role": ..., "content": ...} that ends with the user\'s turn'
+            raise RowError("messages", "faulty messages", message)
+    elif not isinstance(raw.get("problem"), str) or not raw["problem"].strip():
+        raise RowError("problem", "no problem", "is missing, empty or no text: give the problem, or messages")
+    _check_optional(raw)
+    return raw | {"problem_id": str(identifier), "answer": str(answer)}
+
+
+def _check_optional(raw: dict[str, Any]) -> None:
+    level, kind, pattern, prompt = (raw.get(name) for name in ("level", "checker", "pattern", "prompt"))
+    if level is not None and (not isinstance(level, str | int | float) or isinstance(level, bool)):
+        raise RowError("level", "faulty level", "is neither text nor a number: correct it or leave it out")
+    if kind is not None and kind not in KINDS:
+        raise RowError("checker", "unknown checker", f"{kind!r} is unknown: set it to one of {', '.join(KINDS)}")
+    if prompt is not None and not isinstance(prompt, str):
+        raise RowError("prompt", "faulty prompt", "is no text: give the name of the prompt's version, or leave it out")
+    if pattern is not None and not isinstance(pattern, str):
+        raise RowError("pattern", "faulty pattern", "is no text: give a regular expression, or leave it out")
+    try:
+        compile_pattern(pattern)
+    except ValueError as error:
+        raise RowError("pattern", "faulty pattern", str(error).replace("task.pattern=", "")) from error
+
+
+def prompt_messages(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
+    """The prompt of a problem: its own messages, or an optional system turn and the problem as user turn."""
+    if problem.get("messages"):
+        return problem["messages"]
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": problem["problem"]}]
+
+
+def level_of(problem: Mapping[str, Any]) -> str | None:
+    """The problem's level as text, such as "5" for 5 and for "Level 5"; None if it has none."""
+    level = problem.get("level")
+    return None if level is None else re.sub(r"^level\s+(?=\S)", "", str(level).strip(), flags=re.IGNORECASE)
+
+
+def answer_to(problem: dict[str, Any], text: str) -> Answer:
+    """What a checker is asked about a text that answers the problem."""
+    return Answer(
+        text=text,
+        gold=problem["answer"],
+        source_dataset=problem.get("source_dataset"),
+        metadata=problem.get("metadata"),
+        kind=problem.get("checker"),
+        pattern=problem.get("pattern"),
+    )

@@ -1,0 +1,284 @@
+"""Problems and teachers -> a pool of checked trajectories.
+
+What teachers write is kept in `<output>.samples/<teacher>-<hash>.jsonl`, one growing file for each teacher and way of
+sampling, and is asked for once: the pool is made of these files, so more problems, samples or teachers, another checker
+or another choice of rows cost only what is new.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lark.answers.checker import Checker
+from lark.common.cache import file_hash, identity_hash, lock, replacing, write_json
+from lark.common.progress_line import bar
+from lark.common.record_file import Key, RecordFile
+from lark.pool.rows import normalise
+from lark.tasks.problems import answer_to, prompt_messages
+from lark.teachers.openai_teacher import Endpoint, Halt, Request, Tally
+from lark.teachers.pool_rows import SAMPLING, Figures, Source, digest_of, pool_rows
+from lark.teachers.teachers import LocalTeacher, Teacher
+
+_NEAR = re.compile(r"http://(localhost|127\.|\[::1\])")
+_LIBRARIES = {"transformers": ("torch", "transformers"), "vllm": ("vllm",), "endpoint": ("httpx2",)}
+
+
+@dataclass(kw_only=True)
+class _Asked:
+    """A teacher with its file, what is wanted of it and what asking it came to."""
+
+    teacher: Teacher
+    local: LocalTeacher | None
+    identity: dict[str, Any]
+    file: RecordFile
+    keys: list[Key]
+    there: int
+    tally: Tally = field(default_factory=Tally)
+
+
+def make_pool(
+    problems: Sequence[dict[str, Any]],
+    teachers: Sequence[Teacher],
+    output: Path,
+    *,
+    checker: Checker,
+    system: str | None = None,
+    keep: str = "all",
+    thinking: str = "keep",
+    again: bool = False,
+    source: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Asks the teachers for what is not there yet, checks the answers, writes the pool; returns its manifest.
+
+    Args:
+        problems: rows as `read_problems` gives them; their further columns go into the pool.
+        output: .jsonl file of the pool; `<output>.manifest.json` and the folder `<output>.samples` go beside it.
+        checker: decides what is correct.
+        system: system turn put before each `problem`, asked with and stored; rows with `messages` have their own.
+        keep: which trajectories become rows: all, ended (not cut off) or correct.
+        thinking: keep puts what an endpoint returns as reasoning into <think>...</think> before the answer, drop
+            leaves it out. It is in the samples either way.
+        again: ask once more where a teacher gave no trajectory before (filtered, refused, empty, too long).
+        source: where the problems were read from, for the manifest.
+
+    Raises ValueError for what a user has to mend: then nothing that was written is lost, and the same call goes on.
+    """
+    if output.suffix != ".jsonl":
+        raise ValueError(f"--output {output} has another ending; let it end in .jsonl")
+    manifest = Path(f"{output}.manifest.json")
+    folder = Path(f"{output}.samples")
+    if output.exists() and not (folder.exists() or manifest.exists()):
+        raise ValueError(f"--output {output} is there already and was not made here; name another file")
+    checker.validate([answer_to(problem, "") for problem in problems])
+    prompts = {problem["problem_id"]: _prompt(problem, system) for problem in problems}
+    with ExitStack() as stack:
+        asked = [_prepare(teacher, prompts, folder, stack, say) for teacher in teachers]
+        _ask(asked, prompts, again=again, say=say)
+        figures = [Figures() for _ in asked]
+        sources = [Source(one.teacher, one.file, figure) for one, figure in zip(asked, figures, strict=True)]
+        with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for row in pool_rows(problems, prompts, sources, checker=checker, keep=keep, thinking=thinking):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if not sum(figure.rows for figure in figures):
+                raise ValueError(f"no trajectory is left for {output}: {_why_none(figures, keep)}")
+        found = {
+            "rows": sum(figure.rows for figure in figures),
+            "sha256": file_hash(output),
+            "problems": {
+                "file": str(source) if source else None,
+                "count": len(problems),
+                "hash": identity_hash({"problems": [[p["problem_id"], p["answer"]] for p in problems], "p": prompts}),
+            },
+            "settings": {
+                "system": system,
+                "checker": checker.kind,
+                "pattern": checker.pattern,
+                "keep": keep,
+                "thinking": thinking,
+            },
+            "teachers": {one.teacher.name: _record(one, figure) for one, figure in zip(asked, figures, strict=True)},
+            "versions": _versions(asked),
+        }
+    write_json(manifest, found)
+    return found
+
+
+def _prompt(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
+    """The turns before the trajectory, as a pool can have them. Raises ValueError before anything is asked."""
+    turns = [{name: turn[name] for name in ("role", "content")} for turn in prompt_messages(problem, system)]
+    row = {**problem, "candidate_id": "0", "messages": [*turns, {"role": "assistant", "content": "."}]}
+    _, errors = normalise({name: value for name, value in row.items() if name not in ("teacher", "correct")})
+    if errors:
+        error = errors[0].at("--problems", None)
+        raise ValueError(f"problem {problem['problem_id']} cannot be a row of a pool: {error}")
+    return turns
+
+
+def _prepare(
+    teacher: Teacher,
+    prompts: dict[str, list[dict[str, str]]],
+    folder: Path,
+    stack: ExitStack,
+    say: Callable[[str], None],
+) -> _Asked:
+    """Opens the teacher's file; what it is named after changes with whatever changes its trajectories."""
+    local = None
+    if teacher.url is None:
+        try:
+            local = LocalTeacher(teacher, say)
+            identity = local.identity
+        except ValueError as error:
+            raise ValueError(f"teacher {teacher.name}: {error}") from error
+    else:
+        if teacher.read_key() and teacher.url.startswith("http:") and not _NEAR.match(teacher.url):
+            say(f"teacher {teacher.name}: its key goes over http, where others may read it; use https if it can")
+        identity = {name: getattr(teacher, name) for name in ("url", "model", "seed", *SAMPLING)}
+        identity["body"] = dict(teacher.body)
+    path = folder / f"{teacher.name}-{identity_hash(identity)}.jsonl"
+    stack.enter_context(lock(path))
+    file = RecordFile(path, {"teacher": teacher.name, **identity})
+    stack.callback(file.close)
+    keys = [(problem, digest_of(turns), n) for problem, turns in prompts.items() for n in range(teacher.samples)]
+    there = sum(key in file for key in keys)
+    rate = teacher.rate if teacher.url and there < len(keys) else None
+    say(
+        f"teacher {teacher.name}: {len(prompts):,} problems x {teacher.samples} = {len(keys):,} trajectories, "
+        f"{there:,} are there" + (f", at least {(len(keys) - there) / rate:,.1f} min at its rate" if rate else "")
+    )
+    return _Asked(teacher=teacher, local=local, identity=identity, file=file, keys=keys, there=there)
+
+
+def _ask(
+    asked: Sequence[_Asked],
+    prompts: dict[str, list[dict[str, str]]],
+    *,
+    again: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Endpoints all at once, as they only keep us waiting; then the models that run here, one after the other."""
+    endpoints = [one for one in asked if one.local is None]
+    wanted = [_missing(one, again) for one in endpoints]
+    if any(wanted):
+        asyncio.run(_ask_endpoints(endpoints, wanted, prompts, say))
+    for one in asked:
+        if one.local is not None and (missing := _missing(one, again)):
+            _ask_local(one, one.local, missing, prompts)
+
+
+def _missing(one: _Asked, again: bool) -> list[Key]:
+    return [key for key in one.keys if key not in one.file or (again and one.file.failed(key))]
+
+
+async def _ask_endpoints(
+    asked: Sequence[_Asked],
+    wanted: Sequence[list[Key]],
+    prompts: dict[str, list[dict[str, str]]],
+    say: Callable[[str], None],
+) -> None:
+    halt = Halt()
+    endpoints = [Endpoint(one.teacher, halt=halt) for one in asked]
+    total, missing = sum(len(one.keys) for one in asked), sum(map(len, wanted))
+    with bar("asking", total, "trajectories", initial=total - missing) as progress:
+
+        def keeping(file: RecordFile) -> Callable[[dict[str, Any]], None]:
+            def keep(record: dict[str, Any]) -> None:
+                file.add(record)
+                progress.update()
+
+            return keep
+
+        outcomes = await asyncio.gather(
+            *(
+                endpoint.ask_all([_request(key, prompts) for key in keys], keeping(one.file))
+                for endpoint, one, keys in zip(endpoints, asked, wanted, strict=True)
+            ),
+            return_exceptions=True,
+        )
+    for one, endpoint in zip(asked, endpoints, strict=True):
+        one.tally = endpoint.tally
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    for one in asked:
+        if lost := one.tally.lost:
+            reasons = ", ".join(f"{reason} {count}x" for reason, count in lost.items())
+            say(
+                f"teacher {one.teacher.name}: {sum(lost.values())} trajectories were not to be had ({reasons}); the "
+                "same command asks for them again"
+            )
+
+
+def _request(key: Key, prompts: dict[str, list[dict[str, str]]]) -> Request:
+    problem, prompt, sample = key
+    return Request(problem_id=problem, prompt=prompt, sample=sample, messages=prompts[problem])
+
+
+def _ask_local(
+    one: _Asked, local: LocalTeacher, missing: Sequence[Key], prompts: dict[str, list[dict[str, str]]]
+) -> None:
+    wanted = {(problem, sample): (problem, prompt, sample) for problem, prompt, sample in missing}
+    done = {(problem, sample) for problem, _, sample in one.keys if (problem, sample) not in wanted}
+    # vLLM's own folder is good for one list of prompts and number of samples only
+    folder = one.file.path.with_suffix(f".{one.teacher.samples}.vllm")
+    begun = time.monotonic()
+    name = one.teacher.name
+    with bar(f"sampling {name}", len(one.keys), "trajectories", initial=len(done)) as progress:
+        try:
+            for batch in local.sample(prompts, done, folder):
+                for sample in batch:
+                    problem, prompt, number = wanted[sample.problem_id, sample.sample]
+                    record = {"problem_id": problem, "prompt": prompt, "sample": number, "seed": one.teacher.seed}
+                    record |= {"num_tokens": sample.num_tokens, "model": one.teacher.model}
+                    text = sample.text.encode("utf-8", "replace").decode()
+                    end = "length" if sample.truncated else "stop"
+                    record |= {"content": text, "finish_reason": end} if text.strip() else {"failure": "empty"}
+                    one.file.add(record)
+                    one.tally.tokens += sample.num_tokens
+                progress.update(len(batch))
+        except ValueError as error:
+            raise ValueError(f"teacher {name}: {error}") from error
+    one.tally.seconds = time.monotonic() - begun
+
+
+def _why_none(figures: Sequence[Figures], keep: str) -> str:
+    failures = sum((figure.failures for figure in figures), Counter())
+    reasons = [f"{count} {reason.replace('_', ' ')}" for reason, count in failures.items()]
+    if left := sum(figure.trajectories for figure in figures):
+        reasons.append(f"{left} not {keep}, which --keep all would keep")
+    return ", ".join(reasons)
+
+
+def _record(one: _Asked, figure: Figures) -> dict[str, Any]:
+    """What the manifest says of a teacher. The key itself is nowhere in it, only its variable's name."""
+    teacher = {name: value for name, value in asdict(one.teacher).items() if name != "name"}
+    return {
+        "settings": teacher,
+        "identity": one.identity,
+        "samples": one.file.path.name,
+        "figures": {**vars(figure), "failures": dict(figure.failures), "models": sorted(figure.models)},
+        "this_command": {"there": one.there, **asdict(one.tally)},
+    }
+
+
+def _versions(asked: Sequence[_Asked]) -> dict[str, str]:
+    engines = {"endpoint" if one.local is None else one.teacher.engine for one in asked}
+    names = [name for engine in sorted(engines) for name in _LIBRARIES[engine]]
+    # vLLM may live in another Python, which keeps its own record
+    known = {name: _version(name) for name in ("lark-select", *names)}
+    return {name: found for name, found in known.items() if found is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

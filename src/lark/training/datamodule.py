@@ -1,0 +1,410 @@
+"""TrajectoryDataModule: from the pool to batches. Scoring and selection happen in `setup("fit")`."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from copy import copy
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
+
+from lark.common.cache import complete, identity_hash, read_json, source_hash
+from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
+from lark.scoring.gradient_passes import (
+    GradientMatchesModule,
+    GradientsModule,
+    HeadGradientsModule,
+    LossDropsModule,
+    ProjectedGradientsModule,
+)
+from lark.scoring.passes import (
+    ContentAlone,
+    GradientMatches,
+    Gradients,
+    HeadGradients,
+    LocalWindows,
+    LossDrops,
+    MeanHidden,
+    Pass,
+    ProjectedGradients,
+    Statistics,
+)
+from lark.scoring.progress import describe_pass
+from lark.scoring.race_pass import RaceModule, RaceWork, describe_race, race
+from lark.scoring.statistics_pass import PassModule, Probe, ProbeModule, Work, measure
+from lark.scoring.table_cache import COST_COLUMNS, read_columns, read_statistics, rows_done, statistics_blocks
+from lark.selection.candidates import Candidates, meant
+from lark.selection.contests import contests, raced
+from lark.selection.scores.statistics import STATISTICS, DropFirst
+from lark.selection.scores.text import TeacherMatched
+from lark.selection.selection import Rule, Selection, select, speaking_of
+from lark.student.context_length import positions_of
+from lark.student.student import Student
+from lark.student.tokenized_pool import Say, Trajectories
+from lark.tasks.task import Task
+from lark.training.batches import Step, held_out_coefficients, held_out_steps, training_step
+from lark.training.loaders import HeldOutSteps, TrainingSteps
+from lark.training.recipe import Recipe
+
+MODULES: dict[type[Pass], type[PassModule]] = {
+    Statistics: ProbeModule,
+    LocalWindows: LocalWindowsModule,
+    ContentAlone: ContentAloneModule,
+    MeanHidden: MeanHiddenModule,
+    HeadGradients: HeadGradientsModule,
+    Gradients: GradientsModule,
+    LossDrops: LossDropsModule,
+    ProjectedGradients: ProjectedGradientsModule,
+    GradientMatches: GradientMatchesModule,
+}
+_SOURCES = (
+    "student.chat",
+    "student.student",
+    "student.batching",
+    "scoring.passes",
+    "student.context_length",
+    "student.attention",
+    "scoring.statistics_pass",
+    "scoring.table_cache",
+    "student.tokenized_pool",
+)
+
+WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[Path, float], ...], dict[str, float]]]
+"""Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates, and what they cost."""
+
+
+class TrajectoryDataModule(LightningDataModule):
+    """`prepare_data` reads, checks and tokenises the pool; `setup("fit")` runs the passes that the rules need, or finds
+    them cached, and selects for both arms; `use(arm)` says which selection `train_dataloader` draws from.
+
+    task, student, selector, baseline (None: no second arm), recipe, probe: what their names say. scorer: the student
+    that is asked, if it is another than the one trained. match: trajectories | tokens, what the baseline has as many of
+    as the selector. needs: passes to run whatever the rules need. cache: folder of caches. make_trainer: gives the
+    Trainer under which a pass of the given label runs. warm_up: trains a warm-up arm, in `precision`, for rules that
+    learn from one. say: receives derived facts.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        student: Student,
+        selector: Rule,
+        baseline: Rule | None,
+        recipe: Recipe,
+        probe: Probe,
+        seed: int,
+        cache: Path,
+        make_trainer: Callable[[str], Trainer],
+        scorer: Student | None = None,
+        match: str = "trajectories",
+        needs: tuple[Pass, ...] = (),
+        warm_up: WarmUp | None = None,
+        precision: str = "32-true",
+        say: Say = print,
+    ):
+        super().__init__()
+        self.task, self.student, self.recipe, self.probe = task, student, recipe, probe
+        self.scorer = scorer or student
+        self.asked = (
+            self.scorer
+        )  # the same student in the dtype of its passes, once lark.training.agreement has settled that
+        self.agreement: dict[str, Any] = {}
+        self.rules: dict[str, Rule] = {"selector": selector} | ({"baseline": baseline} if baseline else {})
+        every = [*needs, *(need for rule in self.rules.values() for need in rule.needs)]
+        self.needs = sorted(dict.fromkeys(every), key=lambda need: need != Statistics())  # the statistics first
+        self.seed, self.match, self.cache, self.warm_up, self.say = seed, match, cache, warm_up, say
+        self.make_trainer, self.precision = make_trainer, precision
+        self.selections: dict[str, Selection] = {}
+        self.costs: dict[Pass, dict[str, Any]] = {}
+        self.use("selector")
+        self._pools: dict[str, Trajectories] = {}
+        self._check_rules()
+        self.contests = contests(self.rules, match=match) if probe.race else ()
+        self.rules |= {contest.name: raced(contest.rule) for contest in self.contests}
+
+    def _check_rules(self) -> None:
+        """What a rule cannot know by itself. Raises ValueError."""
+        for name, rule in self.rules.items():
+            for score in (rule.score, getattr(rule.filter, "score", None)):
+                if isinstance(score, DropFirst) and score.skip != self.probe.skip:
+                    raise ValueError(
+                        f"{name}: skip={score.skip} of DropFirst is not what the statistics tell apart, "
+                        f"probe.skip={self.probe.skip}; set both to the same"
+                    )
+            if rule.refresh and (self.probe.race or self.scorer is not self.student):
+                setting = "race=true" if self.probe.race else f"model={self.probe.model}"
+                raise ValueError(
+                    f"{name}.refresh={rule.refresh} asks the student in training for the whole pool, which probe."
+                    f"{setting} rules out; set {name}.refresh=null, or probe.race=false probe.model=null"
+                )
+        if isinstance(self.rules["selector"].score, TeacherMatched):
+            raise ValueError(
+                f"selector={self.rules['selector'].name} copies the teachers of a selector's choice and is none; set "
+                "baseline=teacher_matched_random and another selector"
+            )
+        if self.scorer is not self.student and any(isinstance(need, GradientMatches) for need in self.needs):
+            raise ValueError(
+                f"probe.model={self.probe.model} asks another student, but a rule needs a warm-up arm of the student "
+                "that is trained; set probe.model=null or choose another rule"
+            )
+
+    @property
+    def trajectories(self) -> Trajectories:
+        """The pool as the student that is trained sees it; opened once a process."""
+        return self._pool("student", self.student)
+
+    @property
+    def scored_trajectories(self) -> Trajectories:
+        """The pool as the student that is asked sees it."""
+        return self.trajectories if self.scorer is self.student else self._pool("scorer", self.scorer)
+
+    def _pool(self, name: str, student: Student) -> Trajectories:
+        if name not in self._pools:
+            chat = student.load_chat(span=self.probe.span, step_splitter=self.probe.step_splitter)
+            say = self.say if student is self.student else lambda text: None  # it is the same pool
+            self._pools[name] = Trajectories(self.task, chat, cache=self.cache, say=say)
+        return self._pools[name]
+
+    def prepare_data(self) -> None:
+        first = self.trajectories.rows.select_columns(["extra"])[:100]["extra"]
+        hidden = {name for extra in first for name in json.loads(extra)} & {*STATISTICS, "num_tokens"}
+        if hidden:
+            self.say(
+                f"warning     the pool's columns {', '.join(sorted(hidden))} are hidden by the student's statistics of "
+                "that name; rename them to use them"
+            )
+        positions = positions_of(self.student)
+        if beyond := int((self.trajectories.length[self.trajectories.fits] > positions).sum()):
+            self.say(
+                f"warning     {beyond:,} trajectories are longer than the {positions:,} positions of "
+                f"{self.student.name}; lower task.max_length, or set model.config (max_position_embeddings, "
+                "rope_parameters)"
+            )
+        if self.scorer is not self.student:
+            self.say(
+                f"asked       {self.scorer.name}, whose choice {self.student.name} gets; "
+                f"{self.dropped['overlong_for_scorer']:,} further rows are too long for it"
+            )
+
+    def check_columns(self) -> None:
+        """Whether the pool has the columns that the rules name. Raises ValueError."""
+        for name, rule in self.rules.items():
+            for column in rule.columns:
+                try:
+                    self.trajectories.column(column, self.scored[:1])
+                except ValueError as error:
+                    remedy = (
+                        f"add it to the pool, or name another in {name}.score, {name}.filter or {name}.policy.prior"
+                    )
+                    text = f"{name}={rule.name} reads the column {column}, but {error}{meant(column, STATISTICS)}"
+                    raise ValueError(f"{text}; {remedy}") from error
+
+    @property
+    def dtype(self) -> str:
+        """What the trained student is sampled in; its passes may run in another (`asked`)."""
+        return str(self.student.resolve_dtype(self.make_trainer("").strategy.root_device))
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Rows of the pool that rules choose from."""
+        rows = self.trajectories.scored
+        return rows[self.scored_trajectories.fits[rows]]  # in another student's tokens a row may be too long
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows of the pool that are not chosen from, by reason."""
+        overlong = len(self.trajectories.scored) - len(self.scored)
+        return {**self.trajectories.dropped, "overlong_for_scorer": overlong}
+
+    def _work(self, warmup: tuple[tuple[Path, float], ...] = ()) -> Work:
+        work = Work(
+            student=self.asked,
+            probe=self.probe,
+            pool=self.scored_trajectories,
+            rows=self.scored,
+            seed=self.seed,
+            warmup=warmup,
+        )
+        return RaceWork(**vars(work), contests=self.contests) if self.contests else work
+
+    def pass_identity(self, wanted: Pass, work: Work | None = None) -> dict[str, Any]:
+        """All that the columns of a pass depend on, over all that is scored or over other `work` on the same pool."""
+        work = work or self._work()
+        is_race = wanted == Statistics() and isinstance(work, RaceWork)
+        module, device = RaceModule if is_race else MODULES[type(wanted)], self.make_trainer("").strategy.root_device
+        identity = {
+            "student": self.scorer.identity(),
+            "dtype": str(work.student.resolve_dtype(device)),
+            "attention": self.scorer.attention,
+            **self.scored_trajectories.identity,
+            **module.identity(wanted, work),
+            "sources": source_hash([*_SOURCES, *module.SOURCES]),
+        }
+        if not np.array_equal(work.rows, self.scored_trajectories.scored):  # the trained student drops rows too
+            identity["rows"] = hashlib.sha256(work.rows.tobytes()).hexdigest()
+        if isinstance(wanted, GradientMatches):
+            identity["warm_up"] = [self.recipe.for_epochs(wanted.epochs).identity(), self.precision]
+        return identity
+
+    def pass_folder(self, wanted: Pass) -> Path:
+        return self.cache / "statistics" / identity_hash(self.pass_identity(wanted))
+
+    @property
+    def statistics_folder(self) -> Path:
+        return self.pass_folder(Statistics())
+
+    def setup(self, stage: str) -> None:
+        if self.selections or stage not in ("fit", "predict"):
+            return
+        self.score()
+        self.select()
+
+    def score(self) -> None:
+        """The columns of every pass that the rules need: from the cache, or by the student (all ranks take part)."""
+        for wanted in self.needs:
+            self.run_pass(wanted, cached=complete(self.pass_folder(wanted)))
+
+    def run_pass(self, wanted: Pass, *, cached: bool, logger: Logger | None = None) -> None:
+        """One pass, unless it is `cached` (which rank 0 finds out). logger: gets its progress."""
+        if wanted in self.costs:
+            return
+        folder, label = self.pass_folder(wanted), wanted.name.replace("_", " ")
+        if cached:
+            self.say(f"{label:<11} cache hit ({folder.name})")
+        else:
+            warmup, before = (), {}
+            if isinstance(wanted, GradientMatches):
+                if self.warm_up is None:
+                    raise ValueError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
+                warmup, before = self.warm_up(self, wanted)
+            work = self._work(warmup)
+            done = len(rows_done(folder))
+            self.say(
+                f"{label:<11} cache miss ({folder.name}): scoring {len(work.rows) - done:,} trajectories"
+                + (f", {done:,} are kept of a pass that was interrupted" if done else "")
+            )
+            identity = self.pass_identity(wanted)
+            if wanted == Statistics() and isinstance(work, RaceWork):
+                race(wanted, work, folder, identity, make_trainer=self.make_trainer, logger=logger)
+            else:
+                trainer = self.make_trainer(label)
+                trainer.logger = logger
+                measure(
+                    trainer, MODULES[type(wanted)](wanted=wanted, work=work, folder=folder), identity, before=before
+                )
+        self.costs[wanted] = read_json(folder / "manifest.json")
+        if not cached and (throughput := self.costs[wanted].get("throughput")):
+            chosen = [f"{name} {value}" for name, value in self.costs[wanted]["choices"].items()]
+            for line in filter(None, ["; ".join(chosen), describe_pass(throughput)]):
+                self.say(f"{label:<11} {line}")
+        if "race" in self.costs[wanted]:
+            self.say(describe_race(self.costs[wanted]))
+
+    def cost_of(self, rule: Rule) -> dict[str, float]:
+        """What choosing by `rule` costs: tokens through the student forwards and backwards, device-seconds."""
+        spent = [self.costs[need] for need in rule.needs]
+        return {name: sum(cost[name] for cost in spent) for name in COST_COLUMNS}
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """What the rules choose from: the scored rows with the columns of every pass."""
+        pool, row_N = self.trajectories, self.scored
+        statistics: Mapping[str, np.ndarray] = {"num_tokens": self.scored_trajectories.span_tokens[row_N]}
+        passes, read_blocks = {}, None
+        for wanted in self.needs:
+            folder = self.pass_folder(wanted)
+            columns = read_statistics(folder) if wanted == Statistics() else read_columns(folder)
+            assert np.array_equal(columns["row"], row_N)
+            columns = columns.without("row")
+            if wanted == Statistics():
+                statistics, read_blocks = columns, partial(statistics_blocks, folder)
+            else:
+                passes[wanted] = columns
+        return Candidates(
+            problem_id=pool.problem_id[row_N],
+            candidate_id=pool.candidate_id[row_N],
+            statistics=statistics,
+            read_column=pool.column,
+            row_N=row_N,
+            read_blocks=read_blocks,
+            passes=passes,
+        )
+
+    def select(self) -> None:
+        """The selector's choice, and the baseline's with as many rows of each problem, or as many tokens."""
+        if self.selections:
+            return
+        for name in self.rules:
+            self.selections[name] = self.choose(name, self.selections.get("selector"))
+
+    def choose(self, name: str, like: Selection | None) -> Selection:
+        """What the rule of that name takes of the candidates: on its own, or as the baseline of `like`."""
+        with speaking_of(name):
+            return select(
+                self.rules[name],
+                self.candidates,
+                seed=self.seed,
+                like=like,
+                match=self.match,
+                trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
+            )
+
+    def anchored_at(self, student: Student, name: str, cache: Path) -> "TrajectoryDataModule":
+        """The same opened pool for the rule of that name alone, with nothing scored yet: it asks `student`, which is
+        what the student has become, and keeps its passes in `cache`. It says nothing.
+        """
+        anew = copy(self)
+        anew.__dict__.pop("candidates", None)
+        anew.student = anew.scorer = anew.asked = student
+        anew.rules = {name: self.rules[name]}
+        anew.needs = [need for need in self.needs if need in self.rules[name].needs]
+        anew.selections, anew.costs, anew._pools = {}, {}, {"student": self.trajectories}
+        anew.cache, anew.say, anew.trainer = cache, lambda text: None, None
+        return anew
+
+    def use(
+        self, arm: str, recipe: Recipe | None = None, choice: Selection | None = None, first: int = 0
+    ) -> "TrajectoryDataModule":
+        """Draw training batches from `arm`'s selection ("selector" or "baseline"), by its recipe if it has its own; or
+        from its later `choice`, which it has trained on since optimizer step `first`.
+        """
+        assert arm in self.selections or not self.selections
+        self.arm, self.recipe_in_use, self.choice, self.first = arm, recipe or self.recipe, choice, first
+        return self
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        if self.recipe_in_use.batch_size < trainer.world_size:
+            raise ValueError(
+                f"sft.batch_size={self.recipe_in_use.batch_size} gives {trainer.world_size} ranks nothing to do each "
+                "step; set it to at least the number of devices"
+            )
+        return DataLoader(TrainingSteps(self.step, trainer), batch_size=None)
+
+    def step(self, number: int, *, rank: int = 0, world: int = 1) -> Step:
+        """Optimizer step `number` of the arm in use, as this rank computes it."""
+        selection, recipe = self.choice or self.selections[self.arm], self.recipe_in_use
+        where = {"rank": rank, "world": world}
+        return training_step(
+            self.trajectories, selection, recipe, seed=self.seed, number=number, first=self.first, **where
+        )
+
+    def held_out_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        return held_out_coefficients(self.trajectories)
+
+    def val_dataloader(self) -> Any:
+        trainer = self.trainer
+        assert trainer is not None
+        row, coefficients_CR = self.held_out_coefficients()
+        if len(row) == 0:
+            return []
+        where = {"rank": trainer.global_rank, "world": trainer.world_size}
+        steps = partial(held_out_steps, self.trajectories, row, coefficients_CR, **where)
+        return DataLoader(HeldOutSteps(steps), batch_size=None)

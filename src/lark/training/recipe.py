@@ -1,0 +1,106 @@
+"""The recipe: how a student is trained, the same for every arm."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+_NO_RESULT = ("checkpoint_every", "epochs", "steps", "lr_sweep", "spike")
+"""Settings of a recipe that change no student, or do so by the number of steps and the rate chosen."""
+
+AVERAGES = ("trajectory", "token")
+
+
+def check_average(average: str, setting: str) -> None:
+    """Raises ValueError, naming `setting`, for what no loss is averaged over."""
+    if average not in AVERAGES:
+        follows = "" if setting == "sft.average" else " (it follows sft.average)"
+        raise ValueError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}{follows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a student is trained; the same for every arm and independent of the number of devices.
+
+    steps: optimizer steps; null = as many as `epochs` passes over the selector's choice take.
+    batch_size: trajectories of a step's global batch.
+    lr: peak learning rate.  lr_sweep: null, or the rates of which every arm gets the best by final held-out loss.
+    warmup: share of the steps.  schedule: cosine | constant (after the warm-up).
+    weight_decay, betas: AdamW's.  clip: largest gradient norm.
+    average: trajectory (sum_k q_k L_k) | token.  weighted: false trains the same rows with weights 1.
+    layout: buckets (rows of similar length, padded) | packed (documents in one row, positions restart) | auto (at each
+        step what `lark.student.layouts` expects to be cheaper).
+    micro_batch_tokens: tokens of one forward-backward pass, padding included; null = as memory allows. Where memory
+        does run out, it is halved and the step is done again.
+    spike: a step whose loss exceeds this many times the median of the steps before it stops training; null = none does.
+    validations: held-out evaluations over the run.  checkpoint_every: optimizer steps.
+    """
+
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 64
+    lr: float = 1e-5
+    lr_sweep: tuple[float, ...] | None = None
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    average: str = "trajectory"
+    weighted: bool = True
+    layout: str = "auto"
+    micro_batch_tokens: int | None = None
+    spike: float | None = 10.0
+    validations: int = 20
+    checkpoint_every: int = 20
+
+    def __post_init__(self) -> None:
+        check_average(self.average, "sft.average")
+        known = {
+            "layout": ("auto", "buckets", "packed"),
+            "schedule": ("cosine", "constant"),
+        }
+        for name, options in known.items():
+            if getattr(self, name) not in options:
+                raise ValueError(f"sft.{name}={getattr(self, name)!r} is unknown; set it to {' or '.join(options)}")
+        for name in ("batch_size", "validations", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.{name}={getattr(self, name)} is too small; set it to at least 1")
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
+            raise ValueError(
+                f"sft.micro_batch_tokens={self.micro_batch_tokens} is too small; set it to at least 1, or null to have "
+                "it follow from memory"
+            )
+        if self.spike is not None and not self.spike > 1:
+            raise ValueError(f"sft.spike={self.spike} would stop at any loss; set it above 1, or null to never stop")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"sft.steps={self.steps} trains nothing; set it to at least 1, or null to use sft.epochs")
+        for name in ("lr", "epochs", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"sft.{name}={getattr(self, name)} must be above 0; set it to a positive number")
+        if self.lr_sweep is not None and not (self.lr_sweep and all(lr > 0 for lr in self.lr_sweep)):
+            raise ValueError(
+                f"sft.lr_sweep={list(self.lr_sweep)} holds no or other than positive rates; set [1e-4, 3e-4]"
+            )
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"sft.warmup={self.warmup} is no share of the steps; set it from 0 to below 1")
+
+    def identity(self) -> dict[str, Any]:
+        """What a student trained for so many steps depends on (on `micro_batch_tokens` through LoRA's dropout)."""
+        settings = {name: value for name, value in vars(self).items() if name not in _NO_RESULT}
+        return settings | {"betas": list(self.betas)}
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+        warmup = max(1, round(self.warmup * steps))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return self.lr * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def for_epochs(self, epochs: int) -> "Recipe":
+        """The same recipe for so many epochs, all rows alike, without a held-out curve: that of a warm-up arm."""
+        return replace(self, steps=None, epochs=float(epochs), validations=1, weighted=False, lr_sweep=None)
+
+    def steps_for(self, trajectories: int) -> int:
+        """Optimizer steps of a run whose selector chose `trajectories`."""
+        return self.steps or max(1, math.ceil(self.epochs * trajectories / self.batch_size))

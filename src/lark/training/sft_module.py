@@ -1,0 +1,304 @@
+"""SFTModule: weighted supervised fine-tuning, one training_step = one optimizer step.
+
+A step's loss is sum_N coefficient_N * surprisal_N over the whole global batch. The coefficients already carry weights
+and denominators (see packing.coefficients), so micro-batches and ranks only add up: weights act at any micro-batch
+size. Gradients are summed over ranks once a step, after its last micro-batch, so that a rank that runs out of memory
+can do its part again in smaller ones. (A student that is divided over ranks, trainer=fsdp, sums them as it goes.)
+"""
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from lark.common.cache import write_text
+from lark.student.attention import share_prefixes
+from lark.student.batching import MicroBatch, collate, collate_shared
+from lark.student.chat import Encoded
+from lark.student.distributed import clip_gradients, shard_for_training, sum_over_ranks
+from lark.student.layouts import Cut, costs_of, cut, launched
+from lark.student.memory import is_out_of_memory, release_memory, training_budget
+from lark.student.sharding import ShardedStrategy
+from lark.student.student import Student, base_model, head_of, hidden_states
+from lark.student.token_statistics import weighted_surprisal
+from lark.training.batches import Step
+from lark.training.divergence import DivergedError, Losses
+from lark.training.recipe import Recipe
+
+PRECISIONS = ("32-true", "bf16-mixed")
+NAMED = 10  # trajectories that a message about a loss names
+
+
+class SFTModule(LightningModule):
+    """The student to be trained on one selection.
+
+    `folder` receives loss.csv: held-out loss (and that over correct trajectories) by optimizer step, nats/token.
+    """
+
+    def __init__(self, *, student: Student, recipe: Recipe, steps: int, seed: int, folder: Path):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # LoRA checkpoints hold the trained parameters only
+        self.student, self.recipe, self.steps, self.seed, self.folder = student, recipe, steps, seed, folder
+        self.student_model: Any = None
+        self.sharded = False
+        self.not_apart: str | None = None
+        """Why the student's attention takes a mask for packed documents; None: it takes them one by one."""
+        self.budget = recipe.micro_batch_tokens or 0
+        """Tokens of a micro-batch."""
+        self.curve: list[dict[str, float]] = []
+        self.losses = Losses(spike=recipe.spike)
+        self.totals = dict.fromkeys(
+            ("steps", "row_tokens", "computed_tokens", "trained_tokens", "packed_steps", "halvings"), 0
+        )
+        """Of this module on this rank: steps, tokens of trajectories, of micro-batches, in the loss, ..."""
+
+    # ---- the student
+
+    def configure_model(self) -> None:
+        if self.student_model is not None:
+            return
+        if self.trainer.precision not in PRECISIONS:  # others scale the loss, or round the weights that are trained
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} is not supported in training; set it to "
+                f"{' or '.join(PRECISIONS)}"
+            )
+        torch.manual_seed(self.seed)  # LoRA's first factor is random: the same for every arm and rank
+        device = self.trainer.strategy.root_device
+        # Full fine-tuning keeps float32 master weights; trainer.precision decides what the products run in.
+        dtype = torch.float32 if self.student.lora is None else self.student.resolve_dtype(device)
+        self.open(dtype)
+        if isinstance(self.trainer.strategy, ShardedStrategy) and self.trainer.world_size > 1:
+            shard_for_training(self.student_model, self.trainer.strategy.device_mesh, self.trainer.precision)
+            self.sharded = True
+
+    def open(self, dtype: torch.dtype) -> None:
+        """Load the student into `student_model`."""
+        self.student_model = self.student.load_trainable(dtype)
+        base: Any = base_model(self.student_model)
+        base.eval()
+        self.not_apart = share_prefixes(base, self.student.attention)
+        base.train()
+        self.costs = costs_of(base, apart=self.not_apart is None)
+        self.student_model.weighted_surprisal = MethodType(_weighted_surprisal, self.student_model)
+
+    def on_fit_start(self) -> None:
+        """Once the student is on its device: what a micro-batch may take there."""
+        if not self.budget:
+            model, checkpointed = base_model(self.student_model), self.student.gradient_checkpointing
+            own = torch.tensor(training_budget(model, self.device, checkpointed=checkpointed), device=self.device)
+            self.budget = int(self.trainer.strategy.reduce(own, reduce_op="min"))
+        if self.device.type != "cpu":
+            config = base_model(self.student_model).config.get_text_config()
+            self.costs = launched(self.costs, layers=config.num_hidden_layers)
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        optimizer = torch.optim.AdamW(
+            self._trained(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
+
+        def factor(step: int) -> float:
+            return recipe.rate(step, self.steps) / recipe.lr
+
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    # ---- micro-batches
+
+    def micro_batches(self, batch: Step) -> Iterator[tuple[MicroBatch, Tensor]]:
+        """The rank's part of a step, cut and laid out; each with the coefficients [C, R] of its rows."""
+        chosen = self._cut(batch.lengths)
+        for part in chosen.rows:
+            rows, encoded = batch.rows[part].tolist(), [batch.encoded[i] for i in part.tolist()]
+            if chosen.packed and self.costs.apart:
+                micro = collate_shared(encoded, rows)
+            else:
+                micro = collate(encoded, rows, packed=chosen.packed)
+            yield self._moved(micro, batch.coefficient_CR[:, part])
+        if self.sharded:  # every forward pass takes all ranks
+            most = max(len(self._cut(lengths).rows) for lengths in batch.lengths_by_rank)
+            for _ in range(most - len(chosen.rows)):
+                nothing = collate([Encoded(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])], [-1])
+                yield self._moved(nothing, np.zeros((len(batch.coefficient_CR), 1)))
+
+    def _cut(self, lengths: np.ndarray) -> Cut:
+        return cut(lengths, layout=self.recipe.layout, budget=self.budget, costs=self.costs)
+
+    def _moved(self, micro: MicroBatch, coefficient_CR: np.ndarray) -> tuple[MicroBatch, Tensor]:
+        return micro.to(self.device), torch.tensor(coefficient_CR, dtype=torch.float32, device=self.device)
+
+    def loss(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
+        """sum over the micro-batch's tokens of coefficient * surprisal, [C]."""
+        return self.student_model.weighted_surprisal(micro, coefficient_CR)
+
+    # ---- training
+
+    def training_step(self, batch: Step, batch_idx: int) -> None:
+        step = self.global_step
+        optimizer: Any = self.optimizers()
+        loss = self._gradients(batch, step)
+        norm = clip_gradients(self._trained(), self.recipe.clip)
+        reason = self.losses.reason_to_stop(loss / batch.mean_weight, norm)
+        if reason is not None:
+            raise DivergedError(
+                f"training stopped at optimizer step {step}: {reason}; lower sft.lr={self.recipe.lr:g} or look at this "
+                f"step's trajectories (problem/candidate: nats/token): {self._worst(batch)}"
+            )
+        self.losses.append(loss / batch.mean_weight)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/gradient_norm", norm)
+        self.log("train/lr", scheduler.get_last_lr()[0])
+        self.log("train/effective_trajectories", batch.effective)
+        scheduler.step()
+
+    def _gradients(self, batch: Step, step: int) -> float:
+        """The step's loss and, in the parameters, its gradient; both of all ranks together."""
+        while True:
+            torch.manual_seed(_mix(self.seed, step, self.global_rank))  # dropout: resuming needs no saved state
+            loss, failure, computed = torch.zeros((), device=self.device), None, 0
+            try:
+                for micro, coefficient_CR in self.micro_batches(batch):
+                    loss += self._backward(micro, coefficient_CR)
+                    computed += micro.tokens
+            except RuntimeError as error:
+                if self.sharded or not is_out_of_memory(error):  # the other ranks wait inside the pass it left
+                    raise
+                failure = str(error).partition("\n")[0]
+            found = torch.stack([loss, loss.new_tensor(float(failure is not None))])
+            total, failures = self.trainer.strategy.reduce(found, reduce_op="sum").tolist()
+            if not failures:
+                break
+            self._shrink(batch, failure)
+        if not self.sharded and self.trainer.world_size > 1:
+            sum_over_ranks(self._trained())
+        self.totals["steps"] += 1
+        self.totals["row_tokens"] += int(batch.lengths.sum())
+        self.totals["computed_tokens"] += computed
+        self.totals["trained_tokens"] += batch.trained_tokens
+        self.totals["packed_steps"] += self._cut(batch.lengths).packed
+        return total
+
+    def _backward(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
+        """A micro-batch's loss. Where it fails, nothing of its graph outlives the call."""
+        with self._kept_local():
+            value = self.loss(micro, coefficient_CR).sum()
+            # FSDP takes the mean over ranks, and the coefficients already are the global batch's
+            self.manual_backward(value * (self.trainer.world_size if self.sharded else 1))
+        return value.detach().float()
+
+    def _shrink(self, batch: Step, failure: str | None) -> None:
+        """Some rank ran out of memory: all forget the step's gradients, and halve what they take at a time."""
+        for parameter in self._trained():
+            parameter.grad = None
+        release_memory(self.device)
+        longest = max(int(lengths.max(initial=0)) for lengths in batch.lengths_by_rank)
+        largest = max(self._cut(lengths).tokens for lengths in batch.lengths_by_rank)
+        if largest <= longest:
+            hint = "" if self.student.gradient_checkpointing else "model.gradient_checkpointing=true, "
+            raise ValueError(
+                f"a trajectory of {longest:,} tokens alone does not fit into a training step's memory "
+                f"({failure or 'on another rank'}); set {hint}a lower task.max_length, or trainer=fsdp"
+            )
+        self.budget = max(min(self.budget, largest) // 2, longest)
+        self.totals["halvings"] += 1
+
+    def _kept_local(self) -> AbstractContextManager[None]:
+        """Without a data-parallel wrapper's own synchronisation of gradients at every micro-batch."""
+        strategy: Any = self.trainer.strategy
+        is_wrapped = isinstance(strategy, ParallelStrategy) and not isinstance(strategy, ShardedStrategy)
+        return strategy.block_backward_sync() if is_wrapped else nullcontext()
+
+    def _worst(self, batch: Step) -> str:
+        """The step's trajectories, of all ranks: what has no number for a loss first, then the highest."""
+        # ranks that share a student cannot look at one trajectory each
+        losses = [math.nan if self.sharded else self._loss_of(batch, i) for i in range(len(batch.names))]
+        found: list[Any] = [list(zip(losses, batch.names, strict=True))]
+        if self.trainer.world_size > 1:
+            found = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, list(zip(losses, batch.names, strict=True)))
+        worst = sorted(chain(*found), key=lambda one: (math.isfinite(one[0]), -one[0]))
+        shown = ", ".join(name if self.sharded else f"{name}: {loss:.3g}" for loss, name in worst[:NAMED])
+        return shown + (f" and {len(worst) - NAMED} more" if len(worst) > NAMED else "")
+
+    @torch.no_grad()
+    def _loss_of(self, batch: Step, i: int) -> float:
+        """L of one row, nats/token; alone, as in sums with other rows what is no number would spread."""
+        row = batch.encoded[i]
+        micro = collate([row], [int(batch.rows[i])])
+        return self.loss(*self._moved(micro, np.full((1, 1), 1 / len(micro.target_N)))).item()
+
+    # ---- the held-out loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._held_out_C = torch.zeros(2, dtype=_precise(self.device), device=self.device)
+
+    def validation_step(self, batch: Step, batch_idx: int) -> None:
+        for micro, coefficient_CR in self.micro_batches(batch):
+            self._held_out_C += self.loss(micro, coefficient_CR)
+
+    def on_validation_epoch_end(self) -> None:
+        """Appends a point to the held-out curve; the pass before the first step gives the point at step 0."""
+        if any(point["step"] == self.global_step for point in self.curve):
+            return
+        loss, loss_correct = self.trainer.strategy.reduce(self._held_out_C, reduce_op="sum").tolist()
+        values = {"held_out/loss": loss}
+        if loss_correct > 0:  # some held-out trajectory is known to be correct
+            values["held_out/loss_correct"] = loss_correct
+        if self.logger is not None:  # not self.log: it is silent before the first step, and one step behind after it
+            self.logger.log_metrics(values, step=self.global_step)
+        self.curve.append({"step": self.global_step, **values})
+        if self.trainer.is_global_zero:
+            write_curve(self.curve, self.folder / "loss.csv")
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= {"curve": self.curve, "losses": self.losses.recent, "budget": self.budget}
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.curve, self.losses.recent, self.budget = (checkpoint[name] for name in ("curve", "losses", "budget"))
+
+
+def _weighted_surprisal(model: Any, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
+    """A method of the student, as a divided one gathers its head for its own methods only."""
+    hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
+    return weighted_surprisal(
+        hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], head_of(model)
+    )
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+
+def write_curve(curve: list[dict[str, float]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(curve)
+    write_text(path, text.getvalue())
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7])

@@ -1,0 +1,135 @@
+"""Identities, hashes, locks and atomic files."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lark.common.cache
+from lark.common.cache import (
+    complete,
+    file_hash,
+    identity_hash,
+    lock,
+    read_json,
+    replacing,
+    writable,
+    write_json,
+    write_text,
+)
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(deadline=None)
+@given(identity=st.dictionaries(st.text(), PLAIN, max_size=4))
+def test_identity_hash_ignores_the_order_of_keys(identity):
+    backwards = dict(reversed(identity.items()))
+    assert identity_hash(identity) == identity_hash(backwards)
+    assert identity_hash(identity) != identity_hash({**identity, "further key": 0, "another": 1})
+    assert len(identity_hash(identity)) == 16
+
+
+def test_identity_hash_is_that_of_the_canonical_json():
+    assert identity_hash({"b": [1, 2.5], "a": "é"}) == hashlib.sha256(b'{"a":"\\u00e9","b":[1,2.5]}').hexdigest()[:16]
+
+
+@pytest.mark.parametrize("value", [float("nan"), Path("x"), {1, 2}, b"bytes"])
+def test_identity_hash_takes_plain_json_only(value):
+    with pytest.raises(AssertionError, match="plain JSON"):
+        identity_hash({"value": value})
+
+
+def test_file_hash(tmp_path):
+    (tmp_path / "file").write_bytes(b"\0text" * 300_000)
+    assert file_hash(tmp_path / "file") == hashlib.sha256(b"\0text" * 300_000).hexdigest()
+
+
+def test_json_and_text_are_read_as_written(tmp_path):
+    value = {"text": "Zoë\u2028", "list": [1, 2.5, None, True], "deep": {"empty": {}}}
+    write_json(tmp_path / "new" / "file.json", value)
+    assert read_json(tmp_path / "new" / "file.json") == value
+    write_text(tmp_path / "file.txt", "a\r\nb\u2028")
+    assert (tmp_path / "file.txt").read_bytes() == "a\r\nb\u2028".encode()
+
+
+def test_json_is_strict(tmp_path):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    write_json(tmp_path / "file.json", {"nan": [float("nan")], "inf": (float("-inf"), 1.0)})
+    text = (tmp_path / "file.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"nan": [None], "inf": [None, 1.0]}
+
+
+def test_replacing_leaves_the_old_file_on_an_error(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent, "a rename is atomic only inside one file system"
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_replacing_puts_the_new_file_in_place(tmp_path):
+    path = tmp_path / "folder" / "file"
+    for text in ("first", "second"):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+        assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask, "others may read a shared cache"
+
+
+def test_lock_says_that_it_waits_and_goes_on_when_it_is_free(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "arm"
+    with lock(path):  # not held: nothing is printed, and it is free again afterwards
+        pass
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+         "print('held', flush=True); sys.stdin.read()", f"{path}.lock"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdin and holder.stdout
+    assert holder.stdout.readline() == b"held\n"
+    printed = []
+
+    def let_go(line, **_):
+        printed.append(line)
+        holder.communicate()  # closes its input, on which it ends
+
+    monkeypatch.setattr(lark.common.cache, "print", let_go, raising=False)
+    with lock(path):
+        assert holder.returncode == 0
+    assert printed == [f"waiting for {path}, held by another process"]
+
+
+def test_writable(tmp_path):
+    assert writable(tmp_path / "a" / "b", "paths.cache").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"paths\.cache=.*/file/folder cannot be written .*: set paths\.cache to"):
+        writable(tmp_path / "file" / "folder", "paths.cache")
+
+
+def test_complete_means_the_manifest_is_there(tmp_path):
+    assert not complete(tmp_path / "missing")
+    assert not complete(tmp_path)
+    write_json(tmp_path / "arm.json", {})
+    assert not complete(tmp_path)
+    assert complete(tmp_path, "arm.json")

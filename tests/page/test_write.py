@@ -1,0 +1,253 @@
+"""The page's HTML as it is written, without a browser: its parts, what it escapes, what it may load, where files go."""
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from page_folders import HOSTILE, RULES, small_sweep
+
+from lark import report
+from lark.common.cache import write_json
+from lark.page import write
+from lark.page.write import NAME, PLOTLY, sorted_by, write_own_page, write_page
+
+VOID = ("meta", "link", "input", "br", "img")
+
+
+class Parsed(HTMLParser):
+    """Tags in their order with attributes, texts by the tag they stand in, and whether every tag was closed."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def text(self, tag: str) -> list[str]:
+        return [text for within, text in self.texts if within == tag]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    small_sweep(folder)
+    write_page([folder], folder / NAME)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Parsed(folder / NAME)
+
+
+def embedded(page: Parsed) -> dict:
+    (text,) = [text for text in page.text("script") if text.startswith('{"plot')]
+    return json.loads(text)
+
+
+def test_headings_are_in_order_and_ids_unique(page):
+    assert not page.open
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert {a["href"] for a in page.of("a")} <= {f"#{name}" for name in ids}
+    for label in (s["aria-labelledby"] for s in page.of("section")):
+        assert label in ids
+
+
+def test_tables_have_captions_headers_and_every_figure(page, folder, capsys):
+    assert len(page.of("caption")) == len(page.of("table")) == 3
+    assert all(th["scope"] in ("col", "row") for th in page.of("th"))
+    cells = page.text("td")
+    content = json.loads((folder / "0" / "summary.json").read_text())
+    assert f"{content['arms']['selector']['trajectories']:,}" in cells
+    rows = [text for text in page.text("bdi") if text in RULES]
+    assert rows == ["random", "lark", "longest"]  # as the printed table has them
+    report.report([folder], form="table", output=None)
+    printed = capsys.readouterr().out
+    for cell in cells:
+        if re.fullmatch(r"[-+.\d,%]+", cell):
+            assert cell in printed
+
+
+def test_every_plot_has_a_sentence_above_it_and_its_figures_in_words(page):
+    plots = embedded(page)["plots"]
+    boxes = [div for div in page.of("div") if div.get("role") == "img"]
+    assert {box["data-plot"] for box in boxes} == {key for key, plot in plots.items() if plot}
+    assert len(boxes) == len(plots) == 12
+    for box in boxes:
+        assert len(box["aria-label"] or "") > 40
+    assert sum(p.get("class") == "reading" for p in page.of("p")) >= len(boxes)
+
+
+def test_it_may_load_its_own_scripts_and_plotly_only(page):
+    (policy,) = [m["content"] for m in page.of("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    assert policy and policy.startswith("default-src 'none'")
+    run = [text for text, script in zip(page.text("script"), page.of("script"), strict=True) if not script.get("type")]
+    assert len(run) == 2
+    for text in run:
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+    for _, attributes in page.tags:
+        for name in ("src", "href"):
+            assert not re.match("[a-z]+:", attributes.get(name) or "") or attributes[name] == "data:,"
+        assert not any(name.startswith("on") for name in attributes)
+    assert embedded(page)["plotly"] == PLOTLY
+
+
+def test_names_and_texts_cannot_leave_their_place(tmp_path):
+    texts = [*HOSTILE, "null \x00 and half \ud800 a pair"]
+    runs = small_sweep(tmp_path, names=HOSTILE, texts=texts, seeds=(0,))
+    for run in runs:
+        content = json.loads((run / "summary.json").read_text())
+        content["arms"]["baseline"]["rule"] = HOSTILE[1]
+        content["settings"]["baseline.name"] = HOSTILE[1]
+        write_json(run / "summary.json", content)
+    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    assert not parsed.open
+    assert len(parsed.of("script")) == 4 and not parsed.of("img") and not parsed.of("b")
+    for text in parsed.text("script"):
+        if text.startswith('{"plot'):
+            assert not set(text) & set("<>&'")
+    shown = [text for _, text in parsed.texts]
+    assert any(HOSTILE[1] in text for text in shown)
+    assert "\x00" not in (tmp_path / NAME).read_text()
+
+
+def test_what_is_missing_is_named(tmp_path):
+    runs = small_sweep(tmp_path)
+    for run in runs:
+        for name in ("diagnostics.json", "diagnostics-candidates.csv", "candidates.jsonl.gz"):
+            (run / name).unlink()
+    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    missing = [p for p in parsed.of("p") if p.get("class") == "missing"]
+    assert len(missing) == 6 + 1 + 1  # diagnostics, trajectories, noscript
+    text = " ".join(text for _, text in parsed.texts)
+    for named in ("diagnostics=full", "diagnostics=cheap", "candidates.jsonl.gz", "no diagnostics.json"):
+        assert named in text
+
+
+def test_stopped_and_failed_runs_have_a_page(tmp_path):
+    runs = small_sweep(tmp_path)
+    for run in runs:
+        write_json(run / "summary.json", {"status": "finished", "stopped_after": "selection"})
+    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    assert "overlap" in " ".join(embedded(parsed)["plots"])
+    assert "stopped after selection, as it was told to" in parsed.text("td")
+    for run in runs:
+        write_json(run / "summary.json", {"status": "failed", "error": "<out> of memory"})
+    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    assert "failed: <out> of memory" in parsed.text("td")
+
+
+def test_a_sweep_has_one_library_and_its_page_links_to_its_runs(folder):
+    said: list[str] = []
+    runs = [folder / "0", folder / "1"]
+    for run in runs:
+        write_own_page(run, said.append)
+        assert embedded(Parsed(run / NAME))["plotly"] == f"../{PLOTLY}"
+    write_own_page(folder, said.append)
+    assert [path.parent for path in folder.rglob(PLOTLY)] == [folder]
+    assert said == [f"page        {place / NAME}" for place in (*runs, folder)]
+    links = {a["href"] for a in Parsed(folder / NAME).of("a")}
+    assert {"0/report.html", "1/report.html"} <= links
+
+
+def test_a_run_of_its_own_has_the_library_beside_it(tmp_path):
+    (run,) = small_sweep(tmp_path / "elsewhere", rules=RULES[:2], seeds=(0,))
+    alone = tmp_path / "alone"
+    run.rename(alone)
+    write_own_page(alone, lambda text: None)
+    assert (alone / PLOTLY).stat().st_size > 10**6
+
+
+def test_a_page_that_cannot_be_written_is_no_reason_to_fail(folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write, "write_text", full)
+    said: list[str] = []
+    write_own_page(folder / "0", said.append)
+    (line,) = said
+    assert line.startswith("warning") and "No space left on device" in line
+
+
+def test_the_command_line_writes_it(folder, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "new" / "page.html"
+    monkeypatch.setattr("sys.argv", ["lark.report", str(folder), "--format", "json", "--page", str(path)])
+    report.main()
+    out, err = capsys.readouterr()
+    assert json.loads(out)["runs"] == 4
+    assert err.endswith(f"page        {path}\n")
+    assert path.is_file() and (path.parent / PLOTLY).is_file()
+
+
+def test_the_end_of_a_multirun_writes_it(tmp_path, capsys):
+    small_sweep(tmp_path)
+    config = SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=tmp_path)))
+    report.ComparisonCallback().on_multirun_end(config)
+    assert capsys.readouterr().out.endswith(f"page        {tmp_path / NAME}\n")
+    assert (tmp_path / NAME).is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("98,765,432", 98765432),
+        ("+10.0 [+1.5, +12.0]", 10.0),
+        ("-0.090", -0.09),
+        ("56.2%", 56.2),
+        ("<.001", 0.0005),
+        ("1e-05", 1e-5),
+        ("3/1/0", 3),
+        ("", None),
+    ],
+)
+def test_cells_are_sorted_by_their_numbers(text, value):
+    assert sorted_by(text) == (value if value is None else pytest.approx(value))
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(a: str, b: str) -> float:
+    low, high = sorted((_luminance(a), _luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_contrasts_are_those_of_wcag_aa(theme):
+    style = (Path(write.__file__).parent / "style.css").read_text()
+    block = style.split("}")[theme]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+    for text in ("text", "muted", "accent", "good", "bad"):
+        for ground in ("page", "panel", "trained"):
+            assert _contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    for mark in range(1, 9):
+        assert _contrast(colours[f"c{mark}"], colours["page"]) >= 3

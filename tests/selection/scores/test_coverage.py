@@ -1,0 +1,185 @@
+"""Coverage: lazy greedy in blocks against a naive greedy that computes everything anew at each step."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lark.common.groups import tie_hash, unit_hash
+from lark.scoring.passes import MeanHidden
+from lark.selection.candidates import Candidates
+from lark.selection.policies import Policy
+from lark.selection.scores import coverage
+from lark.selection.scores.coverage import METHODS, Coverage
+from lark.selection.selection import Rule, select
+
+GRID = 2**19
+
+
+def candidates(problem_id, vectors, order=None) -> Candidates:
+    order = np.arange(len(problem_id)) if order is None else order
+    column = np.empty(len(problem_id), object)
+    column[:] = [np.array(vectors[i], np.float32) for i in order]
+    return Candidates(
+        problem_id=np.array([problem_id[i] for i in order], object),
+        candidate_id=np.array([str(i) for i in order], object),
+        row_N=np.array(order),
+        statistics={"num_tokens": np.ones(len(order), np.int64)},
+        read_column=lambda name, row_N: np.full(len(row_N), None, object),
+        passes={MeanHidden(): {"vector": column}},
+    )
+
+
+def naive(rows: Candidates, score: Coverage, distance, *, farthest) -> list[int]:
+    """Greedy by its definition: at each step the value of every candidate anew. `farthest` is the distance of opposite
+    vectors.
+    """
+    ties = tie_hash(score.seed, rows["problem_id"], rows["candidate_id"]).tolist()
+    draws = unit_hash(score.seed, rows["problem_id"], rows["candidate_id"], salt="coverage")
+    reference = sorted(range(len(rows)), key=draws.__getitem__)[: score.reference]
+
+    def value(row):
+        if score.method == "k_center":
+            return min((distance[row][other] for other in order), default=0)
+        nearest = [min([farthest, *(distance[j][other] for other in order)]) for j in reference]
+        gain = sum(max(0, near - distance[j][row]) for near, j in zip(nearest, reference, strict=True))
+        return round(gain, 9)  # of floats: rows that would cover each other are equally good
+
+    order: list[int] = []
+    allowed = score.budget
+    while len(order) < len(rows):
+        left = set(range(len(rows))) - set(order)
+        taken = [rows["problem_id"][row] for row in order]
+        open_rows = [row for row in left if taken.count(rows["problem_id"][row]) < allowed]
+        if open_rows:
+            order.append(min(open_rows, key=lambda row: (-value(row), ties[row])))
+        else:
+            allowed += score.budget
+    return order
+
+
+def exact(rows: Candidates) -> list[list[int]]:
+    """|u - v|^2 between unit vectors rounded to multiples of 2^-19, as plain integers in units of 2^-38."""
+    vectors = [vector.astype(np.float64) for vector in rows.of(MeanHidden())["vector"]]
+    units = [[round(float(x)) for x in v / np.linalg.norm(v) * GRID] for v in vectors]
+    return [[sum((x - y) ** 2 for x, y in zip(u, v, strict=True)) for v in units] for u in units]
+
+
+def cosine(rows: Candidates) -> np.ndarray:
+    """2 (1 - cos(u, v)) in float64."""
+    vectors = np.stack(list(rows.of(MeanHidden())["vector"])).astype(np.float64)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return 2 - 2 * unit @ unit.T
+
+
+def order_of(score_N: np.ndarray) -> list[int]:
+    """Rows by score, best first, after a check that the scores are 0, -1, -2, ..."""
+    assert sorted(score_N.tolist(), reverse=True) == [-float(i) for i in range(len(score_N))]
+    return np.argsort(-score_N).tolist()
+
+
+# components of few values: equal vectors, equal similarities and equal sums are frequent
+pools = st.integers(1, 3).flatmap(
+    lambda size: st.lists(
+        st.tuples(st.sampled_from("abcd"), st.lists(st.integers(-2, 2), min_size=size, max_size=size).filter(any)),
+        min_size=1,
+        max_size=14,
+    )
+)
+rules = st.builds(
+    Coverage,
+    method=st.sampled_from(METHODS),
+    budget=st.integers(1, 3),
+    reference=st.sampled_from([None, 1, 3, 8]),
+    seed=st.integers(0, 3),
+)
+
+
+@given(pool=pools, score=rules)
+@settings(max_examples=200, deadline=None)
+def test_equals_a_naive_greedy_with_ties_and_in_any_order(pool, score):
+    problem_id, vectors = zip(*pool, strict=True)
+    rows = candidates(problem_id, vectors)
+    score_N = score(rows)
+    assert order_of(score_N) == naive(rows, score, exact(rows), farthest=4 * GRID**2)
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert score(candidates(problem_id, vectors, order)).tolist() == score_N[order].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("block", [1, 7, 256])
+def test_equals_a_naive_greedy_on_cosines_whatever_the_block(method, block, monkeypatch):
+    monkeypatch.setattr(coverage, "BLOCK", block)
+    rng = np.random.default_rng(1)
+    centres = rng.normal(size=(12, 5))
+    problem = np.repeat(np.arange(12), 5)
+    rows = candidates(problem.astype(str).tolist(), centres[problem] + 0.5 * rng.normal(size=(60, 5)))
+    score = Coverage(method=method, budget=2, reference=20, seed=0)
+    assert order_of(score(rows)) == naive(rows, score, cosine(rows), farthest=4.0)
+
+
+def test_facility_location_takes_the_hub_and_k_center_the_outlier():
+    angles = np.radians([0, 10, 20, 30, 40, 170])
+    rows = candidates(list("abcdef"), np.stack([np.cos(angles), np.sin(angles)], 1))
+    hub = order_of(Coverage(budget=1, seed=0)(rows))
+    assert hub[0] == 3, "the largest sum of cosines: 30 degrees is nearest to the vectors' sum"
+    assert hub[1] == 5, "then the one that nothing is near to"
+    outliers = order_of(Coverage(method="k_center", budget=1, seed=0)(rows))
+    assert 5 in outliers[:2] and abs(angles[outliers[0]] - angles[outliers[1]]) > np.radians(125)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_round_takes_the_budget_of_every_problem_and_any_count_works(method):
+    rng = np.random.default_rng(0)
+    problem_id = [str(i) for i in rng.integers(0, 15, 80)]
+    rows = candidates(problem_id, rng.normal(size=(80, 4)))
+    score = Coverage(method=method, budget=2, reference=30, seed=0)
+    order = order_of(score(rows))
+    sizes = {problem: problem_id.count(problem) for problem in set(problem_id)}
+    done = 0
+    for allowed in (2, 4, 6):
+        first = sum(min(size, allowed) for size in sizes.values())
+        round_of = [problem_id[row] for row in order[done:first]]
+        expected = [min(size, allowed) - min(size, allowed - 2) for size in sizes.values()]
+        assert [round_of.count(problem) for problem in sizes] == expected
+        done = first
+    for budget in (1, 2, 5):
+        rule = Rule(name="coverage", score=score, policy=Policy(kind="top_b", budget=budget))
+        chosen = select(rule, rows, seed=0)
+        assert len(chosen.row) == sum(min(size, budget) for size in sizes.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_without_a_direction_get_no_score_and_change_no_other(method):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(12, 3))
+    score = Coverage(method=method, budget=1, reference=5, seed=0)
+    expected = score(candidates(list("abcd") * 3, vectors))
+    broken = np.concatenate([vectors, [[0, 0, 0], [np.nan, 1, 0], [np.inf, 1, 0]]])
+    score_N = score(candidates([*"abcd"] * 3 + ["a", "b", "e"], broken))
+    assert np.isnan(score_N[12:]).all() and score_N[:12].tolist() == expected.tolist()
+    assert np.isnan(score(candidates(["a"], [[0, 0]]))).all()
+
+
+def test_the_seed_draws_another_reference():
+    rows = candidates(list("abcdefgh"), np.random.default_rng(0).normal(size=(8, 3)))
+    orders = {tuple(order_of(Coverage(budget=1, reference=2, seed=seed)(rows))) for seed in range(8)}
+    assert len(orders) > 1
+
+
+def test_memory_beside_the_vectors_is_that_of_the_unit_vectors():
+    vectors = np.random.default_rng(0).normal(size=(2000, 1024)).astype(np.float32)
+    rows = candidates([str(i) for i in range(2000)], vectors)
+    tracemalloc.start()
+    Coverage(budget=1, reference=10, seed=0)(rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 * vectors.nbytes
+
+
+@pytest.mark.parametrize("wrong", [{"method": "k_means"}, {"budget": 0}, {"reference": 0}])
+def test_coverage_says_which_setting_is_wrong(wrong):
+    with pytest.raises(ValueError, match=rf"selector\.score\.{next(iter(wrong))}="):
+        Coverage(**{"budget": 2, "seed": 0} | wrong)

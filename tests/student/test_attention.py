@@ -1,0 +1,143 @@
+"""Prefix trees: each distinct beginning once, and hidden states as of sequences computed by themselves."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lark.student.attention import PADDING, prefix_tree, share_prefixes
+from lark.student.student import hidden_states
+
+sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)
+
+
+@given(sequences)
+def test_every_distinct_beginning_is_one_node(rows):
+    ids_X, depths_X, _, paths = prefix_tree(rows)
+    beginnings = {tuple(row[: end + 1]) for row in rows for end in range(len(row))}
+    assert len(ids_X) == len(depths_X) == len(beginnings)
+    assert [ids_X[path].tolist() for path in paths] == rows
+    assert all(depths_X[path].tolist() == list(range(len(path))) for path in paths)
+    assert all((np.diff(path) > 0).all() for path in paths), "ancestors first"
+
+
+@given(sequences)
+def test_groups_hold_every_row_and_each_node_takes_one_result(rows):
+    ids_X, _, tree, paths = prefix_tree(rows)
+    found = sorted(row.tolist() for group in tree.groups for row in group.node_RL)
+    widest = max(map(len, found))
+    assert sorted(path.tolist() + [0] * (widest - len(path)) for path in paths) == sorted(
+        row + [0] * (widest - len(row)) for row in found
+    )
+    assert sum(group.node_RL.numel() for group in tree.groups) <= (1 + PADDING) * sum(map(len, rows))
+    taken = torch.cat([group.node_RL.view(-1)[group.taken_M] for group in tree.groups])
+    into = torch.cat([group.into_M for group in tree.groups])
+    assert torch.equal(taken, into) and sorted(into.tolist()) == list(range(len(ids_X)))
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = 16  # shorter than the rows below
+
+
+def random_student(architecture, attention="sdpa", **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(architecture, **SIZES | settings)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def some_rows():
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(3, 64, 20).tolist()
+    return [prompt + rng.integers(3, 64, length).tolist() for length in (30, 7, 22)] + [[5, 6, 7]]
+
+
+def alone(model, rows):
+    return [model.get_decoder()(torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+        ("qwen3", {}),
+        ("mistral", {"sliding_window": WINDOW}),
+        ("gemma3_text", {"sliding_window": WINDOW}),
+        ("phi3", {}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    ],
+)
+def test_nodes_have_the_hidden_states_of_separate_sequences(architecture, settings):
+    model, rows = random_student(architecture, **settings), some_rows()
+    ids_X, depths_X, tree, paths = prefix_tree(rows)
+    assert len(ids_X) == 20 + 30 + 7 + 22 + 3
+    with torch.inference_mode():
+        expected = alone(model, rows)
+        assert share_prefixes(model, "sdpa") is None
+        nodes_XD = hidden_states(model, ids_X[None], depths_X[None], tree)
+        for row, path, states in zip(rows, paths, expected, strict=True):
+            torch.testing.assert_close(nodes_XD[torch.from_numpy(path)], states, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(hidden_states(model, torch.tensor([row]), None), states, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_rows_without_a_tree_see_no_padding():
+    model, rows = random_student("mistral", sliding_window=WINDOW), some_rows()[:2]
+    with torch.inference_mode():
+        expected = alone(model, rows)
+        assert share_prefixes(model, "sdpa") is None
+        padded_RL = torch.zeros(2, len(rows[0]), dtype=torch.int64)
+        for i, row in enumerate(rows):
+            padded_RL[i, : len(row)] = torch.tensor(row)
+        states = hidden_states(model, padded_RL, None).view(2, len(rows[0]), -1)
+        torch.testing.assert_close(states[1, : len(rows[1])], expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention", "reason"),
+    [
+        ("lfm2", "sdpa", "does not mix tokens by attention alone"),
+        ("qwen2_moe", "sdpa", "not told of its window of 16 tokens"),
+        ("llama", "eager", "model.attention=eager needs a mask"),
+    ],
+)
+def test_a_student_that_cannot_share_is_left_as_it_was(architecture, attention, reason):
+    settings = {
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+        "qwen2_moe": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_experts": 4},
+    }
+    model = random_student(architecture, attention, **settings.get(architecture, {}))
+    assert reason in (share_prefixes(model, attention) or "")
+    assert model.config._attn_implementation == attention
+
+
+class Averaging(torch.nn.Module):
+    """A layer of the kind that knows no paths: it mixes each token with the one before it in memory."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x + torch.nn.functional.pad(x, (0, 0, 1, -1)))
+
+
+def test_hidden_mixing_between_neighbours_is_found_by_trying():
+    model = random_student("llama")
+    model.model.layers[1].mlp = Averaging(model.model.layers[1].mlp)
+    assert "hidden states would differ" in (share_prefixes(model, "sdpa") or "")
+    assert model.config._attn_implementation == "sdpa"

@@ -1,0 +1,271 @@
+"""What a run leaves in W&B's files: the same names for every rule and task, nothing of the pool's texts, all of the
+page's names. Read back from the files of offline runs.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from lark_command import lark
+from lark_process import TWO_RANKS, finish, start
+from pages import commands, composed, text_of
+from wandb_file import WandbRun, media, read_wandb
+
+from lark import config as configuration
+from lark.common.cache import read_json
+
+TINY = ["task.limit=24", "task.eval_limit=4", "task.max_new_tokens=16", "sft.steps=3", "evaluation.samples=2"]
+ARMS = ("before", "baseline", "selector")
+SETS = {"eval", "shifted", "mine"}
+BY_TIME = {"scoring/share_of_gemm_limit", "train/share_of_gemm_limit", "train/trained_tokens_per_s"}
+"""Logged where there was time to measure them."""
+
+Runs = dict[str, WandbRun]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs")
+
+
+def runs_of(folder: Path, name: str, *words: object) -> Runs:
+    """W&B's runs of the command, by job type."""
+    logs = folder / name
+    done = lark(*TINY, f"paths.logs={logs}", f"hydra.run.dir={logs}/run", "logger=offline", *words)
+    assert done.code == 0, done.err
+    return {run.job_type: run for run in map(read_wandb, sorted(logs.glob("wandb/offline-run-*/run-*.wandb")))}
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Runs:
+    return runs_of(folder, "one")
+
+
+@pytest.fixture(scope="module")
+def pool(one: Runs, folder: Path) -> list[dict]:
+    """That of the first run."""
+    (path,) = (folder / "one").rglob("pool.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def other(one: Runs, pool: list[dict], folder: Path) -> Runs:
+    """Other rules, which ask no student, and another task: a file, of which some teachers' texts are there."""
+    (kept := folder / "mine.jsonl").write_text(
+        "".join(json.dumps(row | {"correct": None, "answer": None, "teacher": None}) + "\n" for row in pool[:120])
+    )
+    (evaluation,) = (folder / "one").rglob("tasks/*/eval.jsonl")
+    task = ["task=jsonl", f"task.pool={kept}", f"task.eval={{mine: {evaluation}}}", "task.checker=number"]
+    return runs_of(folder, "other", *task, "selector=shortest", "baseline=longest", "logger.text=true")
+
+
+def names(found: Iterable[str]) -> set[str]:
+    """But for those of evaluation sets and of diagnostics under their own path, and W&B's own."""
+    of_set = re.compile(rf"(evaluation|comparison)/({'|'.join(SETS)})/")
+    fixed = {of_set.sub(r"\1/<set>/", name) for name in found}
+    free = re.compile(r"diagnostics/(?!(selector|baseline)/)")
+    return {name for name in fixed if not name.startswith("_") and not free.match(name)} - BY_TIME
+
+
+def test_the_names_are_the_same(one: Runs, other: Runs) -> None:
+    assert one.keys() == {"scoring", *ARMS, "comparison"}
+    assert other.keys() == {*ARMS, "comparison"}
+    for job_type in other:
+        histories = [{key for point in runs[job_type].history for key in point} for runs in (one, other)]
+        only_there = {"held_out/loss_correct"}  # where something is known to be correct
+        assert names(histories[0]) - only_there == names(histories[1]) - only_there
+        assert names(one[job_type].summary) - only_there == names(other[job_type].summary) - only_there
+
+
+def test_figures(one: Runs, folder: Path) -> None:
+    summary = read_json(folder / "one" / "run" / "summary.json")
+    for role in ("selector", "baseline"):
+        run, arm = one[role], summary["arms"][role]
+        assert run.series("selection/trajectories") == [arm["trajectories"]]
+        assert run.series("selection/effective_sample_size") == pytest.approx([arm["effective_sample_size"]])
+        assert run.series("cost/forward_tokens") == [arm["cost"]["forward_tokens"]]
+        assert run.series("evaluation/accuracy") == pytest.approx([arm["metrics"]["eval"]["avg@2"]])
+        (at_the_end,) = (point for point in run.history if "evaluation/accuracy" in point)
+        assert at_the_end["trainer/global_step"] == 3
+        spearman = arm["selection"]["within_problem_spearman"]["loss"]
+        assert run.series("selection/score_with_loss") == pytest.approx([spearman])
+        found = summary["diagnostics"][f"diagnostics/correlations/{arm['rule']}/loss/within"]
+        assert one["comparison"].summary[f"diagnostics/{role}/score_with_loss"] == pytest.approx(found)
+    comparison = one["comparison"]
+    assert comparison.series("comparison/estimate") == [summary["sets"]["eval"]["difference"]["estimate"]]
+    assert comparison.summary.items() >= summary["diagnostics"].items()
+
+
+def test_decisions(one: Runs, other: Runs, folder: Path) -> None:
+    run = one["selector"]
+    arm = folder / "one" / "arms" / run.config["hash"]
+    training, (manifest,) = read_json(arm / "trained.json")["training"], (folder / "one").rglob("cache/stat*/*/man*")
+    for name in ("micro_batch_tokens", "halvings", "packed_steps", "computed_tokens"):
+        assert run.summary[f"decisions/{name}"] == training[name]
+    assert run.summary["decisions/end_token"] == read_json(arm / "end_token.json")["token"]
+    assert run.summary["decisions/dtype_scoring"] == run.summary["decisions/engine_dtype"] == "float32"
+    assert (run.summary["decisions/action"], run.summary["decisions/statistics"]) == ("train", "run")
+    tokens = read_json(manifest)["choices"]["tokens at a time"]
+    assert run.summary["decisions/statistics_tokens_at_a_time"] == tokens
+    assert one["scoring"].summary["decisions/tokens_at_a_time"] == tokens
+    assert run.summary["decisions/pool_trajectories"] == 168
+    assert other["selector"].summary["decisions/statistics"] == "not needed"
+    assert other["selector"].summary["decisions/pool_trajectories"] == 120
+
+
+def test_plots(one: Runs, other: Runs) -> None:
+    for runs in (one, other):
+        for role in ("selector", "baseline"):
+            plots = {name for name in runs[role].summary if name.startswith("plots/")}
+            assert plots == {
+                f"plots/{x}" for x in ("scores_by_teacher", "weights", "score_against_loss", "score_against_length")
+            }
+            dots = media(runs[role], "plots/score_against_length")["data"]
+            of_candidates = runs[role].summary["selection/of_candidates"]
+            assert [len(part["x"]) for part in dots] == [
+                of_candidates - runs[role].summary["selection/trajectories"],
+                runs[role].summary["selection/trajectories"],
+            ]
+    unknown = media(other["selector"], "plots/score_against_loss")
+    assert unknown["data"] == [] and "not known" in unknown["layout"]["annotations"][0]["text"]
+    curve, _ = media(one["comparison"], "plots/held_out")["data"]
+    assert curve["y"] == pytest.approx(one["selector"].series("held_out/loss"), rel=1e-4)
+    (overlap,) = media(one["comparison"], "plots/overlap")["data"]
+    assert overlap["z"][0][0] == overlap["z"][1][1] == 1 and overlap["z"][0][1] == overlap["z"][1][0] < 1
+
+
+def test_best_and_worst_of_every_teacher(one: Runs) -> None:
+    run = one["selector"]
+    rows = table_of(run)
+    columns = ("teacher", "end", "score", "weight", "loss", "tokens", "correct", "problem_id", "candidate_id")
+    assert len(rows) <= 200 and tuple(rows[0]) == columns
+    ids = Counter((row["problem_id"], row["candidate_id"]) for row in rows)
+    assert max(ids.values()) == 1
+    for teacher in {row["teacher"] for row in rows}:
+        ends = {end: [row["score"] for row in rows if (row["teacher"], row["end"]) == (teacher, end)] for end in ENDS}
+        assert min(ends["best"]) >= max(ends["worst"])
+    weight = {(line["meta"]["problem_id"], line["meta"]["candidate_id"]): line["weight"] for line in selection(run)}
+    for row in rows:
+        assert row["weight"] == pytest.approx(weight.get((row["problem_id"], row["candidate_id"]), 0.0))
+    assert any(row["weight"] for row in rows)
+
+
+ENDS = ("best", "worst")
+
+
+def table_of(run: WandbRun) -> list[dict]:
+    table = media(run, "tables/trajectories")
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def selection(run: WandbRun) -> list[dict]:
+    """The dataset artifact's lines."""
+    (files,) = (files for name, files in run.artifacts.items() if name.startswith("dataset/"))
+    return [json.loads(line) for line in files["selection.jsonl"].read_text().splitlines()]
+
+
+def test_the_selection_is_a_dataset(one: Runs, other: Runs, folder: Path) -> None:
+    for name, runs in (("one", one), ("other", other)):
+        whole = folder / name / "run" / "selector" / "selection.jsonl"
+        expected = [json.loads(line) for line in whole.read_text().splitlines()]
+        if runs is one:
+            for line in expected:
+                del line["messages"], line["meta"]["answer"]
+        assert selection(runs["selector"]) == expected
+
+
+def sentences(pool: list[dict]) -> set[bytes]:
+    """Prompts, and lines of trajectories that are no mere number."""
+    texts = {line for row in pool for message in row["messages"] for line in message["content"].splitlines()}
+    return {text.encode() for text in texts if len(text) > 12}
+
+
+def test_no_text_leaves_unless_it_may(one: Runs, other: Runs, pool: list[dict], folder: Path) -> None:
+    found = {}
+    for name in ("one", "other"):
+        files = [path for path in (folder / name / "wandb").rglob("*") if path.is_file()]
+        assert {"media", "staging"} <= {part for path in files for part in path.parts}
+        everything = b"\n".join(path.read_bytes() for path in files)
+        found[name] = sum(text in everything for text in sentences(pool))
+    assert len(sentences(pool)) > 100
+    assert found["one"] == 0
+    assert found["other"] > 20
+    assert {"prompt", "trajectory"} <= table_of(other["selector"])[0].keys()
+    assert any(name.startswith("arm/") for name in other["selector"].artifacts)
+
+
+def test_a_run_that_ends_with_its_choice(one: Runs, folder: Path) -> None:
+    """From the first run's caches: nothing is scored."""
+    logs = folder / "one"
+    done = lark(*TINY, f"paths.logs={logs}", f"hydra.run.dir={logs}/choice", "logger=offline", "stop_after=selection")
+    assert done.code == 0, done.err
+    runs = [read_wandb(path) for path in logs.glob("wandb/offline-run-*/run-*.wandb")]
+    chosen = {run.name: run for run in runs if run.group == "choice"}
+    assert chosen.keys() == {"selector-lark-seed0", "baseline-random-seed0"}
+    run = chosen["selector-lark-seed0"]
+    assert run.job_type == "selection" and run.summary["decisions/cache_hits"] == 1
+    assert table_of(run) == table_of(one["selector"])
+    assert [line["weight"] for line in selection(run)] == [line["weight"] for line in selection(one["selector"])]
+
+
+def test_a_reused_arm_is_whole(one: Runs, folder: Path) -> None:
+    logs = folder / "one"
+    done = lark(*TINY, f"paths.logs={logs}", f"hydra.run.dir={logs}/again", "logger=offline")
+    assert done.code == 0, done.err
+    runs = [read_wandb(path) for path in logs.glob("wandb/offline-run-*/run-*.wandb")]
+    again = {run.name: run for run in runs if run.group == "again"}
+    assert {run.job_type for run in again.values()} == {"reused", "comparison"}
+    run, first = again["selector-lark-seed0"], one["selector"]
+    missing = names(first.summary) - names(run.summary)
+    assert missing == {name for name in names(first.summary) if name.startswith("train/")} | {"epoch"}
+    for name in ("held_out/loss", "evaluation/accuracy", "selection/tokens", "cost/forward_tokens"):
+        assert run.series(name) == pytest.approx(first.series(name)), name
+    assert (run.summary["decisions/action"], run.summary["decisions/statistics"]) == ("reuse", "reuse")
+    assert table_of(run) == table_of(first)
+
+
+# ---- the page
+
+PAGE = text_of("docs/wandb.md")
+
+
+@pytest.mark.parametrize("command", commands("docs/wandb.md"))
+def test_commands_compose(command: str) -> None:
+    config = composed(command)
+    configuration.check_types(config)
+    assert config.logger.text == ("logger.text=true" in command)
+
+
+def test_the_page_has_all_names(one: Runs) -> None:
+    rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+    told = [name for row in rows for name in re.findall("`(.*?)`", row)]
+    logged: set[str] = set()
+    for run in one.values():
+        logged |= names(run.summary)
+    assert {"trainer/global_step", "epoch"} <= logged
+    decided = {name.partition("/")[2] for name in logged if name.startswith("decisions/")}
+    assert decided <= set(told)
+    patterns = [re.compile(re.sub(r"<.*?>", "[^/]+", re.escape(name))) for name in told if "/" in name]
+    measured = {name for name in logged if not name.startswith("decisions/")} - {"trainer/global_step", "epoch"}
+    assert [name for name in measured if not any(one.fullmatch(name) for one in patterns)] == []
+    sometimes = {*BY_TIME, "refresh/stay_share"}
+    simple = {name for name in told if "/" in name and "<" not in name}
+    assert simple - measured <= sometimes
+    assert math.isfinite(one["comparison"].summary["diagnostics/selector/score_with_length"])
+
+
+# ---- several ranks
+
+
+def test_one_run_an_arm_with_two_ranks(folder: Path) -> None:
+    logs = folder / "ranks"
+    words = (*TINY, *TWO_RANKS, "logger=offline", f"paths.logs={logs}", f"hydra.run.dir={logs}/run", "baseline=none")
+    finish(start(*words, "stop_after=training"))
+    runs = [read_wandb(path) for path in logs.glob("wandb/offline-run-*/run-*.wandb")]
+    assert sorted(run.job_type for run in runs) == ["scoring", "selector"]
+    (selector,) = (run for run in runs if run.job_type == "selector")
+    assert selector.series("trainer/global_step")[0] == 0 and len(selector.series("train/loss")) == 3

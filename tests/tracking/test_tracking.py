@@ -1,0 +1,214 @@
+"""Loggers: one W&B run each, kept apart, with no text unless it may leave; CSV files."""
+
+import csv
+import math
+import os
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+import wandb
+from lark_command import SMALL, lark
+from omegaconf import OmegaConf
+from wandb.proto import wandb_internal_pb2
+from wandb_file import media, read_wandb, records
+
+from lark.common.cache import read_json
+from lark.scoring import progress
+from lark.scoring.passes import Statistics
+from lark.scoring.progress import PassProgress
+from lark.scoring.statistics_pass import ProbeModule
+from lark.tracking.tracking import Csv, Wandb
+
+
+def log_two(tracker: Wandb | Csv, folder: Path) -> None:
+    text = folder / "samples-eval.jsonl"
+    text.write_text("a confidential trajectory")
+    for title in ("selector-lark-seed0", "baseline-random-seed0"):
+        config = {"arm": title, "task": {"limit": 3}}
+        logger = tracker.open(title=title, group="sweep", job_type="selector", config=config, folder=folder)
+        print("a confidential trajectory")
+        for step in range(3):
+            logger.log_metrics({"train/loss": 2.0 - step}, step=step)
+        logger.log_metrics({"evaluation/eval/avg@4": 0.25})
+        logger.save()
+        tracker.keep(logger, title, [text])
+        tracker.finish()
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    wandb.teardown()  # its service may still be writing
+    return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_consecutive_wandb_runs_stay_apart(tmp_path: Path) -> None:
+    log_two(Wandb(name="offline", mode="offline"), tmp_path)
+    runs = {run.name: run for run in map(read_wandb, wandb_files(tmp_path))}
+    assert set(runs) == {"selector-lark-seed0", "baseline-random-seed0"}
+    for name, run in runs.items():
+        assert (run.group, run.job_type) == ("sweep", "selector")
+        assert run.config["arm"] == name
+        assert run.config["task"] == {"limit": 3}
+        assert run.series("train/loss") == [2.0, 1.0, 0.0]
+        assert run.series("trainer/global_step")[:3] == [0, 1, 2]
+        assert run.series("evaluation/eval/avg@4") == [0.25]
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_text_stays_unless_it_may_leave(text: bool, tmp_path: Path) -> None:
+    log_two(Wandb(name="offline", mode="offline", text=text), tmp_path)
+    assert len(wandb_files(tmp_path)) == 2
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
+    assert (b"a confidential trajectory" in everything) == text
+    assert (b"samples-eval.jsonl" in everything) == text
+
+
+@pytest.mark.parametrize(("mode", "variable", "offline"), [("online", "offline", False), ("auto", "offline", True)])
+def test_mode(mode: str, variable: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", variable)
+    assert Wandb(name="wandb", mode=mode).offline == offline
+
+
+def test_auto_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    tracker = Wandb(name="wandb")
+    assert tracker.offline
+    assert tracker.describe() == "W&B offline (no API key; `wandb login` once to upload)"
+
+
+def test_csv(tmp_path: Path) -> None:
+    log_two(Csv(name="csv", text=True), tmp_path)
+    files = sorted(tmp_path.rglob("metrics.csv"))
+    assert len(files) == 2
+    for path in files:
+        rows = list(csv.DictReader(path.open()))
+        assert [float(row["train/loss"]) for row in rows if row["train/loss"]] == [2.0, 1.0, 0.0]
+        assert any(row["evaluation/eval/avg@4"] == "0.25" for row in rows)
+        assert "job_type: selector" in path.with_name("hparams.yaml").read_text()
+
+
+# ---- passes of the student
+
+
+def x_axes(path: Path) -> dict[str, str]:
+    """What the metrics of each pattern are plotted against; empty: nothing."""
+    found = map(wandb_internal_pb2.Record.FromString, records(path.read_bytes()))  # type: ignore[attr-defined]
+    return {one.metric.glob_name: one.metric.step_metric for one in found if one.metric.glob_name}
+
+
+def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], dict[str, float]]:
+    """A pass whose every batch is logged: how many trajectories were done after each, and the final figures."""
+    data = make_data(probe={"batch_tokens": 300}, trainer={"callbacks": [PassProgress("statistics")]})
+    data.prepare_data()
+    done, step = [0], PassProgress.on_predict_batch_end
+
+    def counted(self, trainer, pl_module, outputs, batch, *rest):
+        done.append(done[-1] + len(batch[0]))
+        step(self, trainer, pl_module, outputs, batch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassProgress, "on_predict_batch_end", counted)
+        patch.setattr(progress, "LOGGER_SECONDS", -1.0)
+        patch.setattr(progress, "LIMIT_AFTER", -1.0)
+        logger = tracker.open(title="statistics-small", group="sweep", job_type="scoring", config={}, folder=folder)
+        data.run_pass(Statistics(), cached=False, logger=logger)
+        tracker.finish()
+    return done[1:], read_json(data.statistics_folder / "manifest.json")["throughput"]
+
+
+def test_a_pass_in_wandb(make_data, tmp_path: Path) -> None:
+    done, figures = log_pass(Wandb(name="offline", mode="offline"), make_data, tmp_path)
+    (path,) = wandb_files(tmp_path)
+    run = read_wandb(path)
+    assert (run.name, run.group, run.job_type) == ("statistics-small", "sweep", "scoring")
+    assert len(done) > 3 and run.series("scoring/trajectories") == [*done, done[-1]]
+    for name in ("trajectories_per_s", "tokens_per_s", "share_of_gemm_limit"):
+        series = run.series(f"scoring/{name}")
+        assert len(series) == len(done) + 1 and min(series) > 0
+        assert series[-1] == pytest.approx(figures[name])
+    left = run.series("scoring/seconds_left")
+    assert left[0] > 1e-6 > left[-2] >= left[-1] == 0
+    assert x_axes(path)["scoring/*"] == "scoring/trajectories"
+
+
+def test_a_pass_in_csv(make_data, tmp_path: Path) -> None:
+    done, figures = log_pass(Csv(name="csv"), make_data, tmp_path)
+    (path,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [int(row["scoring/trajectories"]) for row in rows] == [*done, done[-1]]
+    assert {f"scoring/{name}" for name in figures if name != "pass_seconds"} < rows[0].keys()
+    assert float(rows[-1]["scoring/tokens_per_s"]) == pytest.approx(figures["tokens_per_s"])
+
+
+def test_every_prefix_has_its_axis(tmp_path: Path) -> None:
+    log_two(Wandb(name="offline", mode="offline"), tmp_path)
+    by_step = dict.fromkeys(("train/*", "held_out/*", "refresh/*", "evaluation/*"), "trainer/global_step")
+    once = dict.fromkeys(("selection/*", "diagnostics/*", "comparison/*", "cost/*"), "")
+    expected = {"scoring/*": "scoring/trajectories", **by_step, **once}
+    assert [x_axes(path) for path in wandb_files(tmp_path)] == [expected] * 2
+
+
+def test_summary_plots_tables_and_datasets(tmp_path: Path) -> None:
+    tracker = Wandb(name="offline", mode="offline")
+    logger = tracker.open(title="one", group="sweep", job_type="selector", config={}, folder=tmp_path)
+    tracker.summarise(logger, {"decisions/layout": "packed", "decisions/lr": 0.5, "decisions/ceiling": math.nan})
+    tracker.picture(logger, {"held_out": go.Figure(go.Scatter(x=[0, 1], y=[3.0, 2.0]))})
+    tracker.tabulate(logger, {"tables/teachers": [{"teacher": "a", "share": 0.25}, {"teacher": "b", "share": 0.75}]})
+    (kept := tmp_path / "selection.json").write_text('{"rule": "lark"}')
+    tracker.keep_selection(logger, "choice", [kept], written={"ids.jsonl": ["1\n", "2\n"]}, about={"texts": False})
+    tracker.finish()
+    assert "WANDB_DATA_DIR" not in os.environ
+    (path,) = wandb_files(tmp_path)
+    run = read_wandb(path)
+    assert (run.summary["decisions/layout"], run.summary["decisions/lr"]) == ("packed", 0.5)
+    assert media(run, "plots/held_out")["data"][0]["y"] == [3.0, 2.0]
+    table = media(run, "tables/teachers")
+    assert (table["columns"], table["data"]) == (["teacher", "share"], [["a", 0.25], ["b", 0.75]])
+    files = run.artifacts["dataset/choice"]
+    assert {name: file.read_text() for name, file in files.items()} == {
+        "selection.json": '{"rule": "lark"}',
+        "ids.jsonl": "1\n2\n",
+    }
+    assert all(file.is_relative_to(run.folder) for of in run.artifacts.values() for file in of.values())
+
+
+def test_csv_keeps_decisions(tmp_path: Path) -> None:
+    tracker = Csv(name="csv")
+    logger = tracker.open(title="one", group="sweep", job_type="selector", config={"seed": 3}, folder=tmp_path)
+    tracker.summarise(logger, {"decisions/layout": "packed"})
+    tracker.summarise(logger, {"decisions/lr": 0.5})
+    logger.save()
+    (path,) = tmp_path.rglob("hparams.yaml")
+    assert OmegaConf.load(path) == {
+        "seed": 3,
+        "job_type": "selector",
+        "summary": {"decisions/layout": "packed", "decisions/lr": 0.5},
+    }
+
+
+def test_a_pass_that_runs_is_a_run_and_one_from_the_cache_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*SMALL, f"paths.logs={tmp_path}", "logger=offline", "stop_after=statistics")
+
+    def fails(*_: object) -> None:
+        raise ValueError("no such luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeModule, "measure", fails)
+        assert lark(*words, f"hydra.run.dir={tmp_path}/failed").err == "lark: no such luck\n"
+    assert wandb.run is None, "the next run would become part of this one"
+    for name in ("fresh", "cached"):
+        assert lark(*words, f"hydra.run.dir={tmp_path}/{name}").code == 0
+    runs = {run.group: run for run in map(read_wandb, wandb_files(tmp_path))}
+    assert runs.keys() == {"failed", "fresh"}
+    for run in runs.values():
+        assert (run.name, run.job_type) == ("statistics-tiny", "scoring")
+        assert run.config["pass"] == "statistics" and run.config["task"]["name"] == "arithmetic"
+    (manifest,) = tmp_path.glob("cache/statistics/*/manifest.json")
+    assert runs["fresh"].config["hash"] == manifest.parent.name
+    assert runs["fresh"].series("scoring/trajectories")[-1] == read_json(manifest)["rows"]
+    assert runs["failed"].series("scoring/trajectories") == []
