@@ -23,24 +23,15 @@ from lark.common.cache import (
     lock,
     read_json,
     replacing,
-    source_hash,
     writable,
     write_json,
 )
+from lark.common.errors import LarkError
+from lark.common.versions import formula_versions
 from lark.pool.rows import RowError, find_files, read_rows
 from lark.tasks.benchmark_rows import Gold, contest_gold, number_gold, read_problem, text_gold
 from lark.tasks.problems import read_each
 from lark.tasks.prompts import PROMPTS, Prompt
-
-_SOURCES = (
-    "answers.extract",
-    "benchmarks",
-    "tasks.benchmark_rows",
-    "tasks.problems",
-    "tasks.prompts",
-    "answers.quantities",
-    "pool.rows",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,15 +137,15 @@ def is_benchmark(name: str) -> bool:
 def find(name: str, *, setting: str = "task.eval") -> tuple[Benchmark, Prompt]:
     """The benchmark of a name, and the prompt that the name asks for or the benchmark's own.
 
-    Raises ValueError naming `setting`: no such benchmark or prompt, or a prompt that does not suit it.
+    Raises LarkError naming `setting`: no such benchmark or prompt, or a prompt that does not suit it.
     """
     short, _, wanted = name.partition("@")
     if short not in BENCHMARKS:
-        raise ValueError(f"{setting}={name} names no benchmark; set it to files, or to some of {', '.join(NAMES)}")
+        raise LarkError(f"{setting}={name} names no benchmark; set it to files, or to some of {', '.join(NAMES)}")
     benchmark = BENCHMARKS[short]
     suited = [prompt.name for prompt in PROMPTS.values() if prompt.choice == (benchmark.gold is None)]
     if wanted and wanted not in suited:
-        raise ValueError(f"{setting}={name} names no prompt for {short}; set it to {short}@ and {' or '.join(suited)}")
+        raise LarkError(f"{setting}={name} names no prompt for {short}; set it to {short}@ and {' or '.join(suited)}")
     return benchmark, PROMPTS[wanted or benchmark.prompt]
 
 
@@ -172,7 +163,7 @@ def prepare(name: str, source: str | Path | None, cache: Path, say: Callable[[st
         say: gets one line: problems, source, prompt, checker, fingerprint.
 
     Raises:
-        ValueError: no such benchmark or prompt; a missing file or faulty rows; the hub's files cannot be had, or are
+        LarkError: no such benchmark or prompt; a missing file or faulty rows; the hub's files cannot be had, or are
             not what was pinned.
     """
     benchmark, prompt = find(name)
@@ -182,7 +173,7 @@ def prepare(name: str, source: str | Path | None, cache: Path, say: Callable[[st
     else:
         paths = _local_files(short, source)
         origin = {"hub": None, "files": {file: file_hash(path) for file, path in paths.items()}}
-    identity = {"benchmark": short, "prompt": prompt.hash, "source": origin, "code": source_hash(_SOURCES)}
+    identity = {"benchmark": short, "prompt": prompt.hash, "source": origin, **formula_versions("benchmarks")}
     folder = cache / "benchmarks" / f"{name}-{identity_hash(identity)}"
     path = folder / f"{short}.jsonl"
     with lock(folder):
@@ -244,7 +235,7 @@ def _local_files(name: str, source: str | Path) -> dict[str, Path]:
 
 
 def _rows(name: str, paths: Mapping[str, Path], *, setting: str) -> list[dict[str, Any]]:
-    """Problems of a benchmark's files, in order. Raises ValueError with file, line and field of every fault."""
+    """Problems of a benchmark's files, in order. Raises LarkError with file, line and field of every fault."""
     numbers = count()
 
     def problem_of(raw: Any) -> dict[str, Any]:
@@ -284,20 +275,20 @@ def _fetch(name: str, file: str) -> Path:
         path = Path(hf_hub_download(benchmark.hub, file, repo_type="dataset", revision=benchmark.revision))
     except (GatedRepoError, RepositoryNotFoundError) as error:
         if not benchmark.gated:
-            raise ValueError(
+            raise LarkError(
                 f"benchmark {name}: the hub refuses {file} of {at}; unset HF_TOKEN if it has expired, or {remedy}"
             ) from error
-        raise ValueError(
+        raise LarkError(
             f"benchmark {name}: {at} is given only to accounts that have accepted its terms; accept them at "
             f"https://huggingface.co/datasets/{benchmark.hub} and set HF_TOKEN to a token of that account, or {remedy}"
         ) from error
     except (HTTPError, OSError) as error:  # no network, no such file in the hub's cache, a broken transfer
-        raise ValueError(
+        raise LarkError(
             f"benchmark {name}: {file} of {at} is not in the hub's cache and cannot be fetched ({_reason(error)}); "
             f"{remedy}, or run `python -m lark.benchmarks {name}` where the hub can be reached"
         ) from error
     if file_hash(path) != benchmark.files[file]:
-        raise ValueError(
+        raise LarkError(
             f"benchmark {name}: {path} is not the pinned {file} of {at} (its sha256 is another); delete it, or {remedy}"
         )
     return path

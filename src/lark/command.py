@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lark import config as configuration
+from lark.common.errors import LarkError
 
-USER_ERRORS = (ValueError, OSError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (LarkError, OSError, HydraException, OmegaConfBaseException)
 """What a user can act on: one sentence, no traceback. Anything else is a defect of ours and shows where."""
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"

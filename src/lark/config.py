@@ -18,6 +18,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lark.common.errors import LarkError
+
 GROUPS = ("task", "model", "selector", "baseline", "diagnostics", "trainer", "logger")
 BLOCKS = ("probe", "sft", "evaluation")
 VALUES = ("seed", "stop_after", "budget", "match", "paths")
@@ -74,7 +76,7 @@ def build(node: Any, **keywords: Any) -> Any:
         while cause is not None and not isinstance(cause, (ValueError, TypeError, OSError)):
             cause = cause.__cause__
         if isinstance(cause, TypeError):  # a class of the user's own: ours are covered by check_types
-            raise ValueError(f"{node.get('_target_')} does not take its settings: {cause}; correct them") from error
+            raise LarkError(f"{node.get('_target_')} does not take its settings: {cause}; correct them") from error
         if cause is not None:
             raise cause from error
         raise
@@ -84,14 +86,14 @@ def check(config: DictConfig) -> None:
     """What no constructor sees: the groups, and the settings that belong to the run as a whole."""
     check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
     if config.stop_after not in (None, *STOPS):
-        raise ValueError(f"stop_after={config.stop_after} is unknown; set it to one of {', '.join(STOPS)}, or null")
+        raise LarkError(f"stop_after={config.stop_after} is unknown; set it to one of {', '.join(STOPS)}, or null")
     if config.match not in MATCHES:
-        raise ValueError(f"match={config.match} is unknown; set it to {' or '.join(MATCHES)}")
+        raise LarkError(f"match={config.match} is unknown; set it to {' or '.join(MATCHES)}")
     scorer = config.probe.get("model")
     if scorer is not None and scorer not in options("model"):
-        raise ValueError(f"probe.model={scorer} is unknown; set it to null or one of {', '.join(options('model'))}")
+        raise LarkError(f"probe.model={scorer} is unknown; set it to null or one of {', '.join(options('model'))}")
     if isinstance(config.budget, bool) or not isinstance(config.budget, int) or config.budget < 1:
-        raise ValueError(f"budget={config.budget} is no number of trajectories a problem; set it to 1 or more")
+        raise LarkError(f"budget={config.budget} is no number of trajectories a problem; set it to 1 or more")
 
 
 def check_names(config: DictConfig, *, groups: Iterable[str], others: Iterable[str]) -> None:
@@ -101,24 +103,24 @@ def check_names(config: DictConfig, *, groups: Iterable[str], others: Iterable[s
     known = [*groups, *others]
     for group in groups:
         if not isinstance(config.get(group), DictConfig):
-            raise ValueError(_whole_group(group))
+            raise LarkError(_whole_group(group))
     for name in config:
         if name not in known:
-            raise ValueError(_no_setting(str(name), known))
+            raise LarkError(_no_setting(str(name), known))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ValueError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
+        raise LarkError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
     if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
-        raise ValueError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
+        raise LarkError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
     for name, path in config.paths.items():
         if not isinstance(path, str) or not path:
-            raise ValueError(f"paths.{name}={path} is no folder; set it to one you may write to")
+            raise LarkError(f"paths.{name}={path} is no folder; set it to one you may write to")
 
 
 def check_types(config: DictConfig, names: Iterable[str] = (*GROUPS, *BLOCKS)) -> None:
     """Names and types of the settings against the dataclasses they build, which is what tells `sft.lr=abc` apart.
 
-    Raises ValueError naming the setting, its value and what it takes. Values in range are the constructors' business.
+    Raises LarkError naming the setting, its value and what it takes. Values in range are the constructors' business.
     """
     for name in names:
         _check_node(name, config[name])
@@ -132,16 +134,16 @@ def _check_node(name: str, node: DictConfig) -> None:
         try:
             schema = get_object(target)
         except (ImportError, ValueError) as error:
-            raise ValueError(f"{name}._target_={target} cannot be imported; correct it") from error
+            raise LarkError(f"{name}._target_={target} cannot be imported; correct it") from error
         if isinstance(schema, type) and dataclasses.is_dataclass(schema):
             takes = [field.name for field in dataclasses.fields(schema) if field.init]
             hints = get_type_hints(schema)
             for key in (key for key in node if not str(key).startswith("_")):
                 if key not in takes:
-                    raise ValueError(_no_setting(f"{name}.{key}", [f"{name}.{other}" for other in takes]))
+                    raise LarkError(_no_setting(f"{name}.{key}", [f"{name}.{other}" for other in takes]))
                 if not _fits(node[key], hints[key]):
                     kind = _in_words(hints[key])
-                    raise ValueError(f"{name}.{key}={node[key]}: this setting takes {kind}; correct it or leave it out")
+                    raise LarkError(f"{name}.{key}={node[key]}: this setting takes {kind}; correct it or leave it out")
     for key, value in node.items():
         if isinstance(value, DictConfig):
             _check_node(f"{name}.{key}", value)

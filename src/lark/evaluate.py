@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lark import config as configuration
 from lark.command import FULL_ERROR, USER_ERRORS, start, write_replay
+from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "trainer", "logger")
 BLOCKS = ("evaluation",)
@@ -54,20 +55,20 @@ def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
 
 
 def check(config: DictConfig) -> None:
-    """Names, groups and types; raises ValueError naming the setting."""
+    """Names, groups and types; raises LarkError naming the setting."""
     configuration.check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
     for name in ("checkpoint", "recheck"):
         if not isinstance(config[name], str | None):
-            raise ValueError(f"{name}={config[name]} is no folder; set it to one, or to null")
+            raise LarkError(f"{name}={config[name]} is no folder; set it to one, or to null")
     if config.checkpoint is not None and config.recheck is not None:
-        raise ValueError(f"checkpoint={config.checkpoint} and recheck={config.recheck} are both set; leave one out")
+        raise LarkError(f"checkpoint={config.checkpoint} and recheck={config.recheck} are both set; leave one out")
     configuration.check_types(config, (*GROUPS, *BLOCKS))
 
 
 def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
     """Put the student that was trained in the arm config.checkpoint in the place of config.model.
 
-    Raises ValueError if it is no trained arm, or the command line asks for another student.
+    Raises LarkError if it is no trained arm, or the command line asks for another student.
     """
     from lark.export import read_arm
 
@@ -77,7 +78,7 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
     for word in overrides:
         name = word.partition("=")[0].lstrip("+")
         if name == "model" or (name.startswith("model.") and name.removeprefix("model.") not in OF_CHECKPOINT):
-            raise ValueError(
+            raise LarkError(
                 f"checkpoint={config.checkpoint} brings its own student; leave {word} out, or the checkpoint (of a "
                 f"student's settings it takes model.{', model.'.join(OF_CHECKPOINT)})"
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lark.common.cache import complete, read_json, write_json
+from lark.common.errors import LarkError
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ARMS = ("selector", "baseline")
@@ -35,18 +36,18 @@ def export(
         for a merged model what the base's have.
     base: where the base's weights are now (folder, .gguf file or hub id), if no longer where the arm found them.
 
-    Raises ValueError if there is no trained arm, `out` is in use, or the base's weights are missing or others.
+    Raises LarkError if there is no trained arm, `out` is in use, or the base's weights are missing or others.
     """
     arm, out = Path(arm), Path(out)
     trained = read_arm(arm)
     student, checkpoint = trained["student"], arm / "checkpoint"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and not an empty folder; name another, or remove it")
+        raise LarkError(f"{out} is there already and not an empty folder; name another, or remove it")
     if dtype not in (None, *DTYPES):
-        raise ValueError(f"--dtype {dtype} is unknown; set it to one of {', '.join(DTYPES)}")
+        raise LarkError(f"--dtype {dtype} is unknown; set it to one of {', '.join(DTYPES)}")
     if student["lora"] is None:
         if base is not None:
-            raise ValueError(f"--base {base}: this student was trained whole and has no base; leave it out")
+            raise LarkError(f"--base {base}: this student was trained whole and has no base; leave it out")
         if merge:
             say("merge       nothing to merge: every parameter was trained")
     elif merge or base is not None:
@@ -74,19 +75,17 @@ def export(
 
 
 def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
-    """trained.json of the arm that `setting` (such as "checkpoint=") names. Raises ValueError that says what to name
+    """trained.json of the arm that `setting` (such as "checkpoint=") names. Raises LarkError that says what to name
     instead.
     """
     if not complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
         if inside := [str(arm / name) for name in _ARMS if complete(arm / name, "trained.json")]:
-            raise ValueError(f"{setting}{arm} is a run, not an arm; name {' or '.join(inside)}")
+            raise LarkError(f"{setting}{arm} is a run, not an arm; name {' or '.join(inside)}")
         what = "is the student before training" if complete(arm, "metrics.json") else "holds no trained arm"
-        raise ValueError(
-            f"{setting}{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms"
-        )
+        raise LarkError(f"{setting}{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms")
     trained = read_json(arm / "trained.json")
     if "student" not in trained:
-        raise ValueError(f"{arm}/trained.json does not say which student it is, as older ones; train the arm again")
+        raise LarkError(f"{arm}/trained.json does not say which student it is, as older ones; train the arm again")
     return trained
 
 
@@ -100,20 +99,20 @@ def _moved(student: dict[str, Any], base: str | None) -> dict[str, Any]:
 
 
 def _check_base(trained: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Raises ValueError if the base's weights are missing or are not those that were trained."""
+    """Raises LarkError if the base's weights are missing or are not those that were trained."""
     from lark.student.student import Student
 
     try:
         student = Student(**trained["student"])
         found, known = student.identity(), trained["identity"]["student"]
     except ValueError as error:
-        raise ValueError(
+        raise LarkError(
             f"the adapter's base is missing ({error}); say --base <folder, .gguf file or hub id>"
         ) from error
     if not found.keys() <= known.keys():  # a folder then, the hub now, or the other way round
         say(f"base        {student.path or student.id}: not compared with what was trained ({known})")
     elif found != {key: known[key] for key in found}:
-        raise ValueError(
+        raise LarkError(
             f"{student.path or student.id} holds other weights ({found}) than those the adapter was trained on "
             f"({ {key: known[key] for key in found} }); use --base <folder, .gguf file or hub id> with the right ones"
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from hydra.experimental.callback import Callback
 
 from lark.common.cache import read_json, writable, write_text
+from lark.common.errors import LarkError
 from lark.comparison.tables import (
     FEW_PROBLEMS,
     FORM,
@@ -56,12 +57,12 @@ _FIGURES = {
 def read_summaries(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Every summary.json in or below the folders, once, by path, numbered jobs of a multirun in their order.
 
-    Raises ValueError when there is none, or one of a finished run lacks what is reported.
+    Raises LarkError when there is none, or one of a finished run lacks what is reported.
     """
     paths = {path.resolve(): path for folder in folders for path in folder.rglob("summary.json")}
     if not paths:
         shown = ", ".join(map(str, folders))
-        raise ValueError(f"no summary.json in or below {shown}; name the folder of a finished run or multirun")
+        raise LarkError(f"no summary.json in or below {shown}; name the folder of a finished run or multirun")
     in_order = sorted(paths, key=lambda path: (str(path.parent.parent), path.parent.name.zfill(8)))
     return [_read_summary(paths[path]) for path in in_order]
 
@@ -71,7 +72,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
     if summary.get("status") != "failed" and "stopped_after" not in summary:
         missing = next(_missing(summary, _FIGURES), None)
         if missing:
-            raise ValueError(
+            raise LarkError(
                 f"{path} has no {missing}, as another version of lark wrote it; run it again, or leave its folder out"
             )
     return summary | {"folder": str(path.parent)}
@@ -91,7 +92,7 @@ def report(folders: Sequence[Path], *, form: str, output: Path | None, page: Pat
 
     form: table, or one of FORMATS, which then is all that stdout gets; output: a folder to write all of them to; page:
     the HTML file to write the page to (lark.page).
-    Raises ValueError where there is no summary.json, nothing to put into a file, or `output` cannot be written.
+    Raises LarkError where there is no summary.json, nothing to put into a file, or `output` cannot be written.
     """
     from lark.comparison.comparison import compare
 
@@ -109,9 +110,7 @@ def report(folders: Sequence[Path], *, form: str, output: Path | None, page: Pat
         print(f"{folder}: stopped after {stage}, as it was told to", file=beside)
     print_failures(comparison)
     if comparison.runs == 0 and (form != "table" or output):
-        raise ValueError(
-            f"no run in or below {', '.join(map(str, folders))} came to its end; there is nothing to write"
-        )
+        raise LarkError(f"no run in or below {', '.join(map(str, folders))} came to its end; there is nothing to write")
     if output:
         write_files(contents, writable(output, "--output"), file=beside)
     if page:

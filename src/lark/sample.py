@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lark.common.errors import LarkError
 from lark.comparison.tables import new_console, new_table, number
 from lark.teachers.teachers import ENGINES, read_teachers
 
@@ -45,7 +46,7 @@ def sample(arguments: argparse.Namespace) -> dict[str, Any]:
     for teacher in teachers:
         teacher.read_key()  # before anything is loaded
     if arguments.limit is not None and arguments.limit < 1:
-        raise ValueError(f"--limit {arguments.limit} leaves no problem; set it to 1 or more, or leave it out")
+        raise LarkError(f"--limit {arguments.limit} leaves no problem; set it to 1 or more, or leave it out")
 
     from lark.answers.checker import Checker
     from lark.tasks.problems import read_problems

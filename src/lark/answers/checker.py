@@ -15,11 +15,9 @@ from lark.answers.equivalence import equal_as_written, tidy
 from lark.answers.extract import compile_pattern, extract_answer, parse_choice
 from lark.answers.quantities import parse_quantity, same_quantity
 from lark.answers.workers import math_equal, outcome, reasoning_gym_equal, start_pool
+from lark.common.errors import LarkError
 
 KINDS = ("math", "number", "choice", "reasoning_gym", "exact")
-
-SOURCES = ("answers.extract", "answers.workers", "answers.equivalence", "answers.quantities", "answers.checker")
-"""The modules that decide a verdict; what is cached or saved with verdicts names their hash."""
 
 MAX_CHARACTERS = 10_000
 """Characters of an answer that needs a worker to check, or four times the gold answer's, if that is more."""
@@ -79,18 +77,18 @@ class Checker:
         workers: worker processes; by default one per core, at most 4.
 
     Raises:
-        ValueError: unknown kind, broken pattern, or a time limit or number of workers that is not positive.
+        LarkError: unknown kind, broken pattern, or a time limit or number of workers that is not positive.
     """
 
     def __init__(
         self, kind: str, *, pattern: str | None = None, time_limit: float = 5.0, workers: int | None = None
     ) -> None:
         if kind not in KINDS:
-            raise ValueError(f"task.checker={kind!r} is not known; set one of {', '.join(KINDS)}")
+            raise LarkError(f"task.checker={kind!r} is not known; set one of {', '.join(KINDS)}")
         if time_limit <= 0:
-            raise ValueError(f"evaluation.time_limit={time_limit} must be positive (seconds per check)")
+            raise LarkError(f"evaluation.time_limit={time_limit} must be positive (seconds per check)")
         if workers is not None and workers < 1:
-            raise ValueError(f"evaluation.workers={workers} must be at least 1")
+            raise LarkError(f"evaluation.workers={workers} must be at least 1")
         compile_pattern(pattern)
         self.kind = kind
         self.pattern = pattern
@@ -112,22 +110,22 @@ class Checker:
             pool.join()
 
     def validate(self, items: Sequence[Answer]) -> None:
-        """Raises ValueError on the first item whose gold answer its kind cannot check; texts are not looked at.
+        """Raises LarkError on the first item whose gold answer its kind cannot check; texts are not looked at.
 
         Costs no worker process; meant to be called before anything is generated.
         """
         for item in items:
             kind = item.kind or self.kind
             if kind not in KINDS:
-                raise ValueError(f"checker={kind!r} of a row is not known; set one of {', '.join(KINDS)}")
+                raise LarkError(f"checker={kind!r} of a row is not known; set one of {', '.join(KINDS)}")
             compile_pattern(item.pattern)
             if kind == "number" and parse_quantity(item.gold) is None:
-                raise ValueError(
+                raise LarkError(
                     f"task.checker='number', but the gold answer {item.gold[:80]!r} is no plain number; "
                     "set task.checker to math or exact"
                 )
             if kind == "choice" and parse_choice(item.gold) is None:
-                raise ValueError(
+                raise LarkError(
                     f"task.checker='choice', but the gold answer {item.gold[:80]!r} is no letter; "
                     "give the letter of the right option, or set task.checker to math, number or exact"
                 )
@@ -138,7 +136,7 @@ class Checker:
         """One verdict per item, in their order.
 
         Raises:
-            ValueError: a gold answer or a row that its kind cannot check.
+            LarkError: a gold answer or a row that its kind cannot check.
         """
         self.validate(items)
         verdicts: list[Verdict | None] = []
@@ -203,11 +201,11 @@ def _source_dataset(item: Answer) -> str:
     """The item's source_dataset, if reasoning_gym has it; else ValueError."""
     remedy = "add or correct that column, or set task.checker to math, number or exact"
     if item.source_dataset is None:
-        raise ValueError(
+        raise LarkError(
             f"task.checker='reasoning_gym', but the row with answer {item.gold[:80]!r} has no source_dataset; {remedy}"
         )
     from reasoning_gym.factory import DATASETS
 
     if item.source_dataset not in DATASETS:
-        raise ValueError(f"source_dataset={item.source_dataset!r} is no data set of reasoning_gym; {remedy}")
+        raise LarkError(f"source_dataset={item.source_dataset!r} is no data set of reasoning_gym; {remedy}")
     return item.source_dataset

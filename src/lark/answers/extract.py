@@ -11,6 +11,7 @@ from functools import lru_cache
 import regex
 
 from lark.answers.quantities import parse_number, plain_notation
+from lark.common.errors import LarkError
 
 __all__ = ["compile_pattern", "extract_answer", "find_boxed", "parse_choice", "parse_number"]
 
@@ -88,7 +89,7 @@ def extract_answer(text: str, pattern: str | None = None, kind: str | None = Non
         kind: the kind of check (`lark.answers.checker.KINDS`); None looks for no sentences.
 
     Raises:
-        ValueError: the pattern does not compile or has no group.
+        LarkError: the pattern does not compile or has no group.
         TimeoutError: the pattern took longer than 1 s on this text.
     """
     compiled = compile_pattern(pattern)
@@ -113,9 +114,9 @@ def compile_pattern(pattern: str | None) -> "regex.Pattern[str] | None":
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
-        raise ValueError(f"task.pattern={pattern!r} is not a regular expression ({error}); correct it") from error
+        raise LarkError(f"task.pattern={pattern!r} is not a regular expression ({error}); correct it") from error
     if compiled.groups < 1:
-        raise ValueError(f"task.pattern={pattern!r} has no group; put parentheses round the answer")
+        raise LarkError(f"task.pattern={pattern!r} has no group; put parentheses round the answer")
     return compiled
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from operator import add, mul, sub, truediv
 
+from lark.common.errors import LarkError
+
 _MAX_CHARACTERS = 400
 _MAX_DIGITS = 100  # also the largest power of ten
 
@@ -259,7 +261,7 @@ def _evaluate(node: ast.expr, text: str) -> Fraction:
         case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
             operate = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)]
             return operate(_evaluate(node.left, text), _evaluate(node.right, text))
-    raise ValueError(f"{type(node).__name__} is no arithmetic")
+    raise LarkError(f"{type(node).__name__} is no arithmetic")
 
 
 def _value(parts: dict[str, str | None]) -> Fraction | None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
+from lark.common.errors import LarkError
+
 _WORKER_BYTES = 2 * 1024**3  # far above what a check needs; keeps a tower of exponents from taking the machine down
 _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.kill", "os.killpg")
 _FORBIDDEN += ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
@@ -62,7 +64,7 @@ def reasoning_gym_equal(source_dataset: str, entry: dict[str, Any], answer: str)
     """Whether the verifier of a reasoning_gym data set gives the answer its full score, 1.0.
 
     Raises:
-        ValueError: the verifier fails on the right answer too.
+        LarkError: the verifier fails on the right answer too.
     """
     from reasoning_gym import get_score_answer_fn
 
@@ -77,7 +79,7 @@ def reasoning_gym_equal(source_dataset: str, entry: dict[str, Any], answer: str)
         except (
             Exception
         ) as error:  # on the right answer too: the row is incomplete, and all answers would count as wrong
-            raise ValueError(
+            raise LarkError(
                 f"the reasoning_gym verifier of source_dataset={source_dataset!r} fails on the row itself "
                 f"({type(error).__name__}: {error}); give the row the metadata reasoning_gym made it with"
             ) from error

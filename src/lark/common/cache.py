@@ -11,12 +11,14 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import filelock
+
+from lark.common.errors import LarkError
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -35,24 +37,6 @@ def file_hash(path: str | Path) -> str:
     """sha256 of a file's bytes as 64 hex digits, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def source_hash(modules: Iterable[str]) -> str:
-    """First 16 hex digits of the sha256 of the source text of modules of this package.
-
-    modules: names such as "stats", "lark.student.token_statistics" or "tasks.arithmetic", in any order; a package stands for all its
-    modules. They are read, not imported. Line ends do not count, so a checkout on another system hashes alike.
-    """
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for name in sorted({module.removeprefix("lark.") for module in modules}):
-        place = root.joinpath(*name.split("."))
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_name(place.name + ".py")]
-        assert files and all(file.is_file() for file in files), f"lark has no module {name}"
-        for file in files:
-            source = file.read_bytes().replace(b"\r\n", b"\n")
-            digest.update(f"{file.relative_to(root).as_posix()} {len(source)}\n".encode() + source)
-    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -143,7 +127,7 @@ def writable(folder: str | Path, setting: str) -> Path:
     """The folder, made if it is missing and tried by writing to it.
 
     setting: the name under which the user chose it, such as "paths.cache".
-    Raises ValueError naming setting and folder if nothing can be written there.
+    Raises LarkError naming setting and folder if nothing can be written there.
     """
     folder = Path(folder).expanduser()
     try:
@@ -152,7 +136,7 @@ def writable(folder: str | Path, setting: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
+        raise LarkError(
             f"{setting}={folder} cannot be written ({error.strerror}): set {setting} to a folder you may write to"
         ) from error
     return folder

@@ -22,6 +22,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from lark.common.cache import read_json, write_json
+from lark.common.errors import LarkError
 
 RUN_VARIABLE = "LARK_RUN"
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE)
@@ -109,7 +110,7 @@ def environment() -> ClusterEnvironment | None:
 def start_ranks() -> None:
     """Join the ranks that torchrun or srun (one task a device) started, so that they can wait for rank 0's plan.
 
-    Raises ValueError where a scheduler started them in a way that is not supported.
+    Raises LarkError where a scheduler started them in a way that is not supported.
     """
     if _of_torchrun() and not dist.is_initialized():
         dist.init_process_group()
@@ -122,7 +123,7 @@ def start_ranks() -> None:
             world_size=slurm.world_size(),
         )
     if not is_main() and not dist.is_initialized() and RUN_VARIABLE not in os.environ:
-        raise ValueError(
+        raise LarkError(
             f"this process is rank {rank_zero_only.rank} of several that a scheduler started, which only torchrun and "
             "SLURM's srun (in a job whose name is not bash or interactive) are supported for; start one task a node "
             "and let it run torchrun -m lark.run ... trainer=ddp"
@@ -132,24 +133,24 @@ def start_ranks() -> None:
 def _check_srun() -> None:
     tasks = os.environ["SLURM_NTASKS"]
     if "SLURM_STEP_ID" not in os.environ:
-        raise ValueError(
+        raise LarkError(
             f"SLURM has {tasks} tasks for this job, but none of them was started: srun is missing; put srun before "
             "python -m lark.run ..., or srun --ntasks=1 for one process"
         )
     if "SLURM_NTASKS_PER_NODE" not in os.environ:
-        raise ValueError(
+        raise LarkError(
             f"SLURM started {tasks} tasks without saying how many a node; set --ntasks-per-node=<devices a node> in "
             "place of --ntasks"
         )
 
 
 def check_ranks(used: int, trainer: str) -> None:
-    """ValueError unless the ranks that were started are the `used` ones that Trainers of the option `trainer` count on;
+    """LarkError unless the ranks that were started are the `used` ones that Trainers of the option `trainer` count on;
     to be called before the first Trainer launches any itself.
     """
     started = world_size()
     if started != used and dist.is_initialized():
-        raise ValueError(
+        raise LarkError(
             f"{started} process{'es were' if started > 1 else ' was'} started, but trainer={trainer} uses {used}; set "
             "trainer=ddp trainer.devices=<processes a node> trainer.num_nodes=<nodes>, or start "
             f"{'one process' if used == 1 else f'{used} processes'}"
@@ -158,14 +159,14 @@ def check_ranks(used: int, trainer: str) -> None:
 
 @contextmanager
 def in_ranks(*, out_of_memory: str) -> Iterator[None]:
-    """A job, from joining its ranks to leaving them. Raises ValueError with the remedy `out_of_memory` where a device
+    """A job, from joining its ranks to leaving them. Raises LarkError with the remedy `out_of_memory` where a device
     runs out of memory.
     """
     start_ranks()
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"the device ran out of memory; {out_of_memory}") from error
+        raise LarkError(f"the device ran out of memory; {out_of_memory}") from error
     finally:
         leave_ranks()
 

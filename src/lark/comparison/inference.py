@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from lark.common.errors import LarkError
+
 MIN_SEEDS = 3
 """With fewer seeds their variance is not estimated."""
 
@@ -70,20 +72,20 @@ def paired_difference(
     So what 3 seeds cost is width, and at most .03 of the coverage where seeds decide.
 
     Raises:
-        ValueError: shapes differ or are not [S, P], a value is NaN or infinite, or level or resamples out of range.
+        LarkError: shapes differ or are not [S, P], a value is NaN or infinite, or level or resamples out of range.
     """
     a_SP, b_SP = np.asarray(a_SP, np.float64), np.asarray(b_SP, np.float64)
     if a_SP.ndim != 2 or a_SP.shape != b_SP.shape or a_SP.size == 0:
-        raise ValueError(
+        raise LarkError(
             f"paired_difference needs two arrays [seeds, problems] of one shape, got {a_SP.shape} and {b_SP.shape}; "
             "evaluate both arms with the same seeds on the same problems."
         )
     difference_SP = a_SP - b_SP
     _require_finite("paired_difference", difference_SP)
     if not 0 < level < 1:
-        raise ValueError(f"paired_difference: level={level} is not between 0 and 1; set 0.95, say.")
+        raise LarkError(f"paired_difference: level={level} is not between 0 and 1; set 0.95, say.")
     if resamples < 100:
-        raise ValueError(f"paired_difference: resamples={resamples} is too few for quantiles; set at least 100.")
+        raise LarkError(f"paired_difference: resamples={resamples} is too few for quantiles; set at least 100.")
 
     seeds, problems = difference_SP.shape
     estimate = float(difference_SP.mean())
@@ -126,7 +128,7 @@ def mean_interval(value_P: np.ndarray, *, level: float = 0.95, resamples: int = 
           500     4   .95 (3.7)     .96 (1.7)    .94 (1.0)
 
     Raises:
-        ValueError: as `paired_difference`.
+        LarkError: as `paired_difference`.
     """
     value_1P = np.asarray(value_P, np.float64)[None]
     found = paired_difference(value_1P, np.zeros_like(value_1P), level=level, resamples=resamples, seed=seed)
@@ -193,11 +195,11 @@ def sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int =
     never 0 (Phipson and Smyth 2010, Statistical Applications in Genetics and Molecular Biology 9, 39).
 
     Raises:
-        ValueError: difference_P is not [P] with P >= 1, or has a NaN or infinite value.
+        LarkError: difference_P is not [P] with P >= 1, or has a NaN or infinite value.
     """
     difference_P = np.asarray(difference_P, np.float64)
     if difference_P.ndim != 1 or difference_P.size == 0:
-        raise ValueError(
+        raise LarkError(
             f"sign_flip_p needs one difference per problem, got shape {difference_P.shape}; average over seeds first."
         )
     _require_finite("sign_flip_p", difference_P)
@@ -222,11 +224,11 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Holm's step-down adjusted p-values [M], in the order given; family-wise error control (Holm 1979).
 
     Raises:
-        ValueError: not a list of numbers between 0 and 1.
+        LarkError: not a list of numbers between 0 and 1.
     """
     p_M = np.asarray(p_values, np.float64)
     if p_M.ndim != 1 or not ((p_M >= 0) & (p_M <= 1)).all():
-        raise ValueError(f"holm needs a list of p-values between 0 and 1, got {p_values}; leave failed tests out.")
+        raise LarkError(f"holm needs a list of p-values between 0 and 1, got {p_values}; leave failed tests out.")
     order_M = np.argsort(p_M, kind="stable")
     adjusted_M = np.empty_like(p_M)
     adjusted_M[order_M] = np.maximum.accumulate(p_M[order_M] * np.arange(p_M.size, 0, -1))
@@ -244,16 +246,16 @@ def smallest_detectable_difference(
     with 5, .72 to .78 with 3, whose standard errors are themselves uncertain.
 
     Raises:
-        ValueError: power or alpha is not between 0 and 1.
+        LarkError: power or alpha is not between 0 and 1.
     """
     if not (0 < power < 1 and 0 < alpha < 1):
-        raise ValueError(f"power={power} and alpha={alpha} must lie between 0 and 1; set 0.8 and 0.05, say.")
+        raise LarkError(f"power={power} and alpha={alpha} must lie between 0 and 1; set 0.8 and 0.05, say.")
     return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * standard_error)
 
 
 def _require_finite(name: str, x: np.ndarray) -> None:
     wrong = int((~np.isfinite(x)).sum())
     if wrong:
-        raise ValueError(
+        raise LarkError(
             f"{name}: {wrong} of {x.size} differences are NaN or infinite; leave problems without an accuracy out."
         )

@@ -18,6 +18,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 from lark.common.cache import read_json, write_json
+from lark.common.errors import LarkError
 from lark.common.ranks import is_main
 from lark.diagnostics import quantile_bins
 from lark.diagnostics.curves import TrainingLoss, against_baseline, own_loss_ratio
@@ -62,31 +63,31 @@ class Diagnostics:
 
     def __post_init__(self) -> None:
         if self.name not in LEVELS:
-            raise ValueError(f"diagnostics.name={self.name!r} is unknown; set it to one of {', '.join(LEVELS)}")
+            raise LarkError(f"diagnostics.name={self.name!r} is unknown; set it to one of {', '.join(LEVELS)}")
         if self.resamples < 100:
-            raise ValueError(f"diagnostics.resamples={self.resamples} is too few for intervals; set at least 100")
+            raise LarkError(f"diagnostics.resamples={self.resamples} is too few for intervals; set at least 100")
         if self.problems < 1:
-            raise ValueError(f"diagnostics.problems={self.problems} is no sample; set it to at least 1")
+            raise LarkError(f"diagnostics.problems={self.problems} is no sample; set it to at least 1")
         check_parameters(self.parameters, "diagnostics.parameters")
         check_average(self.average, "diagnostics.average")
         if not self.eta > 0:
-            raise ValueError(f"diagnostics.eta={self.eta} is no step; set it above 0, for example 1e-3")
+            raise LarkError(f"diagnostics.eta={self.eta} is no step; set it above 0, for example 1e-3")
         if not self.step_tolerance > 0:
-            raise ValueError(f"diagnostics.step_tolerance={self.step_tolerance} lets nothing pass; set it above 0")
+            raise LarkError(f"diagnostics.step_tolerance={self.step_tolerance} lets nothing pass; set it above 0")
         if self.bins < 0 or self.bins == 1:
-            raise ValueError(f"diagnostics.bins={self.bins} compares nothing; set it to 2 or more, or 0 for none")
+            raise LarkError(f"diagnostics.bins={self.bins} compares nothing; set it to 2 or more, or 0 for none")
 
 
 class Diagnosis:
     """The diagnostics of one run as they come together: `of_selections`, then `of_arms` if it trains; all ranks call
-    both, rank 0 writes. `found` is what diagnostics.json holds. Raises ValueError for what trainer=fsdp cannot do.
+    both, rank 0 writes. `found` is what diagnostics.json holds. Raises LarkError for what trainer=fsdp cannot do.
     """
 
     def __init__(self, settings: Diagnostics, data: TrajectoryDataModule, folder: Path):
         self.settings, self.data, self.folder = settings, data, folder
         self.found: dict[str, Any] = {"settings": asdict(settings)}
         if settings.name == "full" and isinstance(data.make_trainer("").strategy, ShardedStrategy):
-            raise ValueError(
+            raise LarkError(
                 "diagnostics=full needs the student's gradients, which trainer=fsdp does not give; set "
                 "diagnostics=cheap, or trainer=ddp"
             )

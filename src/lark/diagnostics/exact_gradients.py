@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lark.common.cache import complete, identity_hash, read_json, source_hash
+from lark.common.cache import complete, identity_hash, read_json
 from lark.scoring.columns import Columns
 from lark.scoring.gradient_passes import GradientModule
 from lark.scoring.gradients import Parameters, _stepped, decoder_layers, flat_gradients, gram, mean_surprisal
@@ -43,8 +43,6 @@ class ExactGradientsModule(GradientModule):
     """Always in float32: bfloat16 would round a small step away. Memory: the float32 gradients of one problem's
     candidates, 4 K d bytes, and the parameters that move once more.
     """
-
-    SOURCES = (*GradientModule.SOURCES, "diagnostics.exact_gradients")
 
     def _weights_dtype(self, device: torch.device) -> torch.dtype:
         return torch.float32
@@ -117,7 +115,7 @@ def measured(
         module_class = ExactGradientsModule
         identity |= {
             "dtype": "torch.float32",
-            "sources_of_pass": source_hash(["diagnostics.exact_gradients", "scoring.gradients"]),
+            "pass": ExactGradientsModule.VERSION,
         }
     folder: Path = data.cache / "diagnostics" / identity_hash(identity)
     with claim(f"diagnostics {wanted.name}", folder, partial(complete, folder)) as to_do:

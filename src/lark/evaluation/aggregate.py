@@ -78,7 +78,7 @@ def summarise(
         problems, and samples (per problem).
 
     Raises:
-        ValueError: a k larger than the number of samples.
+        LarkError: a k larger than the number of samples.
     """
     num_problems, num_samples = _shape(records)
 

@@ -5,34 +5,15 @@ from typing import Any
 
 import torch
 
-from lark.answers.checker import SOURCES, Checker
-from lark.common.cache import file_hash, identity_hash, read_json, source_hash
+from lark.answers.checker import Checker
+from lark.common.cache import file_hash, identity_hash, read_json
+from lark.common.versions import CHECKING_LIBRARIES, STUDENT_LIBRARIES, formula_versions
 from lark.evaluation.evaluate import Sampling, evaluate
 from lark.generation.backends import record_of
 from lark.student.student import Student
 from lark.tasks.task import Task
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
-
-SAMPLE_SOURCES = (
-    "generation.continuous_batching",
-    "generation.sampling",
-    "generation.backends",
-    "generation.transformers_backend",
-    "tasks.problems",
-    "generation.vllm_backend",
-    "generation.vllm_worker",
-)
-VERDICT_SOURCES = (
-    *SOURCES,
-    "evaluation.evaluate",
-    "evaluation.aggregate",
-    "comparison.inference",
-    "evaluation.metrics",
-    "evaluation.samples",
-    "answers.answer_clusters",
-)
-"""What samples and what is made of them depend on: see `evaluation_identity`."""
 
 
 def evaluate_arm(
@@ -110,8 +91,16 @@ def identity_of(
         "task": [task.checker, task.pattern, task.system, task.max_new_tokens],
         "seed": seed,
         "dtype": dtype,
-        "sources": {"evaluation.samples": source_hash(SAMPLE_SOURCES), "verdicts": source_hash(VERDICT_SOURCES)},
+        "versions": sample_versions() | verdict_versions(),
     }
+
+
+def sample_versions() -> dict[str, Any]:
+    return {"samples": formula_versions("samples", libraries=STUDENT_LIBRARIES)}
+
+
+def verdict_versions() -> dict[str, Any]:
+    return {"verdicts": formula_versions("verdicts", "metrics", libraries=CHECKING_LIBRARIES)}
 
 
 def evaluated(arm: Arm, identity: dict[str, Any]) -> bool:

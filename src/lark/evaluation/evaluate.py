@@ -15,6 +15,7 @@ from typing import Any
 
 from lark.answers.checker import Checker
 from lark.common.cache import identity_hash, read_json, write_json, write_text
+from lark.common.errors import LarkError
 from lark.common.progress_line import bar
 from lark.common.ranks import barrier
 from lark.evaluation.aggregate import figures_of, write_figures
@@ -54,15 +55,13 @@ class Sampling:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pass_at", tuple(dict.fromkeys(self.pass_at)))
         if not self.pass_at:
-            raise ValueError("evaluation.pass_at=[] asks for no pass@k; set it to [1], say")
+            raise LarkError("evaluation.pass_at=[] asks for no pass@k; set it to [1], say")
         if self.engine not in ENGINES:
-            raise ValueError(f"evaluation.engine={self.engine!r} is unknown; set it to one of {', '.join(ENGINES)}")
+            raise LarkError(f"evaluation.engine={self.engine!r} is unknown; set it to one of {', '.join(ENGINES)}")
         if self.vllm_gpus is not None and self.vllm_gpus < 1:
-            raise ValueError(
-                f"evaluation.vllm_gpus={self.vllm_gpus} is no number of GPUs; set it to 1 or more, or null"
-            )
+            raise LarkError(f"evaluation.vllm_gpus={self.vllm_gpus} is no number of GPUs; set it to 1 or more, or null")
         if not 0 < self.vllm_memory <= 1:
-            raise ValueError(f"evaluation.vllm_memory={self.vllm_memory} is no share of a GPU's memory; set 0.9, say")
+            raise LarkError(f"evaluation.vllm_memory={self.vllm_memory} is no share of a GPU's memory; set 0.9, say")
         check_sampling(self.samples, self.temperature, self.top_p, self.batch_size)
         for k in self.pass_at:
             check_pass_at(k, self.samples)
@@ -120,11 +119,11 @@ def evaluate(
         label: what the progress line calls it.
 
     Raises:
-        ValueError: no problems, a gold answer the checker cannot read, or a setting out of its range.
+        LarkError: no problems, a gold answer the checker cannot read, or a setting out of its range.
     """
     for name, rows in problems.items():
         if not rows:
-            raise ValueError(f"task.eval: {name} holds no problem to evaluate on; set it to a file with rows")
+            raise LarkError(f"task.eval: {name} holds no problem to evaluate on; set it to a file with rows")
         assert len({row["problem_id"] for row in rows}) == len(rows), "problem ids are distinct"
         checker.validate([answer_to(row, "") for row in rows])  # before anything is generated
     settings = {

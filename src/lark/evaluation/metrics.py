@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lark.common.errors import LarkError
+
 
 def average_at_k(correct_PN: Tensor) -> Tensor:
     """Share of each problem's k = N samples that are correct, [P] in float64 (RSR, arXiv 2601.14249: Acc@4)."""
@@ -24,7 +26,7 @@ def pass_at_k(correct_PN: Tensor, k: int) -> Tensor:
     arXiv 2107.03374, equation 1). Binomials are exact integers, so it neither overflows nor loses digits.
 
     Raises:
-        ValueError: k is below 1 or above N.
+        LarkError: k is below 1 or above N.
     """
     _check_shape(correct_PN)
     num_samples = correct_PN.shape[1]
@@ -56,9 +58,9 @@ def majority_at_k(vote_PN: Tensor, correct_PN: Tensor) -> Tensor:
 
 
 def check_pass_at(k: int, num_samples: int) -> None:
-    """ValueError unless pass@k can be estimated from this number of samples."""
+    """LarkError unless pass@k can be estimated from this number of samples."""
     if not 1 <= k <= num_samples:
-        raise ValueError(
+        raise LarkError(
             f"evaluation.pass_at={k} must lie between 1 and evaluation.samples={num_samples}; "
             "lower it or draw more samples"
         )

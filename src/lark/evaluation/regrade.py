@@ -10,9 +10,10 @@ from typing import Any
 
 from lark.answers.checker import Checker
 from lark.answers.extract import find_boxed
-from lark.common.cache import lock, read_json, source_hash, write_json
+from lark.common.cache import lock, read_json, write_json
+from lark.common.errors import LarkError
 from lark.evaluation.aggregate import figures_of, write_figures
-from lark.evaluation.arm_evaluation import VERDICT_SOURCES
+from lark.evaluation.arm_evaluation import verdict_versions
 from lark.evaluation.evaluate import check_records, write_rows
 from lark.evaluation.evaluation_table import print_figures
 from lark.evaluation.samples import read_samples
@@ -38,7 +39,7 @@ def recheck(
         told: settings given by the user: task.checker and task.pattern then take the place of the evaluation's.
 
     Raises:
-        ValueError: there are no samples, they are no samples of lark's, or their problems are not known.
+        LarkError: there are no samples, they are no samples of lark's, or their problems are not known.
     """
     results = {}
     for folder, names in _sample_sets(path).items():
@@ -50,14 +51,14 @@ def recheck(
 def _sample_sets(path: Path) -> dict[Path, list[str]]:
     """Names of evaluation sets whose samples there are, by folder."""
     if not path.exists():
-        raise ValueError(f"recheck={path} does not exist; set it to a folder of an evaluation, or to a file of samples")
+        raise LarkError(f"recheck={path} does not exist; set it to a folder of an evaluation, or to a file of samples")
     within = [path.parent] if path.is_file() else [path, *sorted(one for one in path.iterdir() if one.is_dir())]
     found = {folder.resolve(): sorted(folder.glob("samples-*.jsonl")) for folder in within}
     if path.is_file() and path.resolve() not in {file.resolve() for files in found.values() for file in files}:
-        raise ValueError(f"recheck={path} is no file called samples-<set>.jsonl; set it to one, or to a folder of them")
+        raise LarkError(f"recheck={path} is no file called samples-<set>.jsonl; set it to one, or to a folder of them")
     names = {folder: [file.stem.removeprefix("samples-") for file in files] for folder, files in found.items() if files}
     if not names:
-        raise ValueError(f"recheck={path} holds no samples-<set>.jsonl; set it to a folder of a finished evaluation")
+        raise LarkError(f"recheck={path} holds no samples-<set>.jsonl; set it to a folder of a finished evaluation")
     return names
 
 
@@ -110,19 +111,19 @@ def _identity(before: Mapping[str, Any], kind: str, pattern: str | None) -> dict
     """That of the metrics, with the checks that they come from now."""
     if not before:
         return {}
-    sources = before["sources"] | {"verdicts": source_hash(VERDICT_SOURCES)}
-    return {**before, "task": [kind, pattern, *before["task"][2:]], "sources": sources}
+    versions = before["versions"] | verdict_versions()
+    return {**before, "task": [kind, pattern, *before["task"][2:]], "versions": versions}
 
 
 def _saved(path: Path) -> list[Record]:
-    """The samples of a file. Raises ValueError unless there are as many of each problem."""
+    """The samples of a file. Raises LarkError unless there are as many of each problem."""
     records = read_samples(path)
     if not records or (missing := sorted(_FIELDS - set.intersection(*(set(record) for record in records)))):
-        raise ValueError(f"{path} holds no samples of lark's" + (f" (no {missing[0]})" if records else ""))
+        raise LarkError(f"{path} holds no samples of lark's" + (f" (no {missing[0]})" if records else ""))
     counts = Counter(record["problem_id"] for record in records)
     if len(set(counts.values())) > 1:
         fewest, most = min(counts.values()), max(counts.values())
-        raise ValueError(f"{path} has {fewest} samples of some problems and {most} of others; complete it first")
+        raise LarkError(f"{path} has {fewest} samples of some problems and {most} of others; complete it first")
     return records
 
 
@@ -132,7 +133,7 @@ def _problems(folder: Path, name: str, records: Sequence[Record], task: Task, ca
     if not file.is_file():
         files = task.evaluation_files(cache)
         if name not in files:
-            raise ValueError(
+            raise LarkError(
                 f"{file} is missing, and task={task.name} has no evaluation set {name} "
                 f"(it has {', '.join(files) or 'none'}); set task.eval={{{name}: <file>}}"
             )
@@ -140,7 +141,7 @@ def _problems(folder: Path, name: str, records: Sequence[Record], task: Task, ca
     sampled = {record["problem_id"] for record in records}
     problems = [problem for problem in read_problems(file) if problem["problem_id"] in sampled]
     if missing := sorted(sampled - {problem["problem_id"] for problem in problems}):
-        raise ValueError(
+        raise LarkError(
             f"{file} lacks {len(missing)} of the {len(sampled)} problems that were sampled ({missing[0]} for one); "
             f"set task.eval={{{name}: <file>}} to the file they come from"
         )

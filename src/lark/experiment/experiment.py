@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lark.answers.checker import Checker
 from lark.common.cache import complete, freed, lock, read_json, writable, write_json
+from lark.common.errors import LarkError
 from lark.common.ranks import Plan, barrier, check_ranks, in_ranks, is_main, say, world_size
 from lark.config import build, model_option
 from lark.diagnostics.diagnostics import Diagnosis
@@ -45,7 +46,7 @@ from lark.training.warmup import EpochSaver, checkpoints, training_cost, warm_up
 def run(config: DictConfig, folder: Path, *, group: str) -> float:
     """Run one comparison in `folder`; returns selector minus baseline on the first evaluation set (avg@k), or nan.
 
-    Raises ValueError for settings and data a user can correct; whatever was computed before stays cached.
+    Raises LarkError for settings and data a user can correct; whatever was computed before stays cached.
     """
     quiet_libraries()
     logs = writable(config.paths.logs, "paths.logs")
@@ -136,7 +137,7 @@ class _Run:
     def _check_held_out(self) -> None:
         """A sweep of learning rates chooses by held-out loss."""
         if len(self.data.held_out_coefficients()[0]) == 0:
-            raise ValueError(
+            raise LarkError(
                 f"sft.lr_sweep={list(self.recipe.lr_sweep or ())} chooses by held-out loss, but task.held_out="
                 f"{self.data.task.held_out} holds nothing out; raise it, or set sft.lr_sweep=null"
             )
@@ -254,7 +255,7 @@ class _Run:
         shown = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in zip(rates, losses, strict=False))
         say(f"rate        {name} ({rule}): {best.recipe.lr:g} of held-out losses {shown}")
         if not best.trained:
-            raise ValueError(f"sft.lr_sweep={list(rates)}: training diverged at every rate; set lower ones")
+            raise LarkError(f"sft.lr_sweep={list(rates)}: training diverged at every rate; set lower ones")
         return best
 
     def _try(self, arm: Arm, steps: int) -> None:

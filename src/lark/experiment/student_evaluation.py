@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lark.answers.checker import Checker
 from lark.common.cache import lock, read_json, writable
+from lark.common.errors import LarkError
 from lark.common.ranks import Plan, check_ranks, in_ranks, is_main, say, world_size
 from lark.config import build
 from lark.evaluation.arm_evaluation import identity_of, is_evaluated, record_of_task, student_weights
@@ -29,7 +30,7 @@ from lark.training.trainer import trainer_of
 def run(config: DictConfig, folder: Path, *, group: str) -> float:
     """Evaluate the student into `folder`, or find it evaluated there; returns avg@k on the first set.
 
-    Raises ValueError for settings and data a user can correct; samples that were drawn are kept.
+    Raises LarkError for settings and data a user can correct; samples that were drawn are kept.
     """
     quiet_libraries()
     logs = writable(config.paths.logs, "paths.logs")
@@ -112,7 +113,7 @@ def _problems(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
     """The task's evaluation sets, and a line on each."""
     files = task.evaluation_files(cache, say)
     if not files:
-        raise ValueError(f"task={task.name} has no evaluation set; set task.eval=<file>, or to {{name: file, ...}}")
+        raise LarkError(f"task={task.name} has no evaluation set; set task.eval=<file>, or to {{name: file, ...}}")
     problems = {name: read_problems(path, limit=task.eval_limit) for name, path in files.items()}
     for name, rows in problems.items():
         prompts = ", ".join(
@@ -124,12 +125,12 @@ def _problems(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _check_base(student: Student, arm: Path | None) -> None:
-    """Raises ValueError if the weights below an arm's adapter are others than it was trained on."""
+    """Raises LarkError if the weights below an arm's adapter are others than it was trained on."""
     if arm is None or student.lora is None:
         return
     known, found = read_json(arm / "trained.json")["identity"]["student"], student.identity()
     if any(known.get(key, value) != value for key, value in found.items()):  # a folder then, the hub now: unknown
-        raise ValueError(
+        raise LarkError(
             f"checkpoint={arm} was trained on other weights ({ {key: known.get(key) for key in found} }) than "
             f"{student.path or student.id} holds ({found}); set model.path or model.id to the right ones"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lark.common.errors import LarkError
 from lark.common.ranks import say
 from lark.generation.transformers_backend import Sample, generate_samples
 from lark.student.chat import Chat
@@ -94,7 +95,7 @@ def vllm_engine(
     """The student in vLLM (lark.generation.vllm_backend), which rank 0 starts for every set.
 
     Raises:
-        ValueError: vLLM does not read weights of this kind.
+        LarkError: vLLM does not read weights of this kind.
     """
     from lark.generation.vllm_backend import generate_with_vllm, vllm_source
 
@@ -118,7 +119,7 @@ def vllm_engine(
                 say=engine.say,
             )
         except RuntimeError as error:  # of vLLM's process: what it printed tells a user more than our traceback
-            raise ValueError(f"evaluation.engine=vllm: {error}") from error
+            raise LarkError(f"evaluation.engine=vllm: {error}") from error
 
     engine = Engine(
         generate=generate,

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lark.common.errors import LarkError
+
 # Candidates looked at before the whole vocabulary is: a language model's nucleus seldom has more tokens.
 _CANDIDATES = (64, 1024)
 _CPU_ROWS = 4  # at a time, so that their logits stay in the CPU's cache
@@ -38,11 +40,11 @@ def draw(logits_RV: Tensor, noise_R: Tensor | None, temperature: float, top_p: f
         top_p: share of probability that is drawn from; 1 draws from all tokens.
 
     Raises:
-        ValueError: a row has no finite largest logit, as from weights that have diverged or overflow in their dtype.
+        LarkError: a row has no finite largest logit, as from weights that have diverged or overflow in their dtype.
     """
     largest_R1 = logits_RV.amax(dim=1, keepdim=True)
     if not largest_R1.isfinite().all():
-        raise ValueError(
+        raise LarkError(
             f"the student's logits are no finite numbers in {str(logits_RV.dtype).removeprefix('torch.')}; set "
             "model.dtype=float32, or use weights that have not diverged"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from lark.answers.extract import find_boxed
+from lark.common.errors import LarkError
 from lark.generation.continuous_batching import Decoder, cache_bytes, reason_against
 from lark.generation.sampling import draw, noise
 from lark.student.memory import free_bytes, is_out_of_memory, release_memory
@@ -127,7 +128,7 @@ def generate_samples(
         say: where those lines go.
 
     Raises:
-        ValueError: a setting is out of its range, a prompt leaves no room for the new tokens, or one sample alone does
+        LarkError: a setting is out of its range, a prompt leaves no room for the new tokens, or one sample alone does
             not fit into memory.
     """
     base: Any = base_model(model)
@@ -135,7 +136,7 @@ def generate_samples(
     longest = check_prompts(prompts, keys, max_new_tokens, stop_ids)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
+        raise LarkError(
             f"task.max_new_tokens={max_new_tokens} after a prompt of {longest} tokens exceeds the model's {limit} "
             f"positions; set it to at most {limit - longest}, or shorten or leave out the long problems"
         )
@@ -172,7 +173,7 @@ def generate_samples(
             shortage = str(error).partition("\n")[0]
         if shortage is not None:  # outside the handler: the error would keep the failed pass alive
             if size == 1:
-                raise ValueError(
+                raise LarkError(
                     f"one sample of up to {longest + max_new_tokens} tokens does not fit into memory ({shortage}); "
                     "lower task.max_new_tokens, or set model.dtype=bfloat16"
                 )
@@ -189,24 +190,24 @@ def generate_samples(
 
 
 def check_sampling(samples: int, temperature: float, top_p: float, batch_size: int | None) -> None:
-    """ValueError for the first of these settings of `generate_samples` that is out of its range."""
+    """LarkError for the first of these settings of `generate_samples` that is out of its range."""
     for name, value in {"samples": samples, "batch_size": batch_size}.items():
         if value is not None and value < 1:
-            raise ValueError(f"evaluation.{name}={value} must be at least 1")
+            raise LarkError(f"evaluation.{name}={value} must be at least 1")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"evaluation.temperature={temperature} must be 0 (most likely token) or a positive number")
+        raise LarkError(f"evaluation.temperature={temperature} must be 0 (most likely token) or a positive number")
     if not 0 < top_p <= 1:
-        raise ValueError(f"evaluation.top_p={top_p} must lie above 0 and not above 1 (1 draws from all tokens)")
+        raise LarkError(f"evaluation.top_p={top_p} must lie above 0 and not above 1 (1 draws from all tokens)")
 
 
 def check_prompts(
     prompts: Sequence[Sequence[int]], keys: Sequence[str], max_new_tokens: int, stop_ids: Sequence[int]
 ) -> int:
-    """Tokens of the longest prompt. ValueError if nothing may be generated, or without end."""
+    """Tokens of the longest prompt.  LarkError if nothing may be generated, or without end."""
     if max_new_tokens < 1:
-        raise ValueError(f"task.max_new_tokens={max_new_tokens} must be at least 1")
+        raise LarkError(f"task.max_new_tokens={max_new_tokens} must be at least 1")
     if not stop_ids:
-        raise ValueError("evaluation has no end token to stop at; give the tokenizer an eos_token")
+        raise LarkError("evaluation has no end token to stop at; give the tokenizer an eos_token")
     assert len(prompts) == len(keys) == len(set(keys)), "one distinct key per prompt"
     assert all(len(ids) > 0 for ids in prompts), "a prompt has tokens"
     return max(map(len, prompts), default=0)

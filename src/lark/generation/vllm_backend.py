@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lark.common.cache import identity_hash, read_json, replacing, write_json
+from lark.common.errors import LarkError
 from lark.generation import vllm_worker as vllm_process
 from lark.generation.sampling import digest
 from lark.generation.transformers_backend import Sample, check_prompts, check_sampling, decoded
@@ -33,18 +34,18 @@ def vllm_source(student: Student, checkpoint: str | Path | None = None) -> dict[
     checkpoint: the folder that training left: an adapter's where the student has LoRA, else the whole student's.
 
     Raises:
-        ValueError: weights that vLLM does not read as they are (GGUF files, several adapters).
+        LarkError: weights that vLLM does not read as they are (GGUF files, several adapters).
     """
     if checkpoint is not None and student.lora is None:
         return {"model": str(checkpoint), "revision": None, "adapter": None, "config": None}  # its config.json has it
     adapters = [*student.adapters, *([str(checkpoint)] if checkpoint is not None else [])]
     if len(adapters) > 1:
-        raise ValueError(
+        raise LarkError(
             f"model.adapter={student.adapter} makes {len(adapters)} adapters with the trained one, and vLLM takes one; "
             "merge them with python -m lark.export, or set evaluation.engine=transformers"
         )
     if student.path is not None and student.path.endswith(".gguf"):
-        raise ValueError(
+        raise LarkError(
             f"model.path={student.path} is a .gguf file, which vLLM is not given; export it with python -m "
             "lark.export, or set evaluation.engine=transformers"
         )
@@ -95,7 +96,7 @@ def generate_with_vllm(
     Further arguments are those of `generate_samples`.
 
     Raises:
-        ValueError: a setting is out of its range, or vLLM is not installed.
+        LarkError: a setting is out of its range, or vLLM is not installed.
         RuntimeError: vLLM's process ended before its samples, with the last lines that it printed.
     """
     check_sampling(samples, temperature, top_p, None)
@@ -167,7 +168,7 @@ def generate_with_vllm(
     finally:
         _end(process)
     if code == vllm_process.MISSING:
-        raise ValueError(
+        raise LarkError(
             f"evaluation.engine=vllm needs vLLM, which {python} cannot import ({_last(folder, 1)}): {REMEDY}"
         )
     if code != 0 or place:
@@ -221,7 +222,7 @@ def _start(python: str, folder: Path) -> subprocess.Popen[bytes]:
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
             )
         except OSError as error:
-            raise ValueError(
+            raise LarkError(
                 f"evaluation.vllm_python={python} cannot be started ({error.strerror}): {REMEDY}"
             ) from error
 

@@ -32,11 +32,12 @@ from lark.common.cache import (
     lock,
     read_json,
     replacing,
-    source_hash,
     writable,
     write_json,
 )
+from lark.common.errors import LarkError
 from lark.common.progress_line import bar
+from lark.common.versions import formula_versions
 from lark.pool.rows import FIELDS, Advance, Fault, RowError, find_files, normalise, read_rows
 
 SCHEMA = pa.schema(
@@ -55,7 +56,7 @@ BATCH_ROWS, BATCH_BYTES = 1000, 2**24  # written at once, whichever is reached f
 SHOWN_FAULTS = 20
 
 
-class PoolError(ValueError):
+class PoolError(LarkError):
     """A pool with faults: `faults` holds every one, the message shows the first 20."""
 
     def __init__(self, headline: str, faults: Sequence[Fault]):
@@ -100,19 +101,19 @@ def read_pool(
         files are read to their end; rows of further problems are neither checked nor counted.
 
     Raises PoolError with all faults under "raise". Under "drop" as well if no row is left, or if a file breaks off (a
-    broken JSON list, damaged Parquet), because nobody knows how many rows that loses. Raises ValueError naming the
+    broken JSON list, damaged Parquet), because nobody knows how many rows that loses. Raises LarkError naming the
     setting for a file that does not exist or has an unknown ending and for settings out of range.
     """
     if on_error not in ("raise", "drop"):
-        raise ValueError(f"task.on_error={on_error} is unknown: set it to raise or drop")
+        raise LarkError(f"task.on_error={on_error} is unknown: set it to raise or drop")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"task.limit={limit} is no number of problems: set it to 1 or more, or to null for all")
+        raise LarkError(f"task.limit={limit} is no number of problems: set it to 1 or more, or to null for all")
     files = find_files(source, setting="task.pool")
     identity = {
         "files": _contents(files),
         "on_error": on_error,
         "limit": limit,
-        "reader": source_hash(["pool.pool", "pool.rows"]),
+        **formula_versions("pool"),
     }
     folder = writable(cache, "paths.cache") / "pools" / identity_hash(identity)
     if not complete(folder):
@@ -138,10 +139,10 @@ def held_out(problem_ids: Sequence[str] | np.ndarray, share: float) -> np.ndarra
     never all of them. Neither the order of rows nor their number a problem matters, and a larger share holds out a
     superset.
 
-    problem_ids: [N], one a row. Returns bool [N]. Raises ValueError if share is outside [0, 1).
+    problem_ids: [N], one a row. Returns bool [N]. Raises LarkError if share is outside [0, 1).
     """
     if not isinstance(share, int | float) or not 0 <= share < 1:
-        raise ValueError(f"task.held_out={share} is no share of problems: set it to at least 0 and below 1, such as .1")
+        raise LarkError(f"task.held_out={share} is no share of problems: set it to at least 0 and below 1, such as .1")
     # While it runs, about 300 bytes a problem; of a row only its byte of the mask.
     problems = sorted(set(map(str, problem_ids)), key=lambda problem: hashlib.sha256(problem.encode()).digest())
     count = max(round(share * len(problems)), int(share > 0))
@@ -173,7 +174,7 @@ def extra_column(rows: datasets.Dataset, name: str) -> np.ndarray:
     """One further column of the pool as an array [N], by rows.
 
     float64 with NaN where the column is absent if every value is a number or a bool, else object with None there.
-    Raises ValueError if no row has the column. 32 bytes a row are needed to read numbers, of which 8 remain.
+    Raises LarkError if no row has the column. 32 bytes a row are needed to read numbers, of which 8 remain.
     """
     column = np.empty(len(rows), dtype=object)
     names: set[str] = set()
@@ -182,7 +183,7 @@ def extra_column(rows: datasets.Dataset, name: str) -> np.ndarray:
         column[i] = extra.get(name)
         names.update(extra)
     if name not in names:
-        raise ValueError(
+        raise LarkError(
             f"the pool has no column {name} (wanted by a rule's filter, prior or score); its further columns are "
             f"{', '.join(sorted(names)) or 'none'}"
         )
@@ -201,7 +202,7 @@ def _contents(files: dict[str, Path]) -> list[list[Any]]:
                 contents.append([name, size, file_hash(path)])
             except OSError as error:
                 remedy = "set it to a readable file"
-                raise ValueError(f"task.pool={path} cannot be read ({error.strerror}): {remedy}") from error
+                raise LarkError(f"task.pool={path} cannot be read ({error.strerror}): {remedy}") from error
             progress.update(size // 10**6)
     return contents
 

@@ -20,6 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lark.common.errors import LarkError
+
 ROLES = ("system", "user", "assistant")
 PARQUET_ROWS = 200  # rows of a Parquet file held at a time
 PARQUET_BUFFER = 2**20  # bytes; without it a whole row group is held, which may be the whole file
@@ -61,24 +63,24 @@ def find_files(source: str | Path | Sequence[str | Path], *, setting: str) -> di
 
     setting: the name under which the user chose them, such as "task.pool".
     Keys are the names relative to the folder that all files share: unique, and the same wherever that folder lies.
-    Raises ValueError naming `setting` for a missing file, an unknown ending, or a folder or glob with no file.
+    Raises LarkError naming `setting` for a missing file, an unknown ending, or a folder or glob with no file.
     """
     sources = [source] if isinstance(source, str | Path) else list(source or [])
     if not sources or not all(map(str, sources)):
-        raise ValueError(f"{setting} is not set: set it to a {ENDINGS} file, or to a folder or glob of such files")
+        raise LarkError(f"{setting} is not set: set it to a {ENDINGS} file, or to a folder or glob of such files")
     paths: dict[Path, None] = {}  # ordered, and each file once where items of a list overlap
     for item in sources:
         path = Path(item).expanduser().absolute()  # not resolved: a hub cache links to files without an ending
         if not path.exists() and not glob.has_magic(str(path)):
-            raise ValueError(f"{setting}={item} does not exist: {_closest(path, setting)}")
+            raise LarkError(f"{setting}={item} does not exist: {_closest(path, setting)}")
         matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
         found = [file for match in matches for file in (_inside(match) if match.is_dir() else [match])]
         if not found:
-            raise ValueError(f"{setting}={item} holds no {ENDINGS} file: set {setting} to where the rows are")
+            raise LarkError(f"{setting}={item} holds no {ENDINGS} file: set {setting} to where the rows are")
         paths.update(dict.fromkeys(found))
     for path in paths:
         if _suffix(path) not in READERS:
-            raise ValueError(f"{setting}={path} has an unknown ending: convert it to (or name it) {ENDINGS}")
+            raise LarkError(f"{setting}={path} has an unknown ending: convert it to (or name it) {ENDINGS}")
     shared = os.path.commonpath([path.parent for path in paths])
     return {path.relative_to(shared).as_posix(): path for path in paths}
 

@@ -29,7 +29,6 @@ class LocalWindowsModule(PassModule):
     belongs to no step and is in no window.
     """
 
-    SOURCES = ("scoring.forward_passes", "student.token_statistics")
     CUTS_INSIDE = True
 
     @classmethod
@@ -99,7 +98,6 @@ class ContentAloneModule(PassModule):
     to task.max_length, and where the row was cut, to as many tokens as the row has of it.
     """
 
-    SOURCES = ("scoring.forward_passes", "student.token_statistics")
     CUTS_INSIDE = True
 
     def batch(self, rows: np.ndarray) -> Any:
@@ -133,8 +131,6 @@ class MeanHiddenModule(PassModule):
     """The mean over the span, end-of-turn token included, of the states that the LM head would read (after the last
     norm) at the span's own tokens: those that have seen the token, not those that predict it.
     """
-
-    SOURCES = ("scoring.forward_passes",)
 
     @torch.inference_mode()
     def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:

@@ -50,7 +50,6 @@ def problem_units(pool: Trajectories, rows: np.ndarray) -> list[np.ndarray]:
 class GradientModule(PassModule):
     """A pass whose student has a gradient in the parameters that the pass names, and in no others."""
 
-    SOURCES = ("scoring.gradient_passes", "scoring.gradients", "common.groups", "student.token_statistics")
     SPLITS = False
 
     @classmethod
@@ -158,7 +157,6 @@ def _rows_together(parameters: Parameters) -> int:
 class HeadGradientsModule(PassModule):
     """A forward pass in micro-batches, then the head's gradients of the whole problem. Memory: its hidden states."""
 
-    SOURCES = ("scoring.gradient_passes", "scoring.gradients", "common.groups", "student.token_statistics")
     SPLITS = False
     CUTS_INSIDE = True
 
@@ -230,15 +228,6 @@ class GradientMatchesModule(GradientModule):
     A gradient of norm 0 has cosine 0 with all others. Where all validation examples are of the candidate's own problem
     there is no match (NaN).
     """
-
-    SOURCES = (
-        *GradientModule.SOURCES,
-        "training.arms",
-        "training.batches",
-        "student.batching",
-        "training.sft_module",
-        "training.warmup",
-    )
 
     def __init__(self, *, wanted: Pass, work: Work, folder: Path):
         super().__init__(wanted=wanted, work=work, folder=folder)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lark.common.errors import LarkError
 from lark.student.batching import MicroBatch
 from lark.student.student import base_model, head_of, hidden_states
 from lark.student.token_statistics import Head, token_statistics, weighted_surprisal
@@ -29,7 +30,7 @@ def choose_parameters(model: nn.Module, which: str) -> Parameters:
     neither the norm after them nor the head.
 
     Under LoRA `trained` holds both factors, though the first has no gradient at the start (the second is zero).
-    Raises ValueError where the model has fewer layers.
+    Raises LarkError where the model has fewer layers.
     """
     named = list(model.named_parameters())
     if which == "trained":
@@ -39,7 +40,7 @@ def choose_parameters(model: nn.Module, which: str) -> Parameters:
     count = int(which.removeprefix("last:"))
     layers = decoder_layers(model)
     if count > len(layers):
-        raise ValueError(
+        raise LarkError(
             f"selector.score.parameters={which} asks for more decoder layers than the student has ({len(layers)}); "
             "set fewer, or all"
         )

@@ -10,6 +10,8 @@ Shapes: T span tokens of a trajectory, K scored candidates of its problem, D hid
 from dataclasses import dataclass
 from typing import Any
 
+from lark.common.errors import LarkError
+
 PARAMETERS = ("trained", "all")
 
 
@@ -133,19 +135,19 @@ DEFAULT = (Statistics(),)
 def needs_of(function: Any) -> tuple[Pass, ...]:
     """The passes a score or filter declares; one that declares nothing gets the statistics.
 
-    Raises ValueError where `needs` is no tuple of passes of this module.
+    Raises LarkError where `needs` is no tuple of passes of this module.
     """
     needs = getattr(function, "needs", DEFAULT)
     if not (isinstance(needs, tuple | list) and all(type(need) in Pass.__subclasses__() for need in needs)):
         known = ", ".join(f"{one.__name__}()" for one in Pass.__subclasses__())
-        raise ValueError(
+        raise LarkError(
             f"needs={needs!r} of {function!r} is no tuple of passes; name some of lark.scoring.passes: {known}"
         )
     return tuple(needs)
 
 
 def check_parameters(value: str, setting: str) -> None:
-    """ValueError unless `value` is trained, all or last:<n>."""
+    """LarkError unless `value` is trained, all or last:<n>."""
     count = value.removeprefix("last:")
     if value not in PARAMETERS and not (value.startswith("last:") and count.isdigit() and int(count) >= 1):
-        raise ValueError(f"{setting}={value!r} is unknown; set it to {', '.join(PARAMETERS)} or last:<layers>")
+        raise LarkError(f"{setting}={value!r} is unknown; set it to {', '.join(PARAMETERS)} or last:<layers>")

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lark.common.cache import complete, read_json, write_json
+from lark.common.errors import LarkError
 from lark.common.groups import Groups, unit_hash
 from lark.common.ranks import is_main
 from lark.scoring.passes import Pass
@@ -171,16 +172,6 @@ class Runner:
 class RaceModule(PassModule):
     """Races every problem before the judge; those of the calibration are `known` already (columns by row)."""
 
-    SOURCES = (
-        "selection.candidates",
-        "selection.contests",
-        "scoring.forecast",
-        "selection.judge",
-        "selection.race",
-        "scoring.race_pass",
-        "selection.scores.statistics",
-        "student.token_statistics",
-    )
     SPLITS = False  # a problem's candidates race together
     work: RaceWork
 
@@ -204,7 +195,7 @@ class RaceModule(PassModule):
 
     @cached_property
     def runs_on_caches(self) -> bool:
-        """Raises ValueError if not."""
+        """Raises LarkError if not."""
         check_caches(self.student_model, self.work.student.name)
         return True
 
@@ -363,7 +354,7 @@ def describe_race(manifest: Mapping[str, Any]) -> str:
 
 
 def check_caches(model: Any, name: str) -> None:
-    """ValueError for a student that does not come to the same hidden states on caches that are repeated and cut."""
+    """LarkError for a student that does not come to the same hidden states on caches that are repeated and cut."""
     decoder: Any = base_model(model).get_decoder()
     ids_RL = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 3, 5, 8, 9]])
     ids_RL = ids_RL.to(next(base_model(model).parameters()).device)
@@ -374,9 +365,9 @@ def check_caches(model: Any, name: str) -> None:
         try:
             decoder(input_ids=ids_RL[:1, :3], past_key_values=cache, use_cache=True)
         except ValueError as error:  # by which transformers refuses a cache that is not of the student's own kind
-            raise ValueError(remedy.format(f"its cache: {error}")) from error
+            raise LarkError(remedy.format(f"its cache: {error}")) from error
         if others := {type(layer).__name__ for layer in cache.layers if type(layer) not in REPEATABLE}:
-            raise ValueError(
+            raise LarkError(
                 remedy.format(f"its cache holds {', '.join(sorted(others))}, which are not repeated and cut")
             )
         cache.batch_repeat_interleave(3)
@@ -385,4 +376,4 @@ def check_caches(model: Any, name: str) -> None:
         raced_RD = decoder(input_ids=ids_RL[[0, 2], 5:], past_key_values=cache, use_cache=True).last_hidden_state
     difference = (raced_RD[:, -1] - whole_RD[[0, 2]]).abs().max().item()
     if not difference <= 0.05 * whole_RD.abs().max().item():
-        raise ValueError(remedy.format(f"on its cache it computes something else, by {difference:.3g}"))
+        raise LarkError(remedy.format(f"on its cache it computes something else, by {difference:.3g}"))

@@ -20,6 +20,7 @@ from lightning import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lark.common.cache import write_json
+from lark.common.errors import LarkError
 from lark.scoring.passes import HeadGradients, Pass
 from lark.scoring.progress import figures_of
 from lark.scoring.table_cache import merge, remove_shards, rows_done, write_shard
@@ -78,20 +79,20 @@ class Probe:
 
     def __post_init__(self) -> None:
         if self.keep not in ("sums", "tokens"):
-            raise ValueError(f"probe.keep={self.keep!r} is unknown; set it to sums or tokens")
+            raise LarkError(f"probe.keep={self.keep!r} is unknown; set it to sums or tokens")
         if self.span not in SPANS or self.step_splitter not in STEPS:
-            raise ValueError(
+            raise LarkError(
                 f"probe.span={self.span!r} or probe.step_splitter={self.step_splitter!r} is unknown; "
                 f"set span to one of {', '.join(SPANS)} and step_splitter to one of {', '.join(STEPS)}"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"probe.top_k={self.top_k} keeps no logit; set it to null (exact) or at least 1")
+            raise LarkError(f"probe.top_k={self.top_k} keeps no logit; set it to null (exact) or at least 1")
         for name, least in (("skip", 0), ("batch_tokens", 1), ("shard_rows", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"probe.{name}={value} is too small; set it to at least {least}")
+                raise LarkError(f"probe.{name}={value} is too small; set it to at least {least}")
         if not 0 < self.race_confidence <= 1:
-            raise ValueError(
+            raise LarkError(
                 f"probe.race_confidence={self.race_confidence} is no share of a choice; set it above 0 and up to 1"
             )
 
@@ -124,8 +125,8 @@ class PassModule(LightningModule):
     under no_grad, not in inference mode.
     """
 
-    SOURCES: ClassVar[tuple[str, ...]] = ()
-    """Modules whose source text keys the cache, besides those of the base."""
+    VERSION: ClassVar[int] = 1
+    """Raised by hand when the columns come out otherwise for the same student and tokens."""
     SPLITS: ClassVar[bool] = True
     """Whether a unit that does not fit into memory may be measured in parts."""
     CUTS_INSIDE: ClassVar[bool] = False
@@ -169,7 +170,7 @@ class PassModule(LightningModule):
 
     @cached_property
     def not_compiled(self) -> str | None:
-        """None if the token statistics are compiled, else why not. Raises ValueError where it was asked for in vain."""
+        """None if the token statistics are compiled, else why not. Raises LarkError where it was asked for in vain."""
         probe, head = self.work.probe, head_of(self.student_model)
         scored = int(self.work.pool.span_tokens[self.work.rows].sum()) // self.trainer.world_size
         least = COMPILE_FROM.get(self.device.type, math.inf)
@@ -179,7 +180,7 @@ class PassModule(LightningModule):
             return "it would take longer than it saves"
         reason = can_compile(self.device)
         if reason and probe.compile:
-            raise ValueError(f"probe.compile=true, but torch.compile fails here ({reason}); set it to null or false")
+            raise LarkError(f"probe.compile=true, but torch.compile fails here ({reason}); set it to null or false")
         return reason
 
     def choices(self) -> dict[str, Any]:
@@ -292,7 +293,7 @@ class PassModule(LightningModule):
         release_memory(self.device)
         tokens = int(self.work.pool.length[rows].sum())
         if self.batch_tokens <= LEAST_TOKENS if self.CUTS_INSIDE else len(rows) == 1:
-            raise ValueError(
+            raise LarkError(
                 f"{self.wanted.name}: {len(rows)} {'trajectory' if len(rows) == 1 else 'trajectories'} of {tokens:,} "
                 f"tokens and the student do not fit into memory ({reason}); lower task.max_length, or use "
                 "model.dtype=bfloat16, a larger device or trainer=fsdp"
@@ -334,8 +335,6 @@ class _Batches(torch.utils.data.Dataset):
 
 class ProbeModule(PassModule):
     """The statistics: one forward pass, token statistics in chunks of the vocabulary, sums a trajectory."""
-
-    SOURCES = ("student.token_statistics",)
 
     @classmethod
     def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:

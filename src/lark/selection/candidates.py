@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from lark.common.errors import LarkError
 from lark.common.groups import Groups
 from lark.scoring.columns import where
 from lark.scoring.passes import Pass
@@ -36,7 +37,7 @@ class Candidates:
     pool are read when first asked for, as are the statistics that a pass has left in a file. Step statistics
     (`step_tokens`, `step_surprisal`, `step_first_surprisal`) are object arrays of one array a row. `row_N` holds the
     rows' numbers in the pool, `read_column` reads a pool column at such rows (null: there is no pool to read from).
-    Raises ValueError for a column that is in neither. Rules compare all candidates, so the columns that they ask for
+    Raises LarkError for a column that is in neither. Rules compare all candidates, so the columns that they ask for
     are in memory whole: ids and row numbers 24 bytes a row, each column of numbers 8.
     `read_blocks` reads all statistics from their file, a block of rows after the other (null: they are in memory).
     `passes` holds the columns of further passes (see lark.scoring.passes), read by `of`; `like` is the selection that these
@@ -75,15 +76,15 @@ class Candidates:
         if name not in self._of_pool:
             if self.read_column is None:
                 known = sorted(["problem_id", "candidate_id", *self.statistics])
-                raise ValueError(f"candidates have no column {name!r}; they have {', '.join(known)}")
+                raise LarkError(f"candidates have no column {name!r}; they have {', '.join(known)}")
             try:
                 self._of_pool[name] = self.read_column(name, self.row_N)
             except ValueError as error:
                 if name.startswith("token_"):
-                    raise ValueError(f"{error}; values a token are kept with probe.keep=tokens") from error
+                    raise LarkError(f"{error}; values a token are kept with probe.keep=tokens") from error
                 if "loss" in self.statistics:
-                    raise ValueError(f"{error}{meant(name, self.statistics)}") from error
-                raise ValueError(f"{error}; a statistic is there if the rule's `needs` name Statistics()") from error
+                    raise LarkError(f"{error}{meant(name, self.statistics)}") from error
+                raise LarkError(f"{error}; a statistic is there if the rule's `needs` name Statistics()") from error
         return self._of_pool[name]
 
     def __len__(self) -> int:
@@ -101,9 +102,9 @@ class Candidates:
             yield {name: column[start : start + BLOCK_ROWS] for name, column in self.statistics.items()}
 
     def of(self, wanted: Pass) -> Mapping[str, np.ndarray]:
-        """The columns of a pass, [N] each. Raises ValueError for one that the rule did not name in `needs`."""
+        """The columns of a pass, [N] each. Raises LarkError for one that the rule did not name in `needs`."""
         if wanted not in self.passes:
-            raise ValueError(f"the rule asks for {wanted} but does not name it in `needs`; add it there")
+            raise LarkError(f"the rule asks for {wanted} but does not name it in `needs`; add it there")
         return self.passes[wanted]
 
     def as_baseline_for(self, like: "Selection") -> "Candidates":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lark.common.errors import LarkError
 from lark.scoring.passes import Statistics, needs_of
 from lark.selection.candidates import Candidates
 from lark.selection.scores.statistics import Lark, Learnability, Likelihood, RankSurprisal, needs_of_column
@@ -48,7 +49,7 @@ class Contest:
 def contests(rules: Mapping[str, Rule], *, match: str) -> tuple[Contest, ...]:
     """The rules among the selector and its baseline that read the statistics, as contests.
 
-    Raises ValueError for a rule that cannot be raced, and where there is none.
+    Raises LarkError for a rule that cannot be raced, and where there is none.
     """
     found = []
     for name, rule in rules.items():
@@ -57,37 +58,37 @@ def contests(rules: Mapping[str, Rule], *, match: str) -> tuple[Contest, ...]:
         _check(name, rule)
         policy = rules["selector"].policy  # a baseline takes as many as the selector did
         if policy.budget is None or rule.takes_all or (policy.kind == "sample" and policy.tau is not None):
-            raise ValueError(
+            raise LarkError(
                 f"{name}={rule.name} cannot be raced: with selector.policy.kind={policy.kind}, "
                 f"budget={policy.budget} and tau={policy.tau} it may take any number of a problem's candidates; "
                 f"set a budget alone, or {OUT_OF_RACE}"
             )
         if name == "baseline" and match != "trajectories":
-            raise ValueError(
+            raise LarkError(
                 f"baseline={rule.name} cannot be raced: with match={match} it may take any number of a problem's "
                 f"candidates; set match=trajectories, or {OUT_OF_RACE}"
             )
         excluded = name == "selector" and policy.kind in ("chi2", "kl", "sample") and policy.tau is None
         found.append(Contest(name=name, rule=rule, places=policy.budget + excluded, budget=policy.budget))
     if not found:
-        raise ValueError(f"probe.race=true, but no rule chooses by the student's statistics; {OUT_OF_RACE}")
+        raise LarkError(f"probe.race=true, but no rule chooses by the student's statistics; {OUT_OF_RACE}")
     return tuple(found)
 
 
 def _check(name: str, rule: Rule) -> None:
     if not isinstance(rule.score, RACED):
-        raise ValueError(
+        raise LarkError(
             f"{name}={rule.name} reads the student's statistics, but only lark, lark_length, rho_length, rsr, "
             f"likelihood and perplexity_high can be raced; {OUT_OF_RACE}"
         )
     asks = needs_of_column if isinstance(rule.filter, str) else needs_of
     if rule.filter is not None and asks(rule.filter):  # type: ignore[arg-type]
-        raise ValueError(
+        raise LarkError(
             f"{name}={rule.name} cannot be raced: its filter reads what only whole passes give; set {name}.filter to a "
             f"column of the pool or null, or {OUT_OF_RACE}"
         )
     if rule.policy.prior not in ("uniform", "per_teacher"):
-        raise ValueError(
+        raise LarkError(
             f"{name}={rule.name} cannot be raced: {name}.policy.prior={rule.policy.prior} may exclude the best; set it "
             f"to uniform or per_teacher, or {OUT_OF_RACE}"
         )

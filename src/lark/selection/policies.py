@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from lark.common.errors import LarkError
 from lark.common.groups import Groups, Ranking, unit_hash
 
 Kind = Literal["chi2", "kl", "top_b", "sample", "prior"]
@@ -33,7 +34,7 @@ class Policy:
     """How the scores of one problem's candidates become weights.
 
     Raises:
-        ValueError: a setting is out of range, missing, or not one of its kind's.
+        LarkError: a setting is out of range, missing, or not one of its kind's.
     """
 
     kind: Kind = "chi2"
@@ -51,15 +52,15 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.kind not in SETTINGS:
-            raise ValueError(f"selector.policy.kind={self.kind} is unknown; set one of {', '.join(SETTINGS)}.")
+            raise LarkError(f"selector.policy.kind={self.kind} is unknown; set one of {', '.join(SETTINGS)}.")
         if not isinstance(self.prior, str) or not self.prior:
-            raise ValueError(
+            raise LarkError(
                 f"selector.policy.prior={self.prior!r} is no name; set uniform, per_teacher or the name of a column."
             )
         given = {name: getattr(self, name) for name in ("budget", "tau", "radius") if getattr(self, name) is not None}
         for name, value in given.items():
             if name not in SETTINGS[self.kind]:
-                raise ValueError(
+                raise LarkError(
                     f"selector.policy.{name}={value} is not used by selector.policy.kind={self.kind}; "
                     f"set selector.policy.{name}=null."
                 )
@@ -67,12 +68,12 @@ class Policy:
         if self.kind == "chi2" and len(given) > 1:
             values = ", ".join(f"selector.policy.{name}={value}" for name, value in given.items())
             remedy = " ".join(f"selector.policy.{name}=null" for name in list(given)[:-1])
-            raise ValueError(f"Only one of budget, tau and radius may set the sharpness, not {values}; set {remedy}.")
+            raise LarkError(f"Only one of budget, tau and radius may set the sharpness, not {values}; set {remedy}.")
         if not given and self.kind in ("chi2", "kl"):
             choices = " or ".join(f"selector.policy.{name}" for name in SETTINGS[self.kind])
-            raise ValueError(f"selector.policy.kind={self.kind} has no sharpness, all are null; set {choices}.")
+            raise LarkError(f"selector.policy.kind={self.kind} has no sharpness, all are null; set {choices}.")
         if self.budget is None and self.kind in ("top_b", "sample"):
-            raise ValueError(
+            raise LarkError(
                 f"selector.policy.budget=null, but selector.policy.kind={self.kind} needs it; "
                 "set selector.policy.budget=3, say."
             )
@@ -81,11 +82,11 @@ class Policy:
 def _check_range(name: str, value: object) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(float(value))
     if name == "budget" and not (isinstance(value, Integral) and number and int(value) >= 1):
-        raise ValueError(f"selector.policy.budget={value} is no whole number of at least 1; set 3, say.")
+        raise LarkError(f"selector.policy.budget={value} is no whole number of at least 1; set 3, say.")
     if name == "tau" and not (number and value > 0):  # type: ignore[operator]
-        raise ValueError(f"selector.policy.tau={value} is no finite number above 0; set 0.1, say.")
+        raise LarkError(f"selector.policy.tau={value} is no finite number above 0; set 0.1, say.")
     if name == "radius" and not (number and value >= 0):  # type: ignore[operator]
-        raise ValueError(f"selector.policy.radius={value} is no finite number of at least 0; set 1.0, say.")
+        raise LarkError(f"selector.policy.radius={value} is no finite number of at least 0; set 1.0, say.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -323,7 +324,7 @@ def prior_weights(
     else 0.
 
     Raises:
-        ValueError: a valid row has no teacher (per_teacher), or no finite non-negative number in the column.
+        LarkError: a valid row has no teacher (per_teacher), or no finite non-negative number in the column.
     """
     valid_N = np.asarray(valid_N, bool)
     assert valid_N.shape == groups.index_N.shape
@@ -342,7 +343,7 @@ def _per_teacher(teachers_N: Sequence[object] | np.ndarray, groups: Groups, vali
     """1 / (valid rows of the same teacher in the same group), [N]."""
     missing = sum(teacher is None and valid for teacher, valid in zip(teachers_N, valid_N.tolist(), strict=True))
     if missing:
-        raise ValueError(
+        raise LarkError(
             f"selector.policy.prior=per_teacher needs a teacher in every candidate, {missing} of {valid_N.sum()} have "
             "none; fill the pool's teacher field or set selector.policy.prior=uniform."
         )
@@ -358,10 +359,10 @@ def _column_prior(name: str, column_N: Sequence[object] | np.ndarray, valid_N: n
     try:
         number_N = np.array(column_N, np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"selector.policy.prior={name} names a column that holds no numbers; {remedy}") from error
+        raise LarkError(f"selector.policy.prior={name} names a column that holds no numbers; {remedy}") from error
     wrong_N = valid_N & ~(np.isfinite(number_N) & (number_N >= 0))
     if wrong_N.any():
-        raise ValueError(
+        raise LarkError(
             f"selector.policy.prior={name} needs a finite number of at least 0 in every candidate, {wrong_N.sum()} of "
             f"{valid_N.sum()} have none, the first has {number_N[wrong_N][0]}; {remedy}"
         )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lark.common.cache import replacing, write_json
+from lark.common.errors import LarkError
 from lark.common.groups import Groups, tie_hash
 from lark.scoring.passes import GradientMatches, Pass, needs_of
 from lark.selection.candidates import Candidates
@@ -36,16 +37,16 @@ class Between:
 
     def __post_init__(self) -> None:
         if (self.column is None) == (self.score is None):
-            raise ValueError(
+            raise LarkError(
                 f"selector.filter.column={self.column} and selector.filter.score={self.score} are "
                 f"{'neither' if self.column is None else 'both'} set; set one of them"
             )
         if not (self.score is None or callable(self.score)):
-            raise ValueError(
+            raise LarkError(
                 f"selector.filter.score={self.score!r} is no score; set _target_ to one of lark.selection.scores.statistics"
             )
         if not self.min <= self.max:
-            raise ValueError(f"selector.filter.min={self.min} is above selector.filter.max={self.max}; exchange them")
+            raise LarkError(f"selector.filter.min={self.min} is above selector.filter.max={self.max}; exchange them")
 
     @property
     def needs(self) -> tuple[Pass, ...]:
@@ -84,24 +85,24 @@ class Rule:
         if isinstance(self.filter, str) and ":" in self.filter:
             object.__setattr__(self, "filter", imported(self.filter, "selector.filter"))
         if not callable(self.score):
-            raise ValueError(f"selector.score={self.score!r} is no score; set a score or module:function")
+            raise LarkError(f"selector.score={self.score!r} is no score; set a score or module:function")
         if not (self.filter is None or isinstance(self.filter, str) or callable(self.filter)):
-            raise ValueError(f"selector.filter={self.filter!r} is no filter; set null, a column or module:function")
+            raise LarkError(f"selector.filter={self.filter!r} is no filter; set null, a column or module:function")
         if self.refresh is not None:
             self._check_refresh()
 
     def _check_refresh(self) -> None:
         if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
-            raise ValueError(
+            raise LarkError(
                 f"selector.refresh={self.refresh} is no number of optimizer steps; set it to 1 or more, or null"
             )
         if not self.needs:
-            raise ValueError(
+            raise LarkError(
                 f"selector.refresh={self.refresh}: {self.name} asks no student, so its choice cannot change; set "
                 "selector.refresh=null, or choose a rule that reads the student's statistics, such as lark"
             )
         if any(isinstance(need, GradientMatches) for need in self.needs):
-            raise ValueError(
+            raise LarkError(
                 f"selector.refresh={self.refresh}: {self.name} rests on a warm-up arm of the untrained student; set "
                 "selector.refresh=null, or choose a rule that asks the student alone, such as lark"
             )
@@ -136,7 +137,7 @@ class Rule:
         pass_N = _numbers(values, len(candidates), f"the filter of selector {self.name}")
         other_N = ~(np.isnan(pass_N) | (pass_N == 0) | (pass_N == 1))
         if other_N.any():
-            raise ValueError(
+            raise LarkError(
                 f"the filter of selector {self.name} must be true, false or missing, but is {pass_N[other_N][0]} for a "
                 "row; set a boolean column, or lark.selection.selection.Between for a numeric one"
             )
@@ -149,7 +150,7 @@ class Rule:
             values = self.score(candidates)
         score_N = _numbers(values, len(candidates), f"the score of selector {self.name}")
         if np.isposinf(score_N).any():
-            raise ValueError(f"the score of selector {self.name} is +inf for some rows; return finite numbers or NaN")
+            raise LarkError(f"the score of selector {self.name} is +inf for some rows; return finite numbers or NaN")
         return score_N
 
 
@@ -166,20 +167,20 @@ def _errors_of(called: Any, what: str) -> Iterator[None]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
         where = f" ({Path(source).name}, line {lines[-1]})" if source and lines else ""
         text = f"{what} raised {type(error).__name__}{where}: {error}"
-        raise ValueError(f"{text} (correct it; HYDRA_FULL_ERROR=1 shows the traceback)") from error
+        raise LarkError(f"{text} (correct it; HYDRA_FULL_ERROR=1 shows the traceback)") from error
 
 
 def _numbers(values: Any, rows: int, what: str) -> np.ndarray:
     """`values` as float64 [N], None as NaN; `what` names them in the error if they are no such thing."""
     if values is None:
-        raise ValueError(f"{what} is None for {rows} candidates; return one number a row")
+        raise LarkError(f"{what} is None for {rows} candidates; return one number a row")
     try:
         array = np.asarray(values)
         if array.shape == (rows,):
             return array.astype(np.float64)  # None becomes NaN
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} is not one number for each of {rows} candidates ({error})") from error
-    raise ValueError(f"{what} has shape {array.shape} for {rows} candidates; return one number a row")
+        raise LarkError(f"{what} is not one number for each of {rows} candidates ({error})") from error
+    raise LarkError(f"{what} has shape {array.shape} for {rows} candidates; return one number a row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ def speaking_of(group: str) -> Iterator[None]:
     except ValueError as error:
         if group == "selector" or "selector." not in str(error):
             raise
-        raise ValueError(str(error).replace("selector.", f"{group}.")) from error
+        raise LarkError(str(error).replace("selector.", f"{group}.")) from error
 
 
 def select(
@@ -225,7 +226,7 @@ def select(
     (a rule that takes all candidates still takes all). `trained_tokens_N` counts the tokens that training a row means;
     by default the candidates' own num_tokens.
 
-    Raises ValueError when nothing at all can be chosen.
+    Raises LarkError when nothing at all can be chosen.
     """
     tokens_N = candidates["num_tokens"] if trained_tokens_N is None else trained_tokens_N
     if like is not None:
@@ -261,7 +262,7 @@ def select(
         details = {**vars(rule.policy), **result.record()}
     chosen_N = np.flatnonzero(q_N > 0)
     if len(chosen_N) == 0:
-        raise ValueError(
+        raise LarkError(
             f"selector {rule.name} chose nothing of {len(candidates)} candidates ({counts['dropped_by_filter']} "
             f"filtered, {counts['dropped_without_score']} without a score); loosen selector.filter or check the scores"
         )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lark.common.errors import LarkError
 from lark.common.groups import Groups
 from lark.student.attention import PrefixTree, prefix_tree
 from lark.student.chat import Encoded
@@ -108,7 +109,7 @@ def step_rows(rows: int, batch_size: int, *, seed: int, step: int, stream: int =
     `seed` and `stream`.
     """
     if not batch_size >= 1:
-        raise ValueError(f"sft.batch_size={batch_size} trains nothing; set it to at least 1 trajectory")
+        raise LarkError(f"sft.batch_size={batch_size} trains nothing; set it to at least 1 trajectory")
     wanted = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs = wanted // rows
     batch = np.empty(batch_size, np.int64)
@@ -203,7 +204,7 @@ def coefficients(
         return weights / (total_rows * row_tokens)
     if average == "token":
         return weights / total_weighted_tokens
-    raise ValueError(f"sft.average={average!r} is unknown; set it to trajectory or token")
+    raise LarkError(f"sft.average={average!r} is unknown; set it to trajectory or token")
 
 
 def problem_mean_coefficients(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ Qwen3's `<think>`, stay tokens.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from lark.common.errors import LarkError
 
 SPANS = ("content", "authors")
 STEPS = ("sentences", "blank_lines")
@@ -70,12 +73,12 @@ class Chat:
 
     def __post_init__(self) -> None:
         if self.span not in SPANS:
-            raise ValueError(f"probe.span={self.span!r} is unknown; set it to one of {', '.join(SPANS)}")
+            raise LarkError(f"probe.span={self.span!r} is unknown; set it to one of {', '.join(SPANS)}")
         if self.step_splitter not in STEPS:
             known = ", ".join(STEPS)
-            raise ValueError(f"probe.step_splitter={self.step_splitter!r} is unknown; set it to one of {known}")
+            raise LarkError(f"probe.step_splitter={self.step_splitter!r} is unknown; set it to one of {known}")
         if not self.tokenizer.is_fast:
-            raise ValueError(
+            raise LarkError(
                 f"the tokenizer {type(self.tokenizer).__name__} gives no character offsets, without which the trained "
                 "span cannot be found; set model.path to a folder with a tokenizer.json"
             )
@@ -94,8 +97,12 @@ class Chat:
     def span_identity(self) -> dict[str, str]:
         """What tokens and spans depend on; where steps begin is another matter."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        # Templates and passes name special tokens by their role, which only tokenizer_config.json says.
+        roles = json.dumps(
+            {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}, sort_keys=True
+        )
         return {
-            "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
+            "tokenizer": hashlib.sha256((vocabulary + roles).encode()).hexdigest()[:16],
             "template": hashlib.sha256(self.template.encode()).hexdigest()[:16],
             "span": self.span,
             **({} if self.end_token is None else {"end_token": self.end_token}),
@@ -112,7 +119,7 @@ class Chat:
         as before.
 
         The template itself is changed, so that scoring, training, sampling and whoever loads the student render alike.
-        Raises ValueError when `token` is not a single special token of the tokenizer (another might occur within a
+        Raises LarkError when `token` is not a single special token of the tokenizer (another might occur within a
         trajectory, which would then end there), or the template does not spell out its end between its marks.
         """
         special = [entry.content for entry in self.tokenizer.added_tokens_decoder.values() if entry.special]
@@ -120,7 +127,7 @@ class Chat:
             count = len(self.tokenizer(token, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
             what = f"{count} tokens" if count != 1 else "a token that may occur within a trajectory"
             shown = ", ".join(special[:8]) + (", ..." if len(special) > 8 else "")
-            raise ValueError(
+            raise LarkError(
                 f"model.end_token={token!r} is {what} of this tokenizer, not a single special one; set it to one of "
                 f"{shown}, or null"
             )
@@ -144,7 +151,7 @@ class Chat:
         template = _GENERATION.sub(changed, self.template)
         chat = replace(self, template=template, end_token=token, own_end=own_end)
         if chat._render([_TURNS])[0] != [wanted]:
-            raise ValueError(
+            raise LarkError(
                 f"model.end_token={token!r} cannot take the place of {own!r}, which the chat template does not spell "
                 "out between {% generation %} and {% endgeneration %}; set model.template=chatml, llama3 or a file "
                 "that does, or model.end_token=null"
@@ -154,7 +161,7 @@ class Chat:
     def encode(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[Encoded]:
         """Tokens of whole rows, each ending with the assistant's trajectory.
 
-        Raises ValueError when the template marks no generation, alters the trajectory (strips it, drops its
+        Raises LarkError when the template marks no generation, alters the trajectory (strips it, drops its
         <think> block), or ends a turn with something that is not one token.
         """
         texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
@@ -181,7 +188,7 @@ class Chat:
                 **how,
             )
         except TemplateError as error:
-            raise ValueError(
+            raise LarkError(
                 f"the chat template cannot render a row ({error}); set model.template=chatml, llama3, or another file"
             ) from error
 
@@ -222,7 +229,7 @@ class Chat:
             if self._special.fullmatch(masked[start:stop].strip())
         ]
         if len(masked) != len(text) or self._between(masked, fixed)[0] != whole["input_ids"]:
-            raise ValueError(
+            raise LarkError(
                 f"a message that spells out a special token ({self._special.findall(text)[-1]!r}, in the row that "
                 f"ends {text[-60:]!r}) cannot be told from a real one with this template and tokenizer; take it out"
             )
@@ -249,13 +256,13 @@ class Chat:
         self, text: str, marks: list[tuple[int, int]], content: str, ids: list[int], offsets: Offsets
     ) -> Encoded:
         if not marks or marks[-1][0] >= marks[-1][1]:
-            raise ValueError(
+            raise LarkError(
                 "the chat template marks nothing as generated by the assistant, so no token could be trained; set "
                 "model.template=chatml, llama3, or a file with {% generation %} ... {% endgeneration %} in it"
             )
         begin, end = marks[-1]
         if not text.startswith(content, begin):
-            raise ValueError(
+            raise LarkError(
                 f"the chat template changes the trajectory (it prints {text[begin : begin + 40]!r} for "
                 f"{content[:40]!r}); set model.template=chatml, llama3, or a file that prints content as it is"
             )
@@ -264,7 +271,7 @@ class Chat:
         # Some tokenizers (Llama 3) trim white space off the offsets: only a token's stop says where it lies.
         inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > content_end]
         if len(inside) != 1 or offsets[inside[0]][0] < content_end:
-            raise ValueError(
+            raise LarkError(
                 f"the template ends a turn with {text[content_end:end]!r}, which is not one token of this tokenizer "
                 f"(but in {len(inside)}); set model.template to the family the tokenizer belongs to"
             )
@@ -320,14 +327,14 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The template called `name`: chatml, llama3, `own` (the tokenizer's) or a path to a Jinja file."""
     if name == "own":
         if not isinstance(tokenizer.chat_template, str):
-            raise ValueError("model.template=own, but the tokenizer brings no chat template; set chatml or llama3")
+            raise LarkError("model.template=own, but the tokenizer brings no chat template; set chatml or llama3")
         return tokenizer.chat_template
     shipped = resources.files("lark") / "student/templates" / f"{name}.jinja"
     if shipped.is_file():
         return shipped.read_text(encoding="utf-8")
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
-    raise ValueError(f"model.template={name!r} is neither chatml, llama3, own nor a file; set one of these")
+    raise LarkError(f"model.template={name!r} is neither chatml, llama3, own nor a file; set one of these")
 
 
 def truncated(row: Encoded, max_length: int) -> Encoded:

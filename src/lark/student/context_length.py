@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from lark.common.errors import LarkError
 from lark.student.student import LOADING_ERRORS, Student, base_model
 
 
@@ -21,10 +22,10 @@ def positions_of(student: Student) -> float:
 
 
 def check_room(student: Student, max_new_tokens: int) -> None:
-    """ValueError if answers of so many tokens leave a prompt no room in the student's positions."""
+    """LarkError if answers of so many tokens leave a prompt no room in the student's positions."""
     positions = positions_of(student)
     if max_new_tokens >= positions:
-        raise ValueError(
+        raise LarkError(
             f"task.max_new_tokens={max_new_tokens} leaves a prompt no room in the {positions:,} positions of "
             f"{student.name}; lower it, or set model.config (max_position_embeddings, rope_parameters)"
         )

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from lark.common.errors import LarkError
 from lark.scoring.gradients import decoder_layers
 from lark.student.student import base_model
 
@@ -29,7 +30,7 @@ def shard_for_training(model: Any, mesh: DeviceMesh, precision: str) -> None:
     policy = MixedPrecisionPolicy(**kept)
     layers = decoder_layers(base_model(model))
     if not layers:
-        raise ValueError(
+        raise LarkError(
             f"trainer=fsdp divides a student's decoder layers, but {type(model).__name__} has none that are known; "
             "set trainer=ddp"
         )

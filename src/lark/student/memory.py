@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from lark.common.errors import LarkError
 from lark.scoring.gradients import decoder_layers
 
 CPU_TOKENS = 2048  # more gain nothing: the products are at their best rate, and activations leave the cache
@@ -68,7 +69,7 @@ def free_bytes(device: torch.device, setting: str) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    raise ValueError(f"nothing is known of the memory of a {device.type} device; set {setting}=<tokens of one pass>")
+    raise LarkError(f"nothing is known of the memory of a {device.type} device; set {setting}=<tokens of one pass>")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

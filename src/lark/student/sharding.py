@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from lark.common.errors import LarkError
 from lark.scoring.gradients import decoder_layers
 from lark.scoring.passes import GradientMatches, Gradients, LossDrops, Pass, ProjectedGradients
 from lark.selection.selection import Rule
@@ -80,9 +81,9 @@ def check_sharded(strategy: Strategy, *, rules: Mapping[str, Rule]) -> None:
 
 
 def check_forward_only(wanted: Pass, asked_by: str) -> None:
-    """ValueError for a pass that needs gradients."""
+    """LarkError for a pass that needs gradients."""
     if isinstance(wanted, NEED_GRADIENTS):
-        raise ValueError(
+        raise LarkError(
             f"{asked_by} needs the student's gradients, which trainer=fsdp does not give; set trainer=ddp, or choose a "
             "rule that needs forward passes only, such as lark, lark_head or rsr"
         )
@@ -96,12 +97,12 @@ class Lockstep:
     """
 
     def __init__(self, model: Any, mesh: DeviceMesh):
-        """Divides the layers of `model` over `mesh` [W], in place. Raises ValueError for a student without layers."""
+        """Divides the layers of `model` over `mesh` [W], in place. Raises LarkError for a student without layers."""
         self.decoder: Any = base_model(model).get_decoder()
         self.mesh, self.running, self._hooks = mesh, False, []
         layers = decoder_layers(model)
         if not layers:
-            raise ValueError(
+            raise LarkError(
                 f"trainer=fsdp divides a student's decoder layers, but {type(model).__name__} has none that are known; "
                 "set trainer=ddp"
             )

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from lark.common.cache import file_hash, read_json, write_json
+from lark.common.errors import LarkError
 from lark.student.attention import PrefixTree
 from lark.student.chat import Chat, load_template
 from lark.student.token_statistics import Head
@@ -68,30 +69,30 @@ class Student:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"model.dtype={self.dtype!r} is unknown; set it to auto, {', '.join(DTYPES)}")
+            raise LarkError(f"model.dtype={self.dtype!r} is unknown; set it to auto, {', '.join(DTYPES)}")
         if self.lora is not None:
             self.lora_config()
         if self.path is None and self.id is None:
-            raise ValueError("model.path and model.id are both null; set model.path to a folder or a .gguf file")
+            raise LarkError("model.path and model.id are both null; set model.path to a folder or a .gguf file")
         if self.path is not None and not self.path.startswith(SHIPPED) and not Path(self.path).exists():
-            raise ValueError(f"model.path={self.path} does not exist; set it to a folder with weights or a .gguf file")
+            raise LarkError(f"model.path={self.path} does not exist; set it to a folder with weights or a .gguf file")
         for folder in self.adapters:
             if not (Path(folder) / "adapter_config.json").is_file():
-                raise ValueError(
+                raise LarkError(
                     f"model.adapter={folder} holds no adapter_config.json; set it to a folder with a peft adapter, "
                     "such as the checkpoint of an arm that was trained with LoRA"
                 )
 
     def lora_config(self) -> Any:
-        """peft's LoraConfig. Raises ValueError for a setting it does not have or cannot use."""
+        """peft's LoraConfig. Raises LarkError for a setting it does not have or cannot use."""
         from peft import LoraConfig
 
         try:
             config = LoraConfig(task_type="CAUSAL_LM", **(self.lora or {}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"model.lora={self.lora} is not usable ({error}); set r, lora_alpha, ...") from error
+            raise LarkError(f"model.lora={self.lora} is not usable ({error}); set r, lora_alpha, ...") from error
         if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
-            raise ValueError(f"model.lora.r={config.r} is no rank; set it to a whole number from 1 on")
+            raise LarkError(f"model.lora.r={config.r} is no rank; set it to a whole number from 1 on")
         return config
 
     @property
@@ -136,7 +137,8 @@ class Student:
         assert self.folder is not None
         if self.path is not None and self.path.endswith(".gguf"):
             return [Path(self.path)]
-        return sorted({f for pattern in _WEIGHTS for f in self.folder.glob(pattern)})
+        patterns = (*_WEIGHTS, "*.py") if self.trust_remote_code else _WEIGHTS  # code from the folder computes too
+        return sorted({f for pattern in patterns for f in self.folder.glob(pattern)})
 
     def _adapter_files(self) -> list[Path]:
         return [f for folder in self.adapters for f in sorted(Path(folder).glob("adapter_*"))]
@@ -174,7 +176,7 @@ class Student:
         return chat if self.end_token is None else chat.ending_with(self.end_token)
 
     def load_model(self, dtype: torch.dtype, *, merge: bool = True) -> PreTrainedModel:
-        """The pre-trained weights, on CPU and in eval mode. Raises ValueError if they or their head are of no use.
+        """The pre-trained weights, on CPU and in eval mode. Raises LarkError if they or their head are of no use.
 
         merge: whether the last adapter goes into the weights, or stays beside them: in bfloat16, weights swallow what
         is small against them.
@@ -188,7 +190,7 @@ class Student:
         except TypeError as error:
             if not self.config:
                 raise
-            raise ValueError(
+            raise LarkError(
                 f"model.config={self.config} cannot be used ({error}); take out what the student's config.json lacks"
             ) from error
         for parameter in model.parameters():  # a dequantised GGUF file arrives in its own dtype
@@ -207,7 +209,7 @@ class Student:
             return (adapted.merge_and_unload() if merge else adapted.get_base_model()).eval()
         except (*LOADING_ERRORS, RuntimeError, TypeError) as error:  # of another format, or for another model
             reason = str(error).strip().partition("\n")[0].rstrip(":. ")
-            raise ValueError(
+            raise LarkError(
                 f"model.adapter={folder} is no adapter that peft can merge into model={self.name} ({reason}); set it "
                 "to one that was trained on these weights"
             ) from error
@@ -224,7 +226,7 @@ class Student:
         if is_on_gpus_only:
             model.set_attn_implementation(self.attention)
         if not difference <= 0.02 * max(1.0, expected.abs().max().item()):
-            raise ValueError(
+            raise LarkError(
                 f"model={self.name}: {model.config.model_type} does more to its logits than this package reproduces "
                 f"(they differ by {difference:.3g}); set model to one of another architecture"
             )
@@ -245,7 +247,7 @@ class Student:
 
             model = get_peft_model(model, self.lora_config())
             if hasattr(base_model(model).get_output_embeddings(), "lora_A"):  # its weight alone is what we multiply by
-                raise ValueError(
+                raise LarkError(
                     f"model.lora.target_modules={self.lora.get('target_modules')} puts LoRA on the head, where it "
                     "would not be trained; take the head out, or name it in +model.lora.modules_to_save=[lm_head]"
                 )
@@ -279,14 +281,14 @@ class Student:
         place = Path(str(self.path)) if is_gguf else self.folder
         return {"base_model_name_or_path": str(place.absolute())}
 
-    def _unavailable(self, reason: object) -> ValueError:
+    def _unavailable(self, reason: object) -> LarkError:
         first_line = str(reason).strip().partition("\n")[0].rstrip(":. ")
         if self.folder is not None:
-            return ValueError(
+            return LarkError(
                 f"model.path={self.path} holds no student that transformers can load ({first_line}); set it to a "
                 "folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
             )
-        return ValueError(
+        return LarkError(
             f"model={self.name}: {self.id} could be loaded neither from the local Hugging Face cache nor from the hub "
             f"({first_line}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the "
             "model is gated)"

@@ -16,10 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lark.answers.checker import SOURCES, Answer, Checker
-from lark.common.cache import file_hash, identity_hash, read_json, source_hash, write_json
+from lark.answers.checker import Answer, Checker
+from lark.common.cache import file_hash, identity_hash, read_json, write_json
+from lark.common.errors import LarkError
 from lark.common.groups import Groups
 from lark.common.parts import Compute, in_parts
+from lark.common.versions import CHECKING_LIBRARIES, formula_versions
 from lark.pool.contamination import find_overlap, repeated_problems
 from lark.pool.pool import arrow_column, extra_column, held_out, read_pool, text_column
 from lark.pool.rows import find_files
@@ -38,7 +40,7 @@ class Trajectories:
     problem's). `dropped` counts rows by reason, `truncated` those cut to task.max_length, `verdicts` the `correct`
     filled in and the checks that timed out. `overlaps` tells of each evaluation set how many of its problems the pool
     has too, `repeated` lists the ids of problems that the pool asks under several ids.
-    Raises ValueError when no candidate is left to choose from, and for task.overlap=error where problems overlap.
+    Raises LarkError when no candidate is left to choose from, and for task.overlap=error where problems overlap.
     """
 
     def __init__(self, task: Task, chat: Chat, *, cache: Path, say: Say = print):
@@ -66,7 +68,7 @@ class Trajectories:
         self._describe(say)
         self._describe_overlap(say, in_sets)
         if len(self.scored) == 0:
-            raise ValueError(
+            raise LarkError(
                 f"task.pool={source}: no candidate is left to choose from ({len(self.rows)} rows, "
                 f"{self.dropped['overlong']} longer than task.max_length={task.max_length}, "
                 + (f"{self.dropped['in an evaluation set']} of evaluation problems, " if self.left_out else "")
@@ -109,7 +111,7 @@ class Trajectories:
         identity = {
             "pool": self.fingerprint,
             "overlong": [self.task.overlong, cut],
-            "sources": source_hash(["student.chat", "student.tokenized_pool"]),
+            **formula_versions("tokens", libraries=("transformers", "tokenizers")),
             **self.chat.identity,
         }
         return in_parts(
@@ -134,7 +136,7 @@ class Trajectories:
         too_long = [i for i, row in enumerate(rows) if len(row.input_ids) > limit]
         if too_long and self.task.overlong == "error":
             first = too_long[0]
-            raise ValueError(
+            raise LarkError(
                 f"{batch[first]['source']}: {len(rows[first].input_ids)} tokens, more than task.max_length={limit}; "
                 "raise it, or set task.overlong=drop or truncate"
             )
@@ -175,7 +177,7 @@ class Trajectories:
             "pool": self.fingerprint,
             "checker": self.task.checker,
             "pattern": self.task.pattern,
-            "sources": source_hash(SOURCES),
+            **formula_versions("verdicts", libraries=CHECKING_LIBRARIES),
         }
         found = in_parts(
             self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"
@@ -241,7 +243,7 @@ class Trajectories:
             "pool": self.fingerprint,
             "sets": {name: _contents(path) for name, path in self.evaluation_files.items()},
             "eval_limit": limit,
-            "sources": source_hash(["pool.contamination", "tasks.problems"]),
+            **formula_versions("overlap"),
         }
         path = self.cache / "overlap" / f"{identity_hash(identity)}.json"
         if not path.is_file():
@@ -261,7 +263,7 @@ class Trajectories:
         known = read_json(path)
         if known["pool"] and self.task.overlap == "error":
             remedy = "take them out, or set task.overlap=drop"
-            raise ValueError(f"task.overlap=error: {_in_words(known['pool'])}; {remedy}")
+            raise LarkError(f"task.overlap=error: {_in_words(known['pool'])}; {remedy}")
         overlaps = {
             name: {
                 "problems": known["problems"][name],

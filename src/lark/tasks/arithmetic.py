@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from lark.common.errors import LarkError
 from lark.tasks.arithmetic_teachers import TEACHERS, Terms
 
 SOURCE_DATASET = "chain_sum"
@@ -52,12 +53,12 @@ def generate(
     `terms` and `digits` are the least and greatest number of terms of a problem and of digits of its operands. No
     expression occurs twice, within a set or across sets. Files appear by rename: a reader never sees half of one.
 
-    Raises ValueError when a count is not positive or a range cannot yield that many distinct problems.
+    Raises LarkError when a count is not positive or a range cannot yield that many distinct problems.
     """
     counts = {"problems": problems, "eval_problems": eval_problems, "shifted_problems": shifted_problems}
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"task.settings.{name}={count}: at least 1 problem is needed; set it to 1 or more.")
+            raise LarkError(f"task.settings.{name}={count}: at least 1 problem is needed; set it to 1 or more.")
     for name, (least, most) in {
         "terms": terms,
         "digits": digits,
@@ -68,7 +69,7 @@ def generate(
         ceiling = 3 if name.endswith("digits") else most
         if not floor <= least <= most <= ceiling:
             allowed = f"{floor} to 3" if name.endswith("digits") else f"{floor} or more"
-            raise ValueError(
+            raise LarkError(
                 f"task.settings.{name}={[least, most]}: set a least and a greatest value, in order, {allowed}."
             )
 
@@ -110,7 +111,7 @@ def _draw(
             found += 1
             if found == count:
                 return
-    raise ValueError(
+    raise LarkError(
         f"{list(terms)} terms of {list(digits)} digits yield only {found} of {count} distinct problems: "
         "ask for fewer problems or for more terms or digits."
     )

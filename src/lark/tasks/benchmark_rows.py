@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lark.answers.extract import find_boxed, parse_number
+from lark.common.errors import LarkError
 from lark.pool.rows import RowError
 from lark.tasks.prompts import letter
 
@@ -18,7 +19,7 @@ _OPTIONS = ("options", "choices")
 _RIGHT, _WRONG = "correctanswer", ("incorrectanswer1", "incorrectanswer2", "incorrectanswer3")
 
 Gold = Callable[[str], str]
-"""Makes the gold answer of what a file states as answer; raises ValueError saying what is wrong with it."""
+"""Makes the gold answer of what a file states as answer; raises LarkError saying what is wrong with it."""
 
 
 def read_problem(raw: Any, number: int, gold: Gold | None) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def read_problem(raw: Any, number: int, gold: Gold | None) -> dict[str, Any]:
 def text_gold(stated: str) -> str:
     """The answer as it stands, in LaTeX or words."""
     if not stated:
-        raise ValueError("is empty: give the right answer")
+        raise LarkError("is empty: give the right answer")
     return stated
 
 
@@ -68,7 +69,7 @@ def number_gold(stated: str) -> str:
     text = re.sub(r"\^\s*(\\circ|\{\s*\\circ\s*\})", "", stated.rpartition("####")[2]).strip()
     value = parse_number(text)
     if value is None:
-        raise ValueError("is no number: correct it or take the row out")
+        raise LarkError("is no number: correct it or take the row out")
     return str(value.numerator) if value.denominator == 1 else text
 
 
@@ -76,7 +77,7 @@ def contest_gold(stated: str) -> str:
     """The answer to an AIME problem, an integer from 0 to 999, without leading zeros."""
     text = number_gold(stated)
     if not text.isdecimal() or int(text) > 999:
-        raise ValueError("is no integer from 0 to 999, as AIME's answers are: correct it or take the row out")
+        raise LarkError("is no integer from 0 to 999, as AIME's answers are: correct it or take the row out")
     return text
 
 

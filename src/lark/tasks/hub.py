@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from lark.common.errors import LarkError
+
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -40,7 +42,7 @@ def fetched(source: str, commit: str, patterns: Sequence[str], *, setting: str) 
         return Path(snapshot_download(source, repo_type="dataset", revision=commit, allow_patterns=list(patterns)))
 
 
-class HubError(ValueError):
+class HubError(LarkError):
     """What the hub had to say, and what to do."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from lark.common.errors import LarkError
 from lark.pool.rows import RowError
 from lark.tasks.conversations import read_candidates
 from lark.tasks.hub import HubError, commit_of, hub_errors, is_hub_id
@@ -27,7 +28,7 @@ class HubRows(ImportedTask):
 
     def _origin(self) -> dict[str, Any]:
         if self.columns.trajectory is None and self.columns.messages is None:
-            raise ValueError(
+            raise LarkError(
                 "task.columns.trajectory=null and task.columns.messages=null leave no trajectory; set one of them to "
                 "the column that holds it"
             )
@@ -36,7 +37,7 @@ class HubRows(ImportedTask):
             return origin | {"hub": self.pool, "commit": commit_of(self.pool, self.revision, setting="task.pool")}
         path = Path(self.pool).expanduser()
         if not path.exists():
-            raise ValueError(f"task.pool={self.pool} does not exist here and is no owner/name of the hub; correct it")
+            raise LarkError(f"task.pool={self.pool} does not exist here and is no owner/name of the hub; correct it")
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
         root = path if path.is_dir() else path.parent
         return origin | {"files": hashes({p.relative_to(root).as_posix(): p for p in files})}
@@ -47,7 +48,7 @@ class HubRows(ImportedTask):
             if names is None:
                 names = set(row)
                 if missing := sorted(set(self.columns.named()) - names):
-                    raise ValueError(
+                    raise LarkError(
                         f"task.columns names {', '.join(missing)}, but {self.pool} has the columns "
                         f"{', '.join(sorted(names))}; correct it"
                     )
@@ -77,7 +78,7 @@ class HubRows(ImportedTask):
         except HubError:
             raise
         except (DatasetsError, ValueError, OSError, pa.ArrowException) as error:
-            raise ValueError(
+            raise LarkError(
                 f"task.pool={self.pool} (task.config={self.config}, task.split={self.split}) cannot be read: "
                 f"{str(error).splitlines()[0]}; correct it"
             ) from error

@@ -21,10 +21,11 @@ from lark.common.cache import (
     lock,
     read_json,
     replacing,
-    source_hash,
     writable,
     write_json,
 )
+from lark.common.errors import LarkError
+from lark.common.versions import formula_versions
 from lark.pool.pool import PoolError
 from lark.pool.rows import READERS, RowError, find_files
 from lark.tasks.conversations import Candidate, Columns
@@ -70,11 +71,11 @@ class ImportedTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.pool, str | Path):
-            raise ValueError(
+            raise LarkError(
                 f"task.pool={self.pool} is neither a file or folder nor a data set of the hub; set it to one"
             )
         if self.rows is not None and self.rows < 1:
-            raise ValueError(f"task.rows={self.rows} leaves no row; set it to 1 or more, or null for all")
+            raise LarkError(f"task.rows={self.rows} leaves no row; set it to 1 or more, or null for all")
 
     def sources(self, cache: Path, say: Say = print) -> tuple[Any, dict[str, Path]]:
         folder = self._folder(cache)
@@ -94,7 +95,7 @@ class ImportedTask(Task):
             "system": self.system,
             "on_error": self.on_error,
             "rows": self.rows,
-            "source": source_hash(["tasks", "pool.rows", "pool.contamination", "answers.extract"]),
+            **formula_versions("imported", "overlap"),
         }
         folder = writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
         with lock(folder):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lark.answers.checker import KINDS, Answer
 from lark.answers.extract import compile_pattern
+from lark.common.errors import LarkError
 from lark.pool.rows import Fault, RowError, find_files, read_rows
 
 _FAULTS_SHOWN = 20
@@ -26,10 +27,10 @@ def read_problems(path: str | Path, *, limit: int | None = None, setting: str = 
         setting: the setting that named the file, for messages.
 
     Raises:
-        ValueError: the file is missing or holds no problem, or rows are faulty (with file, line and field of each).
+        LarkError: the file is missing or holds no problem, or rows are faulty (with file, line and field of each).
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"task.eval_limit={limit} leaves no problem; set it to 1 or more, or null for all")
+        raise LarkError(f"task.eval_limit={limit} leaves no problem; set it to 1 or more, or null for all")
     return read_each(find_files(path, setting=setting), _problem, setting=f"{setting}={path}", limit=limit)
 
 
@@ -46,7 +47,7 @@ def read_each(
     setting: with its value, for messages.
 
     Raises:
-        ValueError: there is no problem, or rows are faulty (with file, line and field of each).
+        LarkError: there is no problem, or rows are faulty (with file, line and field of each).
     """
     problems: dict[str, dict[str, Any]] = {}
     faults: list[Fault] = []
@@ -69,9 +70,9 @@ def read_each(
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:_FAULTS_SHOWN])
         more = f"\n  ... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise ValueError(f"{setting} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
+        raise LarkError(f"{setting} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
     if not problems:
-        raise ValueError(f"{setting} holds no problem; set it to a file with rows")
+        raise LarkError(f"{setting} holds no problem; set it to a file with rows")
     return list(problems.values())
 
 

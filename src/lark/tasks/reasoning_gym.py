@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lark.answers.extract import extract_answer
-from lark.common.cache import complete, identity_hash, lock, read_json, replacing, source_hash, writable, write_json
+from lark.common.cache import complete, identity_hash, lock, read_json, replacing, writable, write_json
+from lark.common.errors import LarkError
+from lark.common.versions import formula_versions
 from lark.tasks.gold_steps import WITH_STEPS, Item, solutions
 from lark.tasks.task import Say, Task
 
@@ -47,9 +49,9 @@ class GymTask(Task):
         known = [name for name in inspect.signature(generate).parameters if name not in ("folder", "system")]
         for name in self.settings:
             if name not in known:
-                raise ValueError(f"task.settings.{name} is no setting of this task; it has {', '.join(known)}")
+                raise LarkError(f"task.settings.{name} is no setting of this task; it has {', '.join(known)}")
         if not self.settings.get("tasks"):
-            raise ValueError("task.settings.tasks names no data set; set it to some, such as [chain_sum, gsm_symbolic]")
+            raise LarkError("task.settings.tasks names no data set; set it to some, such as [chain_sum, gsm_symbolic]")
 
     def sources(self, cache: Path, say: Say = print) -> tuple[Any, dict[str, Path]]:
         folder = self._folder(cache)
@@ -58,7 +60,7 @@ class GymTask(Task):
                 say(line)
             if not (folder / "pool.jsonl").exists():
                 names = list(_names(self.settings["tasks"]))
-                raise ValueError(
+                raise LarkError(
                     f"task.settings.tasks={names} come without worked solutions, which only "
                     f"{', '.join(WITH_STEPS)} have; sample a pool from teachers of your own (python -m lark.sample, "
                     f"with the problems in {folder / 'problems.jsonl'}) and set task.pool to it"
@@ -74,7 +76,7 @@ class GymTask(Task):
         identity = {
             "settings": settings,
             "reasoning_gym": importlib.metadata.version("reasoning-gym"),
-            "source": source_hash(["tasks"]),
+            **formula_versions("reasoning_gym", "arithmetic"),
         }
         folder = writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
         with lock(folder):
@@ -87,7 +89,7 @@ class GymTask(Task):
                     text=True,
                 )
                 if done.returncode == 2:  # a setting that cannot be
-                    raise ValueError(done.stderr.strip().splitlines()[-1])
+                    raise LarkError(done.stderr.strip().splitlines()[-1])
                 if done.returncode:
                     raise RuntimeError(f"writing {folder} failed:\n{done.stderr}")
                 write_json(folder / "manifest.json", {"identity": identity, **json.loads(done.stdout.splitlines()[-1])})
@@ -113,7 +115,7 @@ def generate(
         beyond the greatest value that the pool has; a task without such a level has no harder set.
 
     Equal arguments give equal files, but for time_intervals, whose dates are relative to today's.
-    Returns what the manifest says. Raises ValueError naming the setting.
+    Returns what the manifest says. Raises LarkError naming the setting.
     """
     import reasoning_gym
 
@@ -168,15 +170,15 @@ def _checked(tasks: Any, counts: dict[str, int]) -> dict[str, dict[str, Any]]:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
-            raise ValueError(f"task.settings.tasks: reasoning_gym has no {name}; {hint}")
+            raise LarkError(f"task.settings.tasks: reasoning_gym has no {name}; {hint}")
     for setting, count in counts.items():
         if count < 1:
-            raise ValueError(f"task.settings.{setting}={count}: at least 1 problem is needed; set it to 1 or more")
+            raise LarkError(f"task.settings.{setting}={count}: at least 1 problem is needed; set it to 1 or more")
     return chosen
 
 
 def _draw(name: str, config: dict[str, Any], count: int, seed: int, part: str, seen: set[str]) -> Iterator[Item]:
-    """`count` items whose questions are not in `seen`, where they are entered. Raises ValueError."""
+    """`count` items whose questions are not in `seen`, where they are entered. Raises LarkError."""
     import reasoning_gym
 
     size = VARIETY * count
@@ -184,22 +186,20 @@ def _draw(name: str, config: dict[str, Any], count: int, seed: int, part: str, s
     try:
         dataset = reasoning_gym.create_dataset(name, **config, size=size, seed=seed * SEED_STRIDE + OFFSETS[part])
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{setting} is not what reasoning_gym takes: {error}") from error
+        raise LarkError(f"{setting} is not what reasoning_gym takes: {error}") from error
     found = 0
     for index in range(size):
         try:
             item = dataset[index]
         except (ValueError, IndexError) as error:
-            raise ValueError(f"{setting}: reasoning_gym fails to draw a problem ({error}); set it otherwise") from error
+            raise LarkError(f"{setting}: reasoning_gym fails to draw a problem ({error}); set it otherwise") from error
         if item["question"] not in seen:
             seen.add(item["question"])
             yield item
             found += 1
             if found == count:
                 return
-    raise ValueError(
-        f"{setting} yields only {found} of {count} distinct problems; ask for fewer, or for wider settings"
-    )
+    raise LarkError(f"{setting} yields only {found} of {count} distinct problems; ask for fewer, or for wider settings")
 
 
 def _harder(name: str, config: dict[str, Any]) -> dict[str, Any]:

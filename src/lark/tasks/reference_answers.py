@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lark.answers.extract import find_boxed
+from lark.common.errors import LarkError
 from lark.pool.contamination import question_digest
 from lark.pool.rows import RowError, read_rows
 
@@ -31,7 +32,7 @@ def read_golds(files: dict[str, Path], *, shown: str) -> Golds:
     """Read the columns problem (or question), and answer or solution, whose last \\boxed{...} is the answer.
 
     files: .jsonl, .json or .parquet, by name; of Parquet only these columns are read.   shown: setting and value.
-    Raises ValueError for a file that breaks off and if no problem has an answer.
+    Raises LarkError for a file that breaks off and if no problem has an answer.
     """
     answers: dict[bytes, str] = {}
     contradicting: set[bytes] = set()
@@ -49,9 +50,9 @@ def read_golds(files: dict[str, Path], *, shown: str) -> Golds:
                 elif answers.setdefault(question_digest(text), str(answer)) != str(answer):
                     contradicting.add(question_digest(text))
         except RowError as error:
-            raise ValueError(f"{shown}: {error.at(file, error.line)}; repair it or set another") from error
+            raise LarkError(f"{shown}: {error.at(file, error.line)}; repair it or set another") from error
     if not answers:
-        raise ValueError(
+        raise LarkError(
             f"{shown} gives none of its {rows:,} problems an answer; its rows need the columns "
             f"{' or '.join(PROBLEM)}, and {ANSWER} or {SOLUTION} (with a \\boxed{{...}})"
         )

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lark.answers.checker import KINDS
-from lark.common.cache import complete, identity_hash, lock, source_hash, write_json
+from lark.common.cache import complete, identity_hash, lock, write_json
+from lark.common.errors import LarkError
+from lark.common.versions import formula_versions
 
 OVERLONG = ("drop", "truncate", "error")
 OVERLAPS = ("report", "drop", "error")
@@ -51,23 +53,23 @@ class Task:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pool, str | Path | list) and type(self) is Task:
-            raise ValueError(f"task.pool={self.pool} is no file; set it to a file, folder, glob or list of these")
+            raise LarkError(f"task.pool={self.pool} is no file; set it to a file, folder, glob or list of these")
         if self.checker not in KINDS:
-            raise ValueError(f"task.checker={self.checker!r} is unknown; set it to one of {', '.join(KINDS)}")
+            raise LarkError(f"task.checker={self.checker!r} is unknown; set it to one of {', '.join(KINDS)}")
         if self.overlap not in OVERLAPS:
-            raise ValueError(f"task.overlap={self.overlap!r} is unknown; set it to one of {', '.join(OVERLAPS)}")
+            raise LarkError(f"task.overlap={self.overlap!r} is unknown; set it to one of {', '.join(OVERLAPS)}")
         if self.overlong not in OVERLONG:
-            raise ValueError(f"task.overlong={self.overlong!r} is unknown; set it to one of {', '.join(OVERLONG)}")
+            raise LarkError(f"task.overlong={self.overlong!r} is unknown; set it to one of {', '.join(OVERLONG)}")
         if self.on_error not in ("raise", "drop"):
-            raise ValueError(f"task.on_error={self.on_error!r} is unknown; set it to raise or drop")
+            raise LarkError(f"task.on_error={self.on_error!r} is unknown; set it to raise or drop")
         if not 0 <= self.held_out < 1:
-            raise ValueError(f"task.held_out={self.held_out} is no share of problems; set it from 0 to below 1")
+            raise LarkError(f"task.held_out={self.held_out} is no share of problems; set it from 0 to below 1")
         for name in ("limit", "eval_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"task.{name}={value} leaves no problem; set it to 1 or more, or null for all")
+                raise LarkError(f"task.{name}={value} leaves no problem; set it to 1 or more, or null for all")
         if self.max_length < 2 or self.max_new_tokens < 1:
-            raise ValueError(
+            raise LarkError(
                 f"task.max_length={self.max_length} and task.max_new_tokens={self.max_new_tokens} leave no room for an "
                 "answer; set them to at least 2 and 1 tokens"
             )
@@ -76,12 +78,12 @@ class Task:
         """Where the pool is, and the evaluation files by name; both are written to `cache` where they do not exist yet.
 
         say: gets a line for each thing that had to be made of others' files.
-        Raises ValueError naming the setting for what cannot be had or read.
+        Raises LarkError naming the setting for what cannot be had or read.
         """
         return self.pool, self.evaluation_files(cache, say)
 
     def evaluation_files(self, cache: Path, say: Say = print) -> dict[str, Path]:
-        """The evaluation files by name; the pool is not touched. Raises ValueError for an unknown benchmark."""
+        """The evaluation files by name; the pool is not touched. Raises LarkError for an unknown benchmark."""
         from lark.benchmarks import is_benchmark, prepare
 
         if isinstance(self.eval, dict):
@@ -125,7 +127,7 @@ class EmbeddedTask(Task):
 
     def _folder(self, cache: Path) -> Path:
         """Where `generate` has written the files, now or before."""
-        identity = {"settings": self.settings, "source": source_hash(["lark.tasks"])}
+        identity = {"settings": self.settings, **formula_versions("arithmetic", libraries=("reasoning-gym",))}
         folder = cache / "tasks" / f"{self.name}-{identity_hash(identity)}"
         with lock(folder):
             if not complete(folder):

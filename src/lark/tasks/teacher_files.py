@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lark.common.errors import LarkError
 from lark.common.progress_line import bar
 from lark.pool.pool import PoolError
 from lark.pool.rows import READERS, Fault, RowError, find_files, read_rows
@@ -55,13 +56,13 @@ class TeacherFiles(ImportedTask):
         return self._chosen(fetched(self.pool, origin["commit"], patterns, setting="task.pool"))
 
     def _chosen(self, root: Path) -> dict[str, Path]:
-        """`teacher/sample` -> file, of the teachers and samples asked for. Raises ValueError for those not there."""
+        """`teacher/sample` -> file, of the teachers and samples asked for. Raises LarkError for those not there."""
         if not root.is_dir():
-            raise ValueError(f"task.pool={self.pool} is no folder; set it to that of the teachers' files or folders")
+            raise LarkError(f"task.pool={self.pool} is no folder; set it to that of the teachers' files or folders")
         forms = ["*", "*/*"] if self.files == "*" else [self.files]  # by default the teachers' folders as well
         files = data_files(path for form in forms for path in root.glob(form))
         if not files:
-            raise ValueError(
+            raise LarkError(
                 f"task.pool={self.pool} has no {', '.join(READERS)} file of the form task.files={self.files}; correct "
                 "one of them"
             )
@@ -72,14 +73,14 @@ class TeacherFiles(ImportedTask):
         for path in files:
             name = path.stem if path.parent == root else f"{path.parent.name}/{path.stem[cut:]}"
             if name in paths:
-                raise ValueError(f"task.pool={self.pool}: {path} and {paths[name]} are both {name}; rename one")
+                raise LarkError(f"task.pool={self.pool}: {path} and {paths[name]} are both {name}; rename one")
             paths[name] = path
         for setting, part in (("teachers", 0), ("samples", 2)):
             if (wanted := getattr(self, setting)) is not None:
                 there = {name.partition("/")[part] for name in paths} - {""}
                 missing = [value for value in wanted if value not in there]
                 if missing or not wanted:
-                    raise ValueError(
+                    raise LarkError(
                         f"task.{setting}={wanted}: {self.pool} has no {', '.join(missing) or 'such'}; choose of "
                         f"{', '.join(sorted(there)) or 'none'}"
                     )

@@ -19,6 +19,7 @@ from typing import Any
 
 from lark.answers.checker import Checker
 from lark.common.cache import file_hash, identity_hash, lock, replacing, write_json
+from lark.common.errors import LarkError
 from lark.common.progress_line import bar
 from lark.common.record_file import Key, RecordFile
 from lark.pool.rows import normalise
@@ -70,14 +71,14 @@ def make_pool(
         again: ask once more where a teacher gave no trajectory before (filtered, refused, empty, too long).
         source: where the problems were read from, for the manifest.
 
-    Raises ValueError for what a user has to mend: then nothing that was written is lost, and the same call goes on.
+    Raises LarkError for what a user has to mend: then nothing that was written is lost, and the same call goes on.
     """
     if output.suffix != ".jsonl":
-        raise ValueError(f"--output {output} has another ending; let it end in .jsonl")
+        raise LarkError(f"--output {output} has another ending; let it end in .jsonl")
     manifest = Path(f"{output}.manifest.json")
     folder = Path(f"{output}.samples")
     if output.exists() and not (folder.exists() or manifest.exists()):
-        raise ValueError(f"--output {output} is there already and was not made here; name another file")
+        raise LarkError(f"--output {output} is there already and was not made here; name another file")
     checker.validate([answer_to(problem, "") for problem in problems])
     prompts = {problem["problem_id"]: _prompt(problem, system) for problem in problems}
     with ExitStack() as stack:
@@ -89,7 +90,7 @@ def make_pool(
             for row in pool_rows(problems, prompts, sources, checker=checker, keep=keep, thinking=thinking):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if not sum(figure.rows for figure in figures):
-                raise ValueError(f"no trajectory is left for {output}: {_why_none(figures, keep)}")
+                raise LarkError(f"no trajectory is left for {output}: {_why_none(figures, keep)}")
         found = {
             "rows": sum(figure.rows for figure in figures),
             "sha256": file_hash(output),
@@ -113,13 +114,13 @@ def make_pool(
 
 
 def _prompt(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
-    """The turns before the trajectory, as a pool can have them. Raises ValueError before anything is asked."""
+    """The turns before the trajectory, as a pool can have them. Raises LarkError before anything is asked."""
     turns = [{name: turn[name] for name in ("role", "content")} for turn in prompt_messages(problem, system)]
     row = {**problem, "candidate_id": "0", "messages": [*turns, {"role": "assistant", "content": "."}]}
     _, errors = normalise({name: value for name, value in row.items() if name not in ("teacher", "correct")})
     if errors:
         error = errors[0].at("--problems", None)
-        raise ValueError(f"problem {problem['problem_id']} cannot be a row of a pool: {error}")
+        raise LarkError(f"problem {problem['problem_id']} cannot be a row of a pool: {error}")
     return turns
 
 
@@ -137,7 +138,7 @@ def _prepare(
             local = LocalTeacher(teacher, say)
             identity = local.identity
         except ValueError as error:
-            raise ValueError(f"teacher {teacher.name}: {error}") from error
+            raise LarkError(f"teacher {teacher.name}: {error}") from error
     else:
         if teacher.read_key() and teacher.url.startswith("http:") and not _NEAR.match(teacher.url):
             say(f"teacher {teacher.name}: its key goes over http, where others may read it; use https if it can")
@@ -245,7 +246,7 @@ def _ask_local(
                     one.tally.tokens += sample.num_tokens
                 progress.update(len(batch))
         except ValueError as error:
-            raise ValueError(f"teacher {name}: {error}") from error
+            raise LarkError(f"teacher {name}: {error}") from error
     one.tally.seconds = time.monotonic() - begun
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from lark.common.errors import LarkError
 from lark.teachers.teachers import Teacher, seed_of
 
 LONGEST_WAIT = 900.0
@@ -111,7 +112,7 @@ class Tally:
 class Endpoint:
     """Asks for trajectories, `concurrency` at a time.
 
-    Raises ValueError (one sentence, without the key) from `ask_all` for what a user has to mend: a refused key, an
+    Raises LarkError (one sentence, without the key) from `ask_all` for what a user has to mend: a refused key, an
     unknown model, a refused request, an endpoint that is down.
     """
 
@@ -200,8 +201,8 @@ class Endpoint:
         if self._lost_in_a_row >= max(3, self.teacher.concurrency) and not self.halt.halted:
             raise self._down(reason)
 
-    def _down(self, reason: str) -> ValueError:
-        return ValueError(
+    def _down(self, reason: str) -> LarkError:
+        return LarkError(
             f"teacher {self.teacher.name}: the endpoint {reason}, {self._lost_in_a_row} requests in a row, however "
             "often they were tried; give the same command again once it answers"
         )
@@ -259,11 +260,11 @@ class Endpoint:
         name, key = self.teacher.name, self.teacher.key
         spent = status == 402 or "insufficient_quota" in response.text
         if spent:
-            raise ValueError(f"teacher {name}: the account has no credit left ({said}); top it up and go on")
+            raise LarkError(f"teacher {name}: the account has no credit left ({said}); top it up and go on")
         if status in (408, 409, 425, 429) or status >= 500:
             after = _retry_after(response.headers.get("retry-after"))
             if after is not None and after > LONGEST_WAIT:
-                raise ValueError(
+                raise LarkError(
                     f"teacher {name}: the endpoint asks to wait {after:,.0f} s ({said}); give the command again then"
                 )
             if after is not None and self.pace.pause(after):
@@ -276,21 +277,21 @@ class Endpoint:
             if any(sign in detail for sign in _FILTERED):
                 raise _PromptError("content_filter", message)
         if status in (401, 403) and key is None:
-            raise ValueError(
+            raise LarkError(
                 f"teacher {name}: the endpoint wants a key ({said}); name the environment variable that holds it, "
                 f"--key {name}=VARIABLE"
             )
         if status in (401, 403):
-            raise ValueError(
+            raise LarkError(
                 f"teacher {name}: the endpoint refuses the key ({said}); set the environment variable {key} to a valid "
                 "one"
             )
         if status == 404:
-            raise ValueError(
+            raise LarkError(
                 f"teacher {name}: {self.teacher.url} has no model {self.teacher.model} ({said}); correct the URL or "
                 "the name behind #"
             )
-        raise ValueError(
+        raise LarkError(
             f"teacher {name}: the endpoint refuses the request ({said}); correct the settings, or take fields out of "
             "it or add some with body in --teachers"
         )

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lark.common.errors import LarkError
+
 if TYPE_CHECKING:
     from lark.generation.transformers_backend import Sample
     from lark.student.chat import Chat
@@ -75,7 +77,7 @@ class Teacher:
             if value is None and name not in ("model", "dtype", "attention"):
                 continue
             if not isinstance(value, str) or not value:  # not shown: it may be a key
-                raise ValueError(f"teacher {self.name}: its {name} is no text; write it in quotes")
+                raise LarkError(f"teacher {self.name}: its {name} is no text; write it in quotes")
         for name in ("samples", "max_new_tokens", "concurrency", "tries", "batch_size"):
             self._check(_is_number(self, name, 1, whole=True), name, "set it to a whole number from 1 on")
         self._check(_is_number(self, "seed", 0, whole=True), "seed", "set it to a whole number from 0 on")
@@ -88,36 +90,36 @@ class Teacher:
         if self.url is not None:
             self._check_url(self.url)
         elif self.key is not None:
-            raise ValueError(f"teacher {self.name} runs here and needs no key; leave it out")
+            raise LarkError(f"teacher {self.name} runs here and needs no key; leave it out")
 
     def _check(self, holds: bool, setting: str, remedy: str) -> None:
         if not holds:
-            raise ValueError(f"teacher {self.name}: {setting}={getattr(self, setting)!r} is of no use; {remedy}")
+            raise LarkError(f"teacher {self.name}: {setting}={getattr(self, setting)!r} is of no use; {remedy}")
 
     def _check_url(self, url: str) -> None:
         # The address itself is not shown: somebody may have put a key into it.
         if "@" in url or "?" in url:
-            raise ValueError(
+            raise LarkError(
                 f"teacher {self.name}: its url holds a user name or a query; keep keys out of it and name the "
                 f"environment variable that has one, --key {self.name}=VARIABLE"
             )
         if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+)(:\d{1,5})?(/\S*)?", url):
-            raise ValueError(f"teacher {self.name}: url={url!r} is no address; write https://<host>/v1#<model>")
+            raise LarkError(f"teacher {self.name}: url={url!r} is no address; write https://<host>/v1#<model>")
 
     def read_key(self) -> str | None:
-        """The endpoint's key, from the environment. Raises ValueError, which never shows what might be a key."""
+        """The endpoint's key, from the environment. Raises LarkError, which never shows what might be a key."""
         if self.key is None:
             return None
         if not _VARIABLE.fullmatch(self.key) or self.key not in os.environ:
             # what looks like no variable's name is likely the key itself
             shown = self.key if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,40}", self.key) else "..."
-            raise ValueError(
+            raise LarkError(
                 f"--key {self.name}={shown} names no environment variable that is set; put the key into one and give "
                 "its name, never the key itself"
             )
         key = os.environ[self.key].strip()
         if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise ValueError(f"the environment variable {self.key} holds no key (empty, or with blanks in it); set it")
+            raise LarkError(f"the environment variable {self.key} holds no key (empty, or with blanks in it); set it")
         return key
 
     def student(self) -> "Student":
@@ -161,31 +163,29 @@ def read_teachers(
     file: NAME: the same, or NAME: {model: ..., url: ..., <further settings of Teacher>}.
     keys: NAME=VARIABLE each.
     common: settings of all teachers that do not have their own.
-    Raises ValueError for what cannot be read, names given twice, and keys of teachers there are none of.
+    Raises LarkError for what cannot be read, names given twice, and keys of teachers there are none of.
     """
     entries: dict[str, dict[str, Any]] = {}
     for word in words:
         name, equals, source = word.partition("=")
         if not equals or not source:
-            raise ValueError(
-                f"--teacher {word} is no NAME=MODEL and no NAME=URL#MODEL; write, say, qwen3=Qwen/Qwen3-8B"
-            )
+            raise LarkError(f"--teacher {word} is no NAME=MODEL and no NAME=URL#MODEL; write, say, qwen3=Qwen/Qwen3-8B")
         _add(entries, name, _of_source(name, source))
     for name, entry in _read_yaml(file).items() if file else ():
         _add(entries, str(name), _of_source(str(name), entry) if isinstance(entry, str) else _of_mapping(name, entry))
     for word in keys:
         name, _, variable = word.partition("=")
         if name not in entries:
-            raise ValueError(f"--key is given for a teacher that is not there; the teachers are {', '.join(entries)}")
+            raise LarkError(f"--key is given for a teacher that is not there; the teachers are {', '.join(entries)}")
         entries[name]["key"] = variable
     if not entries:
-        raise ValueError("there is no teacher to ask; name one with --teacher NAME=MODEL, or several in --teachers")
+        raise LarkError("there is no teacher to ask; name one with --teacher NAME=MODEL, or several in --teachers")
     return [Teacher(**{**common, "name": name, **entry}) for name, entry in entries.items()]
 
 
 def _add(entries: dict[str, dict[str, Any]], name: str, entry: dict[str, Any]) -> None:
     if name in entries:
-        raise ValueError(f"teacher {name} is given twice; give each teacher its own name")
+        raise LarkError(f"teacher {name} is given twice; give each teacher its own name")
     entries[name] = entry
 
 
@@ -194,19 +194,19 @@ def _of_source(name: str, source: str) -> dict[str, Any]:
         return {"model": source}
     url, _, model = source.partition("#")
     if not model:
-        raise ValueError(f"teacher {name}: its URL names no model; append #<model>")
+        raise LarkError(f"teacher {name}: its URL names no model; append #<model>")
     return {"url": url.rstrip("/").removesuffix("/chat/completions"), "model": model}
 
 
 def _of_mapping(name: str, entry: Any) -> dict[str, Any]:
     known = [part.name for part in dataclasses.fields(Teacher) if part.name != "name"]
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
-        raise ValueError(f"--teachers: {name} is no model and no mapping with a model; the settings are {known}")
+        raise LarkError(f"--teachers: {name} is no model and no mapping with a model; the settings are {known}")
     for setting in entry:
         if setting not in known:
             close = difflib.get_close_matches(str(setting), known, n=1)
             remedy = f"did you mean {close[0]}?" if close else f"set one of {', '.join(known)}"
-            raise ValueError(f"--teachers: {name} has the unknown setting {setting}; {remedy}")
+            raise LarkError(f"--teachers: {name} has the unknown setting {setting}; {remedy}")
     source = _of_source(name, f"{entry['url']}#{entry['model']}") if entry.get("url") else {}
     return entry | source
 
@@ -216,9 +216,9 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
         read = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"--teachers {file} cannot be read ({reason}); set it to a YAML file of teachers") from error
+        raise LarkError(f"--teachers {file} cannot be read ({reason}); set it to a YAML file of teachers") from error
     if not isinstance(read, dict):
-        raise ValueError(f"--teachers {file} is no mapping; write one line a teacher, NAME: MODEL")
+        raise LarkError(f"--teachers {file} is no mapping; write one line a teacher, NAME: MODEL")
     return read
 
 
@@ -320,7 +320,7 @@ class LocalTeacher:
                 folder, self.chat.tokenizer, prompts, keys, **source, dtype=self.teacher.dtype, **settings
             )
         except RuntimeError as error:  # of vLLM's process: what it printed tells more than our traceback
-            raise ValueError(str(error)) from error
+            raise LarkError(str(error)) from error
 
     def _stop_ids(self) -> list[int]:
         """What ends a trajectory: the tokenizer's end token, those of the model's generation config, and the end of

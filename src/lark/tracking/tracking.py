@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from lark.common.errors import LarkError
+
 AXES = {
     "scoring": "scoring/trajectories",
     "train": "trainer/global_step",
@@ -45,7 +47,7 @@ class Wandb:
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "online", "offline"):
-            raise ValueError(f"logger.mode={self.mode!r} is unknown; set it to auto, online or offline")
+            raise LarkError(f"logger.mode={self.mode!r} is unknown; set it to auto, online or offline")
 
     @property
     def offline(self) -> bool:
@@ -81,7 +83,7 @@ class Wandb:
                 settings=wandb.Settings(silent=True, console="off", disable_git=True),
             )
         except Error as error:
-            raise ValueError(
+            raise LarkError(
                 f"W&B could not start a run ({error}); set logger=offline, or connect and `wandb login`"
             ) from error
         for step in dict.fromkeys(filter(None, AXES.values())):

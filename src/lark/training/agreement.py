@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from lark.common.cache import complete, identity_hash, read_json
+from lark.common.errors import LarkError
 from lark.common.groups import Groups, tie_hash, unit_hash
 from lark.common.ranks import Plan, is_main
 from lark.scoring.passes import Statistics
@@ -120,7 +121,7 @@ def statistics_in(dtype: str, data: TrajectoryDataModule, row_N: np.ndarray, cla
             except RuntimeError as error:
                 if dtype != "float32" or not is_out_of_memory(error):
                     raise
-                raise ValueError(
+                raise LarkError(
                     f"model.dtype=auto compares bfloat16 with float32, but in float32 {data.scorer.name} does not fit "
                     "the device; set model.dtype=bfloat16, or lower probe.batch_tokens"
                 ) from error
@@ -164,7 +165,7 @@ def is_open(student: Student, device: torch.device) -> bool:
 def settle_dtype(data: TrajectoryDataModule, claim: Claim, plan: Plan) -> None:
     """Find out what model.dtype=auto means for the passes on this device, if it is open (all ranks take part).
 
-    Raises ValueError if the student does not fit the device in float32.
+    Raises LarkError if the student does not fit the device in float32.
     """
     if is_open(data.scorer, data.make_trainer("").strategy.root_device):
         choose_dtype(data, claim, plan)

@@ -22,8 +22,9 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lark.common.cache import complete, identity_hash, read_json, source_hash, write_json
+from lark.common.cache import complete, identity_hash, read_json, write_json
 from lark.common.ranks import barrier, is_main
+from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.selection.selection import Selection, export
 from lark.student.distributed import whole_state
 from lark.student.memory import release_memory
@@ -47,11 +48,6 @@ from lark.training.refresh import (
 )
 from lark.training.saver import Saver, newest_checkpoint
 from lark.training.sft_module import SFTModule
-
-_SOURCES = (
-    *("arms", "batches", "chat", "layouts", "models", "packing", "parallel", "prefixes", "recipe", "stats", "student"),
-    "trajectories",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +102,11 @@ def make_arm(
         refresh = None
     verdicts = hashlib.sha256(data.trajectories.correct[data.trajectories.is_held_out].tobytes()).hexdigest()
     identity: dict[str, Any] = {
-        "student": student.identity() | {"lora": student.lora, "dtype": student.dtype, "attention": student.attention},
+        "student": student.identity() | {"lora": student.lora, "dtype": data.dtype, "attention": student.attention},
         "chat": data.trajectories.chat.span_identity,
         "max_length": [data.task.max_length, data.task.overlong],
         "held_out": [data.trajectories.fingerprint, data.task.held_out, verdicts],
-        "sources": source_hash(f"lark.{module}" for module in (*_SOURCES, *(["training.warmup"] if kept else []))),
+        "versions": formula_versions("training", "tokens", "forward", libraries=STUDENT_LIBRARIES),
     }
     if selection is None:
         identity["evaluation"] = evaluation

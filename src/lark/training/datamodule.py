@@ -13,7 +13,9 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
-from lark.common.cache import complete, identity_hash, read_json, source_hash
+from lark.common.cache import complete, identity_hash, read_json
+from lark.common.errors import LarkError
+from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
 from lark.scoring.gradient_passes import (
     GradientMatchesModule,
@@ -62,17 +64,6 @@ MODULES: dict[type[Pass], type[PassModule]] = {
     ProjectedGradients: ProjectedGradientsModule,
     GradientMatches: GradientMatchesModule,
 }
-_SOURCES = (
-    "student.chat",
-    "student.student",
-    "student.batching",
-    "scoring.passes",
-    "student.context_length",
-    "student.attention",
-    "scoring.statistics_pass",
-    "scoring.table_cache",
-    "student.tokenized_pool",
-)
 
 WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[Path, float], ...], dict[str, float]]]
 """Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates, and what they cost."""
@@ -129,27 +120,27 @@ class TrajectoryDataModule(LightningDataModule):
         self.rules |= {contest.name: raced(contest.rule) for contest in self.contests}
 
     def _check_rules(self) -> None:
-        """What a rule cannot know by itself. Raises ValueError."""
+        """What a rule cannot know by itself. Raises LarkError."""
         for name, rule in self.rules.items():
             for score in (rule.score, getattr(rule.filter, "score", None)):
                 if isinstance(score, DropFirst) and score.skip != self.probe.skip:
-                    raise ValueError(
+                    raise LarkError(
                         f"{name}: skip={score.skip} of DropFirst is not what the statistics tell apart, "
                         f"probe.skip={self.probe.skip}; set both to the same"
                     )
             if rule.refresh and (self.probe.race or self.scorer is not self.student):
                 setting = "race=true" if self.probe.race else f"model={self.probe.model}"
-                raise ValueError(
+                raise LarkError(
                     f"{name}.refresh={rule.refresh} asks the student in training for the whole pool, which probe."
                     f"{setting} rules out; set {name}.refresh=null, or probe.race=false probe.model=null"
                 )
         if isinstance(self.rules["selector"].score, TeacherMatched):
-            raise ValueError(
+            raise LarkError(
                 f"selector={self.rules['selector'].name} copies the teachers of a selector's choice and is none; set "
                 "baseline=teacher_matched_random and another selector"
             )
         if self.scorer is not self.student and any(isinstance(need, GradientMatches) for need in self.needs):
-            raise ValueError(
+            raise LarkError(
                 f"probe.model={self.probe.model} asks another student, but a rule needs a warm-up arm of the student "
                 "that is trained; set probe.model=null or choose another rule"
             )
@@ -193,7 +184,7 @@ class TrajectoryDataModule(LightningDataModule):
             )
 
     def check_columns(self) -> None:
-        """Whether the pool has the columns that the rules name. Raises ValueError."""
+        """Whether the pool has the columns that the rules name. Raises LarkError."""
         for name, rule in self.rules.items():
             for column in rule.columns:
                 try:
@@ -203,7 +194,7 @@ class TrajectoryDataModule(LightningDataModule):
                         f"add it to the pool, or name another in {name}.score, {name}.filter or {name}.policy.prior"
                     )
                     text = f"{name}={rule.name} reads the column {column}, but {error}{meant(column, STATISTICS)}"
-                    raise ValueError(f"{text}; {remedy}") from error
+                    raise LarkError(f"{text}; {remedy}") from error
 
     @property
     def dtype(self) -> str:
@@ -244,7 +235,7 @@ class TrajectoryDataModule(LightningDataModule):
             "attention": self.scorer.attention,
             **self.scored_trajectories.identity,
             **module.identity(wanted, work),
-            "sources": source_hash([*_SOURCES, *module.SOURCES]),
+            "versions": formula_versions("tokens", "forward", libraries=STUDENT_LIBRARIES) | {"pass": module.VERSION},
         }
         if not np.array_equal(work.rows, self.scored_trajectories.scored):  # the trained student drops rows too
             identity["rows"] = hashlib.sha256(work.rows.tobytes()).hexdigest()
@@ -281,7 +272,7 @@ class TrajectoryDataModule(LightningDataModule):
             warmup, before = (), {}
             if isinstance(wanted, GradientMatches):
                 if self.warm_up is None:
-                    raise ValueError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
+                    raise LarkError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
                 warmup, before = self.warm_up(self, wanted)
             work = self._work(warmup)
             done = len(rows_done(folder))
@@ -382,7 +373,7 @@ class TrajectoryDataModule(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         if self.recipe_in_use.batch_size < trainer.world_size:
-            raise ValueError(
+            raise LarkError(
                 f"sft.batch_size={self.recipe_in_use.batch_size} gives {trainer.world_size} ranks nothing to do each "
                 "step; set it to at least the number of devices"
             )

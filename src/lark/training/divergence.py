@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+from lark.common.errors import LarkError
+
 WINDOW = 32  # steps that a spike is told from
 LEAST = 8  # of them, before any is
 HARMLESS = 0.5  # nats/token, below which no loss is a spike
 
 
-class DivergedError(ValueError):
+class DivergedError(LarkError):
     """Training came to a loss or gradient that is no number, or to a spike."""
 
 

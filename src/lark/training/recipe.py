@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lark.common.errors import LarkError
+
 _NO_RESULT = ("checkpoint_every", "epochs", "steps", "lr_sweep", "spike")
 """Settings of a recipe that change no student, or do so by the number of steps and the rate chosen."""
 
@@ -11,10 +13,10 @@ AVERAGES = ("trajectory", "token")
 
 
 def check_average(average: str, setting: str) -> None:
-    """Raises ValueError, naming `setting`, for what no loss is averaged over."""
+    """Raises LarkError, naming `setting`, for what no loss is averaged over."""
     if average not in AVERAGES:
         follows = "" if setting == "sft.average" else " (it follows sft.average)"
-        raise ValueError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}{follows}")
+        raise LarkError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}{follows}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +63,28 @@ class Recipe:
         }
         for name, options in known.items():
             if getattr(self, name) not in options:
-                raise ValueError(f"sft.{name}={getattr(self, name)!r} is unknown; set it to {' or '.join(options)}")
+                raise LarkError(f"sft.{name}={getattr(self, name)!r} is unknown; set it to {' or '.join(options)}")
         for name in ("batch_size", "validations", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"sft.{name}={getattr(self, name)} is too small; set it to at least 1")
+                raise LarkError(f"sft.{name}={getattr(self, name)} is too small; set it to at least 1")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < 1:
-            raise ValueError(
+            raise LarkError(
                 f"sft.micro_batch_tokens={self.micro_batch_tokens} is too small; set it to at least 1, or null to have "
                 "it follow from memory"
             )
         if self.spike is not None and not self.spike > 1:
-            raise ValueError(f"sft.spike={self.spike} would stop at any loss; set it above 1, or null to never stop")
+            raise LarkError(f"sft.spike={self.spike} would stop at any loss; set it above 1, or null to never stop")
         if self.steps is not None and self.steps < 1:
-            raise ValueError(f"sft.steps={self.steps} trains nothing; set it to at least 1, or null to use sft.epochs")
+            raise LarkError(f"sft.steps={self.steps} trains nothing; set it to at least 1, or null to use sft.epochs")
         for name in ("lr", "epochs", "clip"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"sft.{name}={getattr(self, name)} must be above 0; set it to a positive number")
+                raise LarkError(f"sft.{name}={getattr(self, name)} must be above 0; set it to a positive number")
         if self.lr_sweep is not None and not (self.lr_sweep and all(lr > 0 for lr in self.lr_sweep)):
-            raise ValueError(
+            raise LarkError(
                 f"sft.lr_sweep={list(self.lr_sweep)} holds no or other than positive rates; set [1e-4, 3e-4]"
             )
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"sft.warmup={self.warmup} is no share of the steps; set it from 0 to below 1")
+            raise LarkError(f"sft.warmup={self.warmup} is no share of the steps; set it from 0 to below 1")
 
     def identity(self) -> dict[str, Any]:
         """What a student trained for so many steps depends on (on `micro_batch_tokens` through LoRA's dropout)."""

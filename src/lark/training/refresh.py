@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from lark.common.cache import complete, file_hash, read_json, source_hash
+from lark.common.cache import complete, file_hash, read_json
+from lark.common.versions import formula_versions
 from lark.scoring.table_cache import COST_COLUMNS
 from lark.selection.selection import Selection
 from lark.student.student import Student
@@ -34,16 +35,6 @@ from lark.student.tokenized_pool import Trajectories
 from lark.training.datamodule import TrajectoryDataModule
 
 MANIFEST = "selection.json"
-_SOURCES = (
-    "training.refresh",
-    "training.datamodule",
-    "selection.selection",
-    "selection.candidates",
-    "common.groups",
-    "selection.matching",
-    "selection.policies",
-    "selection.scores.statistics",
-)
 
 Share = Callable[[str, Any], Any]
 """Of (name, value): what rank 0 passes as value, on every rank."""
@@ -149,7 +140,7 @@ def refresh_identity(data: TrajectoryDataModule, name: str) -> dict[str, Any]:
         "rule": [settings_of(part) for part in (rule.score, rule.policy, rule.filter)],
         "passes": [data.pass_identity(need) for need in rule.needs],
         "rows": _hash(data.scored, pool.correct[data.scored]),
-        "sources": source_hash(_SOURCES),
+        "versions": formula_versions("training"),
     }
     if name == "baseline":
         first = data.selections["selector"]

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from lark.common.cache import write_text
+from lark.common.errors import LarkError
 from lark.student.attention import share_prefixes
 from lark.student.batching import MicroBatch, collate, collate_shared
 from lark.student.chat import Encoded
@@ -71,7 +72,7 @@ class SFTModule(LightningModule):
         if self.student_model is not None:
             return
         if self.trainer.precision not in PRECISIONS:  # others scale the loss, or round the weights that are trained
-            raise ValueError(
+            raise LarkError(
                 f"trainer.precision={self.trainer.precision} is not supported in training; set it to "
                 f"{' or '.join(PRECISIONS)}"
             )
@@ -213,7 +214,7 @@ class SFTModule(LightningModule):
         largest = max(self._cut(lengths).tokens for lengths in batch.lengths_by_rank)
         if largest <= longest:
             hint = "" if self.student.gradient_checkpointing else "model.gradient_checkpointing=true, "
-            raise ValueError(
+            raise LarkError(
                 f"a trajectory of {longest:,} tokens alone does not fit into a training step's memory "
                 f"({failure or 'on another rank'}); set {hint}a lower task.max_length, or trainer=fsdp"
             )

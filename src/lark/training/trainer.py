@@ -8,6 +8,7 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from lark.common.errors import LarkError
 from lark.common.ranks import environment
 from lark.common.signals import Signals
 from lark.config import build
@@ -22,7 +23,7 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
     """The precision in force, and a function that gives Trainers with it."""
     settings = {str(key): value for key, value in node.items() if key != "name"}
     if unknown := sorted(settings.keys() - SETTINGS):
-        raise ValueError(
+        raise LarkError(
             f"trainer.{unknown[0]}={settings[unknown[0]]} is not for the trainer group, which says what to run on "
             "(accelerator, devices, num_nodes, strategy, precision); what is trained is set in sft"
         )
@@ -52,12 +53,12 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
             made = make(**common | keywords, callbacks=callbacks)
         except (MisconfigurationException, TypeError, ValueError) as error:
             given = " ".join(f"trainer.{k}={settings[k]}" for k in ("accelerator", "devices", "strategy", "precision"))
-            raise ValueError(f"{given} cannot be used here ({error}); set trainer=auto, or correct them") from error
+            raise LarkError(f"{given} cannot be used here ({error}); set trainer=auto, or correct them") from error
         wanted = str(keywords.get("precision", settings["precision"]))
         if not made.precision.startswith(
             wanted
         ):  # 32 is 32-true; where a device has it not, Lightning takes another without a word
-            raise ValueError(
+            raise LarkError(
                 f"trainer.precision={wanted} cannot be used here (it would be {made.precision}); set it to null, "
                 "32-true or bf16-mixed"
             )

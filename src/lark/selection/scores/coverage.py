@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lark.common.errors import LarkError
 from lark.common.groups import tie_hash, unit_hash
 from lark.scoring.passes import MeanHidden
 from lark.selection.candidates import Candidates
@@ -56,11 +57,11 @@ class Coverage:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"selector.score.method={self.method!r} is unknown; set it to {' or '.join(METHODS)}")
+            raise LarkError(f"selector.score.method={self.method!r} is unknown; set it to {' or '.join(METHODS)}")
         if self.budget < 1:
-            raise ValueError(f"selector.score.budget={self.budget} takes nothing of a problem; set it to at least 1")
+            raise LarkError(f"selector.score.budget={self.budget} takes nothing of a problem; set it to at least 1")
         if self.reference is not None and self.reference < 1:
-            raise ValueError(
+            raise LarkError(
                 f"selector.score.reference={self.reference} leaves nothing to cover; set it to at least 1, or to null "
                 "for the whole pool"
             )

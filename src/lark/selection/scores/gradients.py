@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lark.common.errors import LarkError
 from lark.common.groups import unit_hash
 from lark.scoring.passes import (
     GradientMatches,
@@ -73,7 +74,7 @@ class LarkHead:
         if self.sketch is not None:
             object.__setattr__(self, "sketch", tuple(self.sketch))  # a list, from YAML
             if len(self.sketch) != 2 or min(self.sketch) < 1:
-                raise ValueError(
+                raise LarkError(
                     f"selector.score.sketch={list(self.sketch)} is no sketch; set it to null or [rows, columns], each "
                     "at least 1"
                 )
@@ -132,7 +133,7 @@ class LossDrop:
     def __post_init__(self) -> None:
         check_parameters(self.parameters, "selector.score.parameters")
         if not self.eta > 0:
-            raise ValueError(f"selector.score.eta={self.eta} is no step; set it above 0, for example 1e-3")
+            raise LarkError(f"selector.score.eta={self.eta} is no step; set it above 0, for example 1e-3")
 
     @property
     def needs(self) -> tuple[Pass, ...]:
@@ -195,14 +196,14 @@ class GradMatch:
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup_share <= 1:
-            raise ValueError(
+            raise LarkError(
                 f"selector.score.warmup_share={self.warmup_share} is no share of the candidates; set it above 0 and to "
                 "at most 1"
             )
         if self.epochs < 1:
-            raise ValueError(f"selector.score.epochs={self.epochs} warms nothing up; set it to at least 1")
+            raise LarkError(f"selector.score.epochs={self.epochs} warms nothing up; set it to at least 1")
         if self.validation_problems < 2:
-            raise ValueError(
+            raise LarkError(
                 f"selector.score.validation_problems={self.validation_problems} leaves the candidates of that problem "
                 "nothing to be compared with; set it to at least 2"
             )
@@ -228,7 +229,7 @@ class Grace:
     scale; only differences between teachers mean something. Fewer than two problems: no value (NaN).
     dimensions, projection_seed: of the projection. parameters: trained | all | last:<n>.
     Memory: a few float64 copies of one teacher's vectors.
-    Raises ValueError where no candidate has a teacher, or no teacher has candidates of two problems.
+    Raises LarkError where no candidate has a teacher, or no teacher has candidates of two problems.
     """
 
     seed: int
@@ -251,14 +252,14 @@ class Grace:
         teacher_N, problem_N = candidates["teacher"], candidates["problem_id"].astype(str)
         teachers = sorted({teacher for teacher in teacher_N if teacher is not None})
         if not teachers:
-            raise ValueError("selector grace chooses between teachers, but no candidate names one; fill in `teacher`")
+            raise LarkError("selector grace chooses between teachers, but no candidate names one; fill in `teacher`")
         score_N = np.full(len(candidates), np.nan)
         for teacher in teachers:
             his_N = teacher_N == teacher
             rows = his_N & has_direction_N
             score_N[his_N] = -grace(_stacked(vectors[rows], self.dimensions), problem_N[rows], seed=self.seed)
         if np.isnan(score_N).all():
-            raise ValueError(
+            raise LarkError(
                 f"selector grace splits each teacher's problems, but none of {len(teachers)} teachers has gradients of "
                 "two problems; give it a larger pool, or raise task.limit"
             )
@@ -306,4 +307,4 @@ def _stacked(vectors: np.ndarray, dimensions: int) -> np.ndarray:
 
 def _check_dimensions(dimensions: int | None) -> None:
     if dimensions is not None and dimensions < 1:
-        raise ValueError(f"selector.score.dimensions={dimensions} keeps nothing; set it to at least 1")
+        raise LarkError(f"selector.score.dimensions={dimensions} keeps nothing; set it to at least 1")

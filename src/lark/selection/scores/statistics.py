@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lark.common.errors import LarkError
 from lark.common.groups import Groups, unit_hash
 from lark.scoring.passes import ContentAlone, LocalWindows, Pass, Statistics
 from lark.selection.candidates import Candidates
@@ -169,7 +170,7 @@ class DropFirst:
 
     def __post_init__(self) -> None:
         if self.skip < 0:
-            raise ValueError(f"selector.score.skip={self.skip} is no number of tokens; set it to ${{probe.skip}}")
+            raise LarkError(f"selector.score.skip={self.skip} is no number of tokens; set it to ${{probe.skip}}")
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         tokens_S, steps = _steps(candidates["step_tokens"])
@@ -190,7 +191,7 @@ class LocalLikelihood:
 
     def __post_init__(self) -> None:
         if self.steps_before < 0:
-            raise ValueError(f"selector.score.steps_before={self.steps_before} is no number of steps; set 0 or more")
+            raise LarkError(f"selector.score.steps_before={self.steps_before} is no number of steps; set 0 or more")
 
     @property
     def _windows(self) -> LocalWindows:
@@ -221,7 +222,7 @@ class InstructionDifficulty:
 
     def __post_init__(self) -> None:
         if self.max is not None and not self.max > 0:
-            raise ValueError(f"selector.score.max={self.max} drops every candidate; set it above 0 (the paper: 1)")
+            raise LarkError(f"selector.score.max={self.max} drops every candidate; set it above 0 (the paper: 1)")
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         alone = candidates.of(ContentAlone())
@@ -254,13 +255,13 @@ class Constant:
 
 def _check_sign(sign: int, plus: str, minus: str) -> None:
     if sign not in (1, -1):
-        raise ValueError(f"selector.score.sign={sign} is neither 1 ({plus}) nor -1 ({minus})")
+        raise LarkError(f"selector.score.sign={sign} is neither 1 ({plus}) nor -1 ({minus})")
 
 
 def _check_clip(clip: int | None) -> None:
     if clip is not None and clip not in RANK_CLIPS:
         known = ", ".join(map(str, RANK_CLIPS))
-        raise ValueError(f"selector.score.clip={clip} is not kept by the statistics; set {known} or null")
+        raise LarkError(f"selector.score.clip={clip} is not kept by the statistics; set {known} or null")
 
 
 def _clipped(clip: int | None) -> str:
@@ -292,12 +293,12 @@ def _end_to_end(column_N: np.ndarray) -> np.ndarray:
 def imported(path: str, setting: str) -> Callable[[Candidates], np.ndarray]:
     """The function a user names as `module:function`, found as Python finds modules and in the working folder.
 
-    Raises ValueError naming `setting` when there is no such function or its source is no Python. What else a module
+    Raises LarkError naming `setting` when there is no such function or its source is no Python. What else a module
     raises while it is imported, a module that it misses itself included, is its author's and passes through.
     """
     module, _, name = path.partition(":")
     if not name or not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError(f"{setting}={path!r} names no function; set it to module:function, as in my_module:my_score")
+        raise LarkError(f"{setting}={path!r} names no function; set it to module:function, as in my_module:my_score")
     if os.getcwd() not in sys.path:  # an installed command starts without it, `python -m` with it
         sys.path.append(os.getcwd())
     try:
@@ -305,12 +306,12 @@ def imported(path: str, setting: str) -> Callable[[Candidates], np.ndarray]:
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"{setting}={path!r} could not be imported ({error}); is its folder on PYTHONPATH?") from error
+        raise LarkError(f"{setting}={path!r} could not be imported ({error}); is its folder on PYTHONPATH?") from error
     except SyntaxError as error:
-        raise ValueError(f"{setting}={path!r} could not be imported ({error}); correct that line") from error
+        raise LarkError(f"{setting}={path!r} could not be imported ({error}); correct that line") from error
     if not hasattr(found, name):
-        raise ValueError(f"{setting}={path!r} names no function: the module has no {name!r}; set one that it defines")
+        raise LarkError(f"{setting}={path!r} names no function: the module has no {name!r}; set one that it defines")
     function = getattr(found, name)
     if not callable(function):
-        raise ValueError(f"{setting}={path!r} is a {type(function).__name__}, not a function of the candidates")
+        raise LarkError(f"{setting}={path!r} is a {type(function).__name__}, not a function of the candidates")
     return function  # type: ignore[return-value]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lark.common.errors import LarkError
 from lark.common.groups import Groups, unit_hash
 from lark.scoring.passes import Pass
 from lark.selection.candidates import Candidates
@@ -27,7 +28,7 @@ DONORS = 16  # problems whose teachers TeacherMatched copies to one problem, at 
 class Correct:
     """1 for a correct candidate, 0 for a wrong one, 0.5 where it is not known (arXiv 2601.14249, E.3.1).
 
-    Raises ValueError if it is known of none, as the choice would be a random one.
+    Raises LarkError if it is known of none, as the choice would be a random one.
     """
 
     needs = ()
@@ -35,7 +36,7 @@ class Correct:
     def __call__(self, candidates: Candidates) -> np.ndarray:
         correct_N = _verdicts(candidates)
         if np.isnan(correct_N).all():
-            raise ValueError(
+            raise LarkError(
                 "selector correct puts correct candidates before wrong ones, but no candidate is known to be either; "
                 "fill in the pool's `correct` or `answer`, or set another selector"
             )
@@ -50,7 +51,7 @@ class Teacher:
     order: names of teachers, or null for the teachers with a known verdict by their share of correct candidates among
     those with one, best first and ties by name. Both are about the candidates that passed the rule's filter: with a
     filter on `correct` every share is 1, so name an order there.
-    Raises ValueError for a name that no candidate has, and without an order if no verdict is known.
+    Raises LarkError for a name that no candidate has, and without an order if no verdict is known.
     """
 
     order: list[str] | None = None
@@ -58,10 +59,10 @@ class Teacher:
 
     def __post_init__(self) -> None:
         if self.order is not None and not self.order:
-            raise ValueError("selector.score.order=[] names no teacher; name some, or set null for the best first")
+            raise LarkError("selector.score.order=[] names no teacher; name some, or set null for the best first")
         if self.order is not None and len(set(self.order)) < len(self.order):
             twice = ", ".join(name for name, count in Counter(self.order).items() if count > 1)
-            raise ValueError(f"selector.score.order={self.order} names {twice} more than once; name each teacher once")
+            raise LarkError(f"selector.score.order={self.order} names {twice} more than once; name each teacher once")
 
     def decisions(self, candidates: Candidates) -> dict[str, list[str]]:
         """The order in force, for the selection's record."""
@@ -74,7 +75,7 @@ class Teacher:
         order = self.decisions(candidates)["order"]
         there = set(teachers) - {None}
         if unknown := [name for name in order if name not in there]:
-            raise ValueError(
+            raise LarkError(
                 f"selector.score.order={self.order} names {', '.join(unknown)}, of which no candidate is there to "
                 f"choose from; the teachers that are there: {', '.join(sorted(there)) or 'none'}"
             )
@@ -103,7 +104,7 @@ class RuleQuality:
 class Column:
     """A numeric column of the pool (or a statistic), such as a judge's mark; NaN where it is missing.
 
-    Raises ValueError if no candidate has it or a value is no number.
+    Raises LarkError if no candidate has it or a value is no number.
     """
 
     column: str
@@ -116,7 +117,7 @@ class Column:
         try:
             return candidates[self.column].astype(np.float64)  # None becomes NaN
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise LarkError(
                 f"selector.score.column={self.column} cannot be read as numbers ({error}); set it to a column of the "
                 "pool that holds numbers"
             ) from error
@@ -135,7 +136,7 @@ class TeacherMatched:
 
     Only for a baseline: it reads `candidates.like`. The rule's own filter acts on the donors too, so that of the
     selector's choice only those rows count that pass it.
-    Raises ValueError as a selector, if a candidate has no teacher, and if nothing of the choice passes the filter.
+    Raises LarkError as a selector, if a candidate has no teacher, and if nothing of the choice passes the filter.
     """
 
     seed: int
@@ -143,13 +144,13 @@ class TeacherMatched:
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         if candidates.like is None:
-            raise ValueError(
+            raise LarkError(
                 "the score TeacherMatched copies the teachers of a selector's choice and is no selector itself; set "
                 "baseline=teacher_matched_random and another selector"
             )
         taken_N = np.isin(candidates.row_N, candidates.like.row)
         if not taken_N.any():
-            raise ValueError(
+            raise LarkError(
                 "baseline.filter lets none of the selector's choice through, so there are no teachers to copy; set "
                 "baseline.filter to the selector's, or to null"
             )
@@ -207,7 +208,7 @@ def _by_share_of_correct(teachers: list[str | None], correct_N: np.ndarray) -> l
     ]
     checked = Counter(name for name, _ in known if name is not None)
     if not checked:
-        raise ValueError(
+        raise LarkError(
             "selector.score.order=null orders the teachers by their share of correct candidates, but of no candidate "
             "are both teacher and verdict known; name an order, as in selector.score.order=[strong,weak]"
         )
@@ -241,10 +242,10 @@ def _z(x_N: np.ndarray) -> np.ndarray:
 
 
 def _teachers(candidates: Candidates) -> Groups:
-    """The candidates by teacher. Raises ValueError if one has none."""
+    """The candidates by teacher. Raises LarkError if one has none."""
     missing = sum(teacher is None for teacher in candidates["teacher"])
     if missing:
-        raise ValueError(
+        raise LarkError(
             f"baseline=teacher_matched_random needs a teacher in every candidate, {missing} of {len(candidates)} have "
             "none; fill the pool's teacher field or set another baseline"
         )

@@ -1,0 +1,1 @@
+"""Answers: found in text and checked against the gold answer."""

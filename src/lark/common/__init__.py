@@ -1,0 +1,1 @@
+"""Files that are whole or absent, logs, ranks, signals and errors: what every layer uses."""

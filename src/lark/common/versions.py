@@ -1,0 +1,44 @@
+"""Versions that identities name: of our own formulas, raised by hand, and of the libraries that compute with them.
+
+A cache or an arm is stale when what it means has changed, never because a source file was edited.
+"""
+
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+FORMULAS = {
+    "pool": 1,  # rows as they are read, checked and normalised (lark.pool)
+    "arithmetic": 1,  # the embedded task's problems and teachers
+    "reasoning_gym": 1,  # how its problems become rows
+    "imported": 1,  # how pools of others become rows
+    "benchmarks": 1,  # how benchmarks become evaluation sets
+    "overlap": 1,  # which problems count as the same
+    "tokens": 1,  # rendering, spans and steps (lark.student.chat)
+    "verdicts": 1,  # whether an answer is right (lark.answers)
+    "forward": 1,  # hidden states, and how rows share a forward pass
+    "training": 1,  # batches, loss, optimizer, held-out loss
+    "samples": 1,  # prompts, noise and decoding
+    "metrics": 1,  # what samples and verdicts come to
+}
+"""Raise a number when the same inputs give other results. Passes carry their own (`PassModule.VERSION`)."""
+
+STUDENT_LIBRARIES = ("torch", "transformers", "peft", "tokenizers")
+CHECKING_LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy", "reasoning-gym")
+
+
+@cache
+def library_version(name: str) -> str | None:
+    """The installed version without its build (`2.13.0`, not `2.13.0+cpu`); None where the library is missing."""
+    try:
+        return metadata.version(name).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def formula_versions(*names: str, libraries: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The part of an identity that says by which formulas and libraries a result came about."""
+    return {
+        "formulas": {name: FORMULAS[name] for name in names},
+        **({"libraries": {name: library_version(name) for name in libraries}} if libraries else {}),
+    }

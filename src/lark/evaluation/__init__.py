@@ -1,0 +1,1 @@
+"""Problems, samples, verdicts, metrics."""

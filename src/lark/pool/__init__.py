@@ -1,0 +1,1 @@
+"""Pools: rows read, checked and kept."""

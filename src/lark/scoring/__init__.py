@@ -1,0 +1,1 @@
+"""Passes of the student over the pool, cached."""

@@ -1,0 +1,1 @@
+"""From statistics to the chosen rows with weights."""

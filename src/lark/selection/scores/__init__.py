@@ -1,0 +1,1 @@
+"""Scores: one number per candidate, higher = take it first."""

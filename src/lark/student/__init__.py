@@ -1,0 +1,1 @@
+"""The student: its weights, its tokens, its forward pass."""

@@ -1,0 +1,1 @@
+"""Pools that teachers are asked to write."""

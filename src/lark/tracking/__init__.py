@@ -1,0 +1,1 @@
+"""Figures for W&B or CSV files."""

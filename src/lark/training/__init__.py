@@ -1,0 +1,1 @@
+"""Weighted training of the student on a selection."""
