@@ -10,20 +10,24 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -y -o Acquire::http::Timeout=30
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check docs clean
+.PHONY: help run test test-all check docs clean
 
 help:  ## Show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 run: $(VENV)/.run  ## Compare LARK's choice with a random one on the embedded task (ARGS="baseline=rsr seed=1" for others)
 	$(BIN)/python -m lark.run $(ARGS)
 
-test: $(VENV)/.dev $(VENV)/.browser  ## Run the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(VENV)/.dev  ## Run the tests of what a change can break (8 minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-check: $(VENV)/.dev  ## Lint, format and type checks
+test-all: $(VENV)/.dev $(VENV)/.browser  ## Run the others: real processes, ranks, interruptions, a browser, wheels
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+
+check: $(VENV)/.dev  ## Lint, format, layers and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright
 
 docs: $(VENV)/.dev  ## Build the documentation into site/, which is read from the disk; a broken link fails it

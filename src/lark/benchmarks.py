@@ -300,13 +300,17 @@ def _reason(error: BaseException) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[0].partition(". ")[0].rstrip(".")
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     about = "List the benchmarks, or prepare some of them ahead of a run, from the hub or from local files."
     parser = argparse.ArgumentParser(prog="python -m lark.benchmarks", description=about)
     parser.add_argument("sets", nargs="*", metavar="NAME[@PROMPT][=FILE]", help="benchmarks to prepare")
     parser.add_argument("--cache", type=Path, default=Path("logs/cache"), help="paths.cache of the runs (logs/cache)")
     parser.add_argument("--show", action="store_true", help="print the prompt of each one's first problem")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     try:
         for item in arguments.sets:
             name, _, file = item.partition("=")

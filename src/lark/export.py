@@ -215,7 +215,7 @@ def _write_card(folder: Path, trained: dict[str, Any], arm: Path, *, merged: boo
     write_card(folder, trained, arm, merged=merged, weights=weights)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     about = __doc__.partition("\n")[0] if __doc__ else ""
     parser = argparse.ArgumentParser(prog="python -m lark.export", description=about)
     parser.add_argument("arm", type=Path, help="folder of a trained arm: <run>/selector, or logs/arms/<hash>")
@@ -223,7 +223,11 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="add the LoRA adapter to its base: one whole model")
     parser.add_argument("--dtype", choices=DTYPES, help="of the saved weights; default: the arm's, merged the base's")
     parser.add_argument("--base", help="where the base's weights are now: folder, .gguf file or hub id")
-    given = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    given = build_parser().parse_args()
     try:
         export(given.arm, given.folder, merge=given.merge, dtype=given.dtype, base=given.base)
     except (ValueError, OSError) as error:

@@ -229,7 +229,7 @@ def print_failures(comparison: "Comparison") -> None:
         print(f"failed: {further} further runs, which --page and --output name", file=sys.stderr)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     about = __doc__.splitlines()[0] if __doc__ else ""
     parser = argparse.ArgumentParser(prog="python -m lark.report", description=about)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of finished runs or multiruns")
@@ -241,7 +241,11 @@ def main() -> None:
         help="what to print; csv: the arms and, after an empty line, the differences",
     )
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the page, and plotly.min.js beside it")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     try:
         report(arguments.folders, form=arguments.format, output=arguments.output, page=arguments.page)
     except (ValueError, OSError) as error:

@@ -119,7 +119,7 @@ def _cells(teacher: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     about = (__doc__ or "").partition("\n\n")
     command = argparse.ArgumentParser(prog="python -m lark.sample", description=about[0] + " " + about[2])
     add = command.add_argument
@@ -162,7 +162,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    arguments = parser().parse_args(words)
+    arguments = build_parser().parse_args(words)
     try:
         sample(arguments)
     except (ValueError, OSError) as error:

@@ -16,6 +16,7 @@ from lark.scoring import passes
 
 PAGE = "docs/your_own_rule.md"
 COMMANDS = commands(PAGE)
+pytestmark = pytest.mark.slow
 TINY = ["task.limit=10", "task.eval_limit=2", "task.max_new_tokens=8", "sft.steps=1", "evaluation.samples=1"]
 SMALLEST = [*SMALL, *TINY, "evaluation.pass_at=[1]"]
 

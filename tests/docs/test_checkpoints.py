@@ -17,7 +17,7 @@ PAGE = "docs/checkpoints.md"
 SMALL_LORA = ["model=tiny", "model.lora={r: 4, target_modules: all-linear}", *SMALL]
 SMALL_TRL = "max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to='none', save_strategy='no', "
 
-
+pytestmark = pytest.mark.slow
 COMMANDS = [shlex.split(line)[2:] for line in commands(PAGE)]
 
 
