@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import lark.common.cache
 from lark.common.cache import (
+    build_once,
     complete,
     file_hash,
     identity_hash,
@@ -133,3 +135,32 @@ def test_complete_means_the_manifest_is_there(tmp_path):
     write_json(tmp_path / "arm.json", {})
     assert not complete(tmp_path)
     assert complete(tmp_path, "arm.json")
+
+
+@pytest.mark.parametrize("keep_partial", [False, True])
+def test_a_folder_is_built_once_and_after_a_kill_again(tmp_path, keep_partial):
+    folder, calls = tmp_path / "tasks" / "a", []
+
+    def make(place, fails=False):
+        calls.append(sorted(path.name for path in place.iterdir()))
+        (place / "half").touch()
+        if fails:
+            raise KeyboardInterrupt
+        return {"rows": 3}
+
+    with pytest.raises(KeyboardInterrupt):
+        build_once(folder, {"seed": 0}, lambda place: make(place, fails=True), keep_partial=keep_partial)
+    for _ in range(2):
+        manifest = build_once(folder, {"seed": 0}, make, keep_partial=keep_partial)
+        assert manifest == {"identity": {"seed": 0}, "rows": 3}
+    assert calls == [[], ["half"] if keep_partial else []]
+
+
+def test_a_folder_that_another_process_finished_meanwhile_is_not_built(tmp_path, monkeypatch):
+    @contextmanager
+    def finish(folder):
+        write_json(folder / "manifest.json", {"rows": 1})
+        yield
+
+    monkeypatch.setattr(lark.common.cache, "lock", finish)
+    assert build_once(tmp_path / "a", {}, lambda place: pytest.fail("it was built")) == {"rows": 1}

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,3 +145,27 @@ def writable(folder: str | Path, setting: str) -> Path:
 def complete(folder: str | Path, manifest: str = "manifest.json") -> bool:
     """Whether a folder was written to its end, that is whether its manifest, which is written last, exists."""
     return (Path(folder) / manifest).is_file()
+
+
+def build_once(
+    folder: Path,
+    identity: Mapping[str, Any],
+    make: Callable[[Path], Mapping[str, Any] | None],
+    *,
+    manifest: str = "manifest.json",
+    keep_partial: bool = False,
+) -> dict[str, Any]:
+    """Return the manifest of `folder`, which the first process to come fills by `make` while the others wait.
+
+    folder: usually named by `identity_hash(identity)`. It is complete once the manifest, written last, exists.
+    make: writes files into the folder and returns what the manifest says besides the identity.
+    keep_partial: leave what a killed process left for `make` to continue with; otherwise the folder is emptied first.
+    """
+    if not complete(folder, manifest):
+        with lock(folder):
+            if not complete(folder, manifest):  # another process may have finished it while this one waited
+                if not keep_partial:
+                    shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / manifest, {"identity": dict(identity), **(make(folder) or {})})
+    return read_json(folder / manifest)
