@@ -1,4 +1,4 @@
-"""Coverage: lazy greedy in blocks against a naive greedy that computes everything anew at each step."""
+"""Coverage: lazy greedy in blocks against a naive greedy that computes everything again at each step."""
 
 import tracemalloc
 
@@ -12,10 +12,8 @@ from lark.scoring.passes import MeanHidden
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
 from lark.selection.scores import coverage
-from lark.selection.scores.coverage import METHODS, Coverage
+from lark.selection.scores.coverage import Coverage
 from lark.selection.selection import Rule, select
-
-GRID = 2**19
 
 
 def candidates(problem_id, vectors, order=None) -> Candidates:
@@ -32,20 +30,17 @@ def candidates(problem_id, vectors, order=None) -> Candidates:
     )
 
 
-def naive(rows: Candidates, score: Coverage, distance, *, farthest) -> list[int]:
-    """Greedy by its definition: at each step the value of every candidate anew. `farthest` is the distance of opposite
-    vectors.
-    """
+def naive(rows: Candidates, score: Coverage) -> list[int]:
+    """Greedy by its definition: at each step the gain of every candidate computed again."""
     ties = tie_hash(score.seed, rows["problem_id"], rows["candidate_id"]).tolist()
     draws = unit_hash(score.seed, rows["problem_id"], rows["candidate_id"], salt="coverage")
     reference = sorted(range(len(rows)), key=draws.__getitem__)[: score.reference]
+    similarity = cosine(rows)
 
-    def value(row):
-        if score.method == "k_center":
-            return min((distance[row][other] for other in order), default=0)
-        nearest = [min([farthest, *(distance[j][other] for other in order)]) for j in reference]
-        gain = sum(max(0, near - distance[j][row]) for near, j in zip(nearest, reference, strict=True))
-        return round(gain, 9)  # of floats: rows that would cover each other are equally good
+    def gain(row):
+        nearest = [max([-1.0, *(similarity[j][other] for other in order)]) for j in reference]
+        total = sum(max(0, similarity[j][row] - near) for near, j in zip(nearest, reference, strict=True))
+        return round(total, 9)  # rows that would cover each other are equally good
 
     order: list[int] = []
     allowed = score.budget
@@ -54,24 +49,16 @@ def naive(rows: Candidates, score: Coverage, distance, *, farthest) -> list[int]
         taken = [rows["problem_id"][row] for row in order]
         open_rows = [row for row in left if taken.count(rows["problem_id"][row]) < allowed]
         if open_rows:
-            order.append(min(open_rows, key=lambda row: (-value(row), ties[row])))
+            order.append(min(open_rows, key=lambda row: (-gain(row), ties[row])))
         else:
             allowed += score.budget
     return order
 
 
-def exact(rows: Candidates) -> list[list[int]]:
-    """|u - v|^2 between unit vectors rounded to multiples of 2^-19, as plain integers in units of 2^-38."""
-    vectors = [vector.astype(np.float64) for vector in rows.of(MeanHidden())["vector"]]
-    units = [[round(float(x)) for x in v / np.linalg.norm(v) * GRID] for v in vectors]
-    return [[sum((x - y) ** 2 for x, y in zip(u, v, strict=True)) for v in units] for u in units]
-
-
 def cosine(rows: Candidates) -> np.ndarray:
-    """2 (1 - cos(u, v)) in float64."""
     vectors = np.stack(list(rows.of(MeanHidden())["vector"])).astype(np.float64)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return 2 - 2 * unit @ unit.T
+    return unit @ unit.T
 
 
 def order_of(score_N: np.ndarray) -> list[int]:
@@ -90,7 +77,6 @@ pools = st.integers(1, 3).flatmap(
 )
 rules = st.builds(
     Coverage,
-    method=st.sampled_from(METHODS),
     budget=st.integers(1, 3),
     reference=st.sampled_from([None, 1, 3, 8]),
     seed=st.integers(0, 3),
@@ -103,39 +89,35 @@ def test_equals_a_naive_greedy_with_ties_and_in_any_order(pool, score):
     problem_id, vectors = zip(*pool, strict=True)
     rows = candidates(problem_id, vectors)
     score_N = score(rows)
-    assert order_of(score_N) == naive(rows, score, exact(rows), farthest=4 * GRID**2)
+    assert order_of(score_N) == naive(rows, score)
     order = np.random.default_rng(0).permutation(len(rows))
     assert score(candidates(problem_id, vectors, order)).tolist() == score_N[order].tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("block", [1, 7, 256])
-def test_equals_a_naive_greedy_on_cosines_whatever_the_block(method, block, monkeypatch):
+def test_equals_a_naive_greedy_on_cosines_whatever_the_block(block, monkeypatch):
     monkeypatch.setattr(coverage, "BLOCK", block)
     rng = np.random.default_rng(1)
     centres = rng.normal(size=(12, 5))
     problem = np.repeat(np.arange(12), 5)
     rows = candidates(problem.astype(str).tolist(), centres[problem] + 0.5 * rng.normal(size=(60, 5)))
-    score = Coverage(method=method, budget=2, reference=20, seed=0)
-    assert order_of(score(rows)) == naive(rows, score, cosine(rows), farthest=4.0)
+    score = Coverage(budget=2, reference=20, seed=0)
+    assert order_of(score(rows)) == naive(rows, score)
 
 
-def test_facility_location_takes_the_hub_and_k_center_the_outlier():
+def test_it_takes_the_hub_and_then_what_nothing_is_near_to():
     angles = np.radians([0, 10, 20, 30, 40, 170])
     rows = candidates(list("abcdef"), np.stack([np.cos(angles), np.sin(angles)], 1))
     hub = order_of(Coverage(budget=1, seed=0)(rows))
     assert hub[0] == 3, "the largest sum of cosines: 30 degrees is nearest to the vectors' sum"
     assert hub[1] == 5, "then the one that nothing is near to"
-    outliers = order_of(Coverage(method="k_center", budget=1, seed=0)(rows))
-    assert 5 in outliers[:2] and abs(angles[outliers[0]] - angles[outliers[1]]) > np.radians(125)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_first_round_takes_the_budget_of_every_problem_and_any_count_works(method):
+def test_the_first_round_takes_the_budget_of_every_problem_and_any_count_works():
     rng = np.random.default_rng(0)
     problem_id = [str(i) for i in rng.integers(0, 15, 80)]
     rows = candidates(problem_id, rng.normal(size=(80, 4)))
-    score = Coverage(method=method, budget=2, reference=30, seed=0)
+    score = Coverage(budget=2, reference=30, seed=0)
     order = order_of(score(rows))
     sizes = {problem: problem_id.count(problem) for problem in set(problem_id)}
     done = 0
@@ -151,11 +133,10 @@ def test_the_first_round_takes_the_budget_of_every_problem_and_any_count_works(m
         assert len(chosen.row) == sum(min(size, budget) for size in sizes.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_rows_without_a_direction_get_no_score_and_change_no_other(method):
+def test_rows_without_a_direction_get_no_score_and_change_no_other():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(12, 3))
-    score = Coverage(method=method, budget=1, reference=5, seed=0)
+    score = Coverage(budget=1, reference=5, seed=0)
     expected = score(candidates(list("abcd") * 3, vectors))
     broken = np.concatenate([vectors, [[0, 0, 0], [np.nan, 1, 0], [np.inf, 1, 0]]])
     score_N = score(candidates([*"abcd"] * 3 + ["a", "b", "e"], broken))
@@ -169,17 +150,17 @@ def test_the_seed_draws_another_reference():
     assert len(orders) > 1
 
 
-def test_memory_beside_the_vectors_is_that_of_the_unit_vectors():
+def test_memory_beside_the_vectors_is_bounded():
     vectors = np.random.default_rng(0).normal(size=(2000, 1024)).astype(np.float32)
     rows = candidates([str(i) for i in range(2000)], vectors)
     tracemalloc.start()
     Coverage(budget=1, reference=10, seed=0)(rows)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2 * vectors.nbytes
+    assert peak < vectors.nbytes
 
 
-@pytest.mark.parametrize("wrong", [{"method": "k_means"}, {"budget": 0}, {"reference": 0}])
+@pytest.mark.parametrize("wrong", [{"budget": 0}, {"reference": 0}])
 def test_coverage_says_which_setting_is_wrong(wrong):
     with pytest.raises(ValueError, match=rf"selector\.score\.{next(iter(wrong))}="):
         Coverage(**{"budget": 2, "seed": 0} | wrong)

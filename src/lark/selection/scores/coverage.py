@@ -1,19 +1,14 @@
 """Coverage: trajectories in the greedy order in which they represent the whole pool, by the student's hidden states.
 
-Both methods' values only fall as rows are chosen, so lazy greedy (Minoux 1978) keeps earlier ones as upper bounds and
-computes anew only what is at the top.
+A row's gain only falls as rows are chosen, so lazy greedy (Minoux 1978) keeps earlier gains as upper bounds and
+computes again only what is at the top. Gains are rounded to 9 decimals, so that rows which would cover each other are tied in
+whatever order and block they are computed, and fall by the tie hash.
 
-Numerics: the cosine distance 1 - cos(u, v) = |u - v|^2 / 2 is taken between unit vectors rounded to multiples of 2^-19.
-Distances are then exact in float64, as are sums of up to 4,096 of them: a value depends on no order, block or BLAS, and
-what is tied (as two rows that would cover each other are) is exactly tied.
-
-Shapes: N candidates, D hidden size, M reference rows, B rows computed together, C recently chosen rows (both at most
-BLOCK).
+Shapes: N candidates, D hidden size, M reference rows, B rows computed together (at most BLOCK).
 """
 
 import heapq
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -22,42 +17,35 @@ from lark.common.groups import tie_hash, unit_hash
 from lark.scoring.passes import MeanHidden
 from lark.selection.candidates import Candidates
 
-METHODS = ("facility_location", "k_center")
-BLOCK = 256  # rows computed together
-GRID = 2**19
+BLOCK = 256
+"""Rows whose gains are computed together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Minus the position at which greedy takes a candidate, at most `budget` of a problem in each round: when every
-    problem has given its budget, the next round allows `budget` more. So each candidate has a position, the first
-    round's come first, and ties between equal values fall by the seeded tie hash.
+    """Minus the position at which greedy facility location takes a candidate (the diversity term of Superfiltering,
+    arXiv 2402.00530).
 
-    facility_location: the next one raises most the sum, over `reference` rows drawn by seeded hash (null: all), of
-        the cosine similarity to the most similar row chosen so far (-1 before the first): the diversity term of
-        Superfiltering (arXiv 2402.00530).
-    k_center: the next one is farthest, in cosine distance, from the nearest row chosen so far (farthest-point
-        traversal, Gonzalez 1985; arXiv 1708.00489); the first is the tie hash's. It looks at the whole pool.
+    The next one raises most the sum, over `reference` rows drawn by seeded hash, of the cosine similarity to the most
+    similar row chosen so far (-1 before the first). A problem gives at most `budget` rows in each round: when every
+    problem has given its budget, the next round allows `budget` more. So each candidate has a position, and ties
+    between equal gains fall by the seeded tie hash. The vectors are the student's own mean hidden states (`MeanHidden`). NaN
+    (never) where one is zero or not finite.
 
-    The vectors are the student's own mean hidden states (`MeanHidden`); there is no other encoder to set. NaN (never)
-    where one is zero or not finite.
-    Time: facility_location takes N M D multiplications for its first bounds and about 15 times as many in all,
-    k_center N^2 D. On one core, with the default reference: 20,000 candidates of 64 dimensions 11 s and 4 s, of 1,024
-    dimensions 2 min and 47 s; 165,000 of 64 dimensions 2 min by facility_location.
-    Memory: beside the vectors 4 N D bytes of unit vectors (float32), 8 M D of the reference (float64; its default
-    bounds it, null does not), and O(N + B (M + D)).
+    Time: N M D multiplications for the first bounds and about 15 times as many in all. On one core, with the default
+    reference: 20,000 candidates of 64 dimensions 11 s, of 1,024 dimensions 2 min; 165,000 of 64 dimensions 2 min.
+    Memory: beside the vectors 8 M D bytes of the reference and O(N + B (M + D)).
     """
 
-    method: str = "facility_location"
     budget: int
+    """Rows of a problem in each round."""
     reference: int | None = 4096
+    """Rows that are to be covered; null: the whole pool, whose memory is then not bounded."""
     seed: int
 
     needs = (MeanHidden(),)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise LarkError(f"selector.score.method={self.method!r} is unknown; set it to {' or '.join(METHODS)}")
         if self.budget < 1:
             raise LarkError(f"selector.score.budget={self.budget} takes nothing of a problem; set it to at least 1")
         if self.reference is not None and self.reference < 1:
@@ -68,118 +56,51 @@ class Coverage:
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         vectors = candidates.of(MeanHidden())["vector"]
-        norm_N = np.fromiter(map(_norm, vectors), np.float64, len(vectors))
+        norm_N = np.fromiter((np.linalg.norm(v_D.astype(np.float64)) for v_D in vectors), np.float64, len(vectors))
         rows = np.flatnonzero(np.isfinite(norm_N) & (norm_N > 0))
-        ids = (candidates["problem_id"][rows], candidates["candidate_id"][rows])
-        points = _Points.of(_units(vectors[rows], norm_N[rows]))
-        objective: Objective
-        if self.method == "k_center":
-            objective = _KCenter(points)
-        else:
-            drawn = np.argsort(unit_hash(self.seed, *ids, salt="coverage"), kind="stable")[: self.reference]
-            objective = _FacilityLocation(points, points.at(drawn))
-        order = lazy_greedy(objective, candidates.groups.index_N[rows], tie_hash(self.seed, *ids), self.budget)
         score_N = np.full(len(candidates), np.nan)
-        score_N[rows[order]] = -np.arange(len(rows), dtype=np.float64)
+        if len(rows):
+            ids = (candidates["problem_id"][rows], candidates["candidate_id"][rows])
+            drawn = np.argsort(unit_hash(self.seed, *ids, salt="coverage"), kind="stable")[: self.reference]
+            objective = FacilityLocation(vectors[rows], norm_N[rows], drawn)
+            order = order_greedily(objective, candidates.groups.index_N[rows], tie_hash(self.seed, *ids), self.budget)
+            score_N[rows[order]] = -np.arange(len(rows), dtype=np.float64)
         return score_N
 
 
-def _norm(vector_D: np.ndarray) -> float:
-    return float(np.linalg.norm(vector_D.astype(np.float64)))
+class FacilityLocation:
+    """Knows how similar each reference row is to the most similar chosen row, and what a further row would add."""
 
+    def __init__(self, vectors: np.ndarray, norm_N: np.ndarray, reference: np.ndarray):
+        self.vectors, self.norm_N = vectors, norm_N
+        self.reference_MD = self._normalise(reference)
+        self.best_M = np.full(len(reference), -1.0)
 
-def _units(vectors: np.ndarray, norm_N: np.ndarray) -> np.ndarray:
-    """Unit vectors [N, D] in multiples of 1 / GRID (float32 holds these exactly), from an array a row."""
-    unit_ND = np.empty((len(vectors), len(vectors[0]) if len(vectors) else 1), np.float32)
-    for i, (vector_D, norm) in enumerate(zip(vectors, norm_N.tolist(), strict=True)):
-        unit_ND[i] = np.round(vector_D.astype(np.float64) / norm * GRID) / GRID
-    return unit_ND
+    def _normalise(self, rows: np.ndarray) -> np.ndarray:
+        """Return the unit vectors of B rows, float64 [B, D]; `vectors` holds an array a row."""
+        return np.stack(list(self.vectors[rows])).astype(np.float64) / self.norm_N[rows, None]
 
-
-@dataclass(frozen=True, eq=False)
-class _Points:
-    """Unit vectors [N, D], and half their squared norms [N] (1/2 but for the rounding)."""
-
-    unit_ND: np.ndarray
-    half_N: np.ndarray
-
-    @classmethod
-    def of(cls, unit_ND: np.ndarray) -> "_Points":
-        return cls(unit_ND, np.einsum("nd,nd->n", unit_ND, unit_ND, dtype=np.float64) / 2)
-
-    def at(self, rows: np.ndarray) -> "_Points":
-        return _Points(self.unit_ND[rows].astype(np.float64), self.half_N[rows])
-
-    def distances(self, other: "_Points") -> np.ndarray:
-        """|u - v|^2 / 2 = 1 - cos(u, v) for each of these [B] and those [M], float64 [B, M]."""
-        product_BM = self.unit_ND @ other.unit_ND.T
-        np.subtract(self.half_N[:, None], product_BM, out=product_BM)
-        product_BM += other.half_N
-        return product_BM
-
-
-class Objective(Protocol):
-    """What greedy maximises. A row's value never rises while rows are added, and is never below 0."""
-
-    def values(self, rows: np.ndarray) -> np.ndarray:
-        """What each of B rows is worth after those added so far, float64 [B]."""
-        ...
-
-    def add(self, row: int) -> None: ...
-
-
-class _FacilityLocation:
-    """A row's value: by how much it lowers the sum, over the reference, of the distance to the nearest chosen row."""
-
-    def __init__(self, points: _Points, reference: _Points):
-        self.points, self.reference = points, reference
-        self.nearest_M = np.full(len(reference.half_N), 2.0)
-
-    def values(self, rows: np.ndarray) -> np.ndarray:
-        gain_BM = self.points.at(rows).distances(self.reference)
-        np.subtract(self.nearest_M, gain_BM, out=gain_BM)
-        return np.maximum(gain_BM, 0.0, out=gain_BM).sum(1)
+    def compute_gains(self, rows: np.ndarray) -> np.ndarray:
+        """Return by how much each of B rows raises the sum of similarities, float64 [B]; never rises, never below 0."""
+        gain_BM = self._normalise(rows) @ self.reference_MD.T
+        gain_BM -= self.best_M
+        return np.maximum(gain_BM, 0.0, out=gain_BM).sum(1).round(9)
 
     def add(self, row: int) -> None:
-        distance_1M = self.points.at(np.array([row])).distances(self.reference)
-        np.minimum(self.nearest_M, distance_1M[0], out=self.nearest_M)
+        """Choose a row."""
+        np.maximum(self.best_M, self.reference_MD @ self._normalise(np.array([row]))[0], out=self.best_M)
 
 
-class _KCenter:
-    """A row's value: its distance to the nearest chosen row, infinite before the first.
+def order_greedily(objective: FacilityLocation, group_N: np.ndarray, tie_N: np.ndarray, budget: int) -> np.ndarray:
+    """Return all rows [N] in the order greedy takes them: the largest gain first, then the smallest tie hash.
 
-    `nearest_N` holds the distances to all chosen rows but the `recent` ones, of which there are at most BLOCK.
+    In round r no group gives more than r * `budget` rows in all.
     """
-
-    def __init__(self, points: _Points):
-        self.points = points
-        self.nearest_N = np.full(len(points.half_N), np.inf)
-        self.recent: list[int] = []
-
-    def values(self, rows: np.ndarray) -> np.ndarray:
-        distance_BC = self.points.at(rows).distances(self.points.at(np.array(self.recent, np.int64)))
-        return np.minimum(self.nearest_N[rows], distance_BC.min(1, initial=np.inf))
-
-    def add(self, row: int) -> None:
-        self.recent.append(row)
-        if len(self.recent) == BLOCK:
-            for rows in _blocks(len(self.nearest_N)):
-                self.nearest_N[rows] = self.values(rows)
-            self.recent = []
-
-
-def _blocks(rows: int) -> list[np.ndarray]:
-    return [np.arange(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
-
-
-def lazy_greedy(objective: Objective, group_N: np.ndarray, tie_N: np.ndarray, budget: int) -> np.ndarray:
-    """All rows [N] in the order greedy takes them: the largest value first, then the smallest tie hash; in round r no
-    group gives more than r * `budget` rows in all.
-    """
-    values = [value for rows in _blocks(len(group_N)) for value in objective.values(rows).tolist()]
-    ties = tie_N.tolist()
-    waiting = [(-value, tie, row) for row, (value, tie) in enumerate(zip(values, ties, strict=True))]
-    computed_at = np.zeros(len(group_N), np.int64)  # how many rows were chosen when a row's value was computed
+    rows_N, ties = np.arange(len(group_N)), tie_N.tolist()
+    blocks = [rows_N[start : start + BLOCK] for start in range(0, len(rows_N), BLOCK)]
+    gains = [gain for rows in blocks for gain in objective.compute_gains(rows).tolist()]
+    waiting = [(-gain, tie, row) for row, (gain, tie) in enumerate(zip(gains, ties, strict=True))]
+    computed_at = np.zeros(len(group_N), np.int64)  # how many rows were chosen when a row's gain was computed
     taken_G = np.zeros(int(group_N.max(initial=-1)) + 1, np.int64)
     order: list[int] = []
     allowed = 0
@@ -188,6 +109,7 @@ def lazy_greedy(objective: Objective, group_N: np.ndarray, tie_N: np.ndarray, bu
         heap, waiting, width = waiting, [], 1
         heapq.heapify(heap)
         while heap:
+            # Pop stale bounds, a block that doubles as long as none of them turns out to be the largest gain.
             stale: list[int] = []
             while heap and len(stale) < width:
                 entry = heapq.heappop(heap)
@@ -196,7 +118,7 @@ def lazy_greedy(objective: Objective, group_N: np.ndarray, tie_N: np.ndarray, bu
                     waiting.append(entry)
                 elif entry[0] < 0 and computed_at[row] < len(order):
                     stale.append(row)
-                elif stale:  # its value is known, but one of the stale rows may be worth more
+                elif stale:  # its gain is known, but one of the stale rows may be worth more
                     heapq.heappush(heap, entry)
                     break
                 else:
@@ -207,7 +129,7 @@ def lazy_greedy(objective: Objective, group_N: np.ndarray, tie_N: np.ndarray, bu
             if stale:
                 rows = np.array(stale)
                 computed_at[rows] = len(order)
-                for value, row in zip(objective.values(rows).tolist(), stale, strict=True):
-                    heapq.heappush(heap, (-value, ties[row], row))
+                for gain, row in zip(objective.compute_gains(rows).tolist(), stale, strict=True):
+                    heapq.heappush(heap, (-gain, ties[row], row))
                 width = min(2 * width, BLOCK)
     return np.array(order, np.int64)

@@ -21,7 +21,6 @@ CHECKING, EXPLORING, CONNECTING = ("check", "verify"), ("perhaps", "might"), ("t
 """The words that `RuleQuality` counts."""
 
 BLOCK_ROWS = 1000  # trajectories in memory at a time
-DONORS = 16  # problems whose teachers TeacherMatched copies to one problem, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +129,8 @@ class TeacherMatched:
     It takes the selector's teachers in the selector's shares and nothing else of its choice, which tells whether a rule
     does more than pick a teacher. A donor is drawn for each problem, uniformly among the other problems in which the
     selector took something; first come candidates of the donor's teachers, as many of each as were taken there (fewer
-    if the problem has fewer), which ones and in which order at random. Then comes what a second donor adds, and so on;
-    what `DONORS` donors leave over ends in random order. Every draw is a hash of `seed` and the ids, so the order of
-    the rows does not matter.
+    if the problem has fewer), then all others; which ones and in which order at random. Every draw is a hash of `seed`
+    and the ids, so the order of the rows does not matter.
 
     Only for a baseline: it reads `candidates.like`. The rule's own filter acts on the donors too, so that of the
     selector's choice only those rows count that pass it.
@@ -155,32 +153,25 @@ class TeacherMatched:
                 "baseline.filter to the selector's, or to null"
             )
         ids = candidates["problem_id"], candidates["candidate_id"]
-        return unit_hash(self.seed, *ids, salt="teacher_matched order") - self._donors(candidates, taken_N)
+        order_N = unit_hash(self.seed, *ids, salt="teacher_matched order")
+        return order_N + self._is_of_donor(candidates, taken_N)
 
-    def _donors(self, candidates: Candidates, taken_N: np.ndarray) -> np.ndarray:
-        """The number of the donor that each candidate comes in with, 0 for the first; `DONORS` for none, int64 [N]."""
+    def _is_of_donor(self, candidates: Candidates, taken_N: np.ndarray) -> np.ndarray:
+        """Return which candidates come first, bool [N]: a random few of each teacher of the problem's donor."""
         groups, teachers = candidates.groups, _teachers(candidates)
-        key_Q, pair_N = np.unique(groups.index_N * teachers.count + teachers.index_N, return_inverse=True)
-        taken_Q = np.bincount(pair_N[taken_N], minlength=key_Q.size)
-        given_Q = np.zeros_like(taken_Q)
-        place_N = self._places(candidates, Groups(pair_N, key_Q.size))
+        pair_N = groups.index_N * teachers.count + teachers.index_N  # of a problem and a teacher
+        taken = np.bincount(pair_N[taken_N], minlength=groups.count * teachers.count)
         id_G = np.empty(groups.count, object)
         id_G[groups.index_N] = candidates["problem_id"]
         givers = np.flatnonzero(groups.sum(taken_N))
         givers = givers[np.argsort(id_G[givers])]  # so that a draw means the same in every order of the rows
-        donor_N = np.full(len(candidates), DONORS)
-        for number in range(DONORS):
-            unit_G = unit_hash(self.seed, id_G, np.full(groups.count, number), salt="teacher_matched donor")
-            wanted_N = groups.spread(_others(givers, unit_G)) * teachers.count + teachers.index_N
-            found_N = np.minimum(np.searchsorted(key_Q, wanted_N), key_Q.size - 1)
-            adds_N = np.where(key_Q[found_N] == wanted_N, taken_Q[found_N], 0)
-            new_N = (place_N >= given_Q[pair_N]) & (place_N < given_Q[pair_N] + adds_N)
-            donor_N[new_N] = number
-            given_Q += np.bincount(pair_N[new_N], minlength=key_Q.size)
-        return donor_N
+        unit_G = unit_hash(self.seed, id_G, np.zeros(groups.count, np.int64), salt="teacher_matched donor")
+        donor_N = groups.spread(_others(givers, unit_G))
+        wanted_N = np.where(donor_N < 0, 0, taken[donor_N * teachers.count + teachers.index_N])
+        return self._places(candidates, Groups.from_ids(pair_N)) < wanted_N
 
     def _places(self, candidates: Candidates, pairs: Groups) -> np.ndarray:
-        """A random order, from 0, of the candidates that a problem has from one teacher, [N]."""
+        """Return a random order, from 0, of the candidates that a problem has from one teacher, [N]."""
         ids = candidates["problem_id"], candidates["candidate_id"]
         unit_N = unit_hash(self.seed, *ids, salt="teacher_matched place")
         ranking = pairs.rank(unit_N, np.zeros_like(unit_N), np.ones(unit_N.shape, bool))
