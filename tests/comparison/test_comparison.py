@@ -64,7 +64,7 @@ def test_figures_of_an_arm_are_means_over_seeds() -> None:
     assert (lark.trajectories, lark.tokens, lark.effective_sample_size) == (101, 2000, 51)
     assert (lark.held_out_loss, lark.mean_loss) == (2.0, 3.5)  # curves of mean 3, 3.5 and 4
     assert (lark.forward_tokens, lark.backward_tokens, lark.seconds) == (16, 32, 2)
-    assert lark.lr == (1e-4, 3e-4) and group.rates_differ
+    assert lark.lr == (1e-4, 3e-4)
     assert lark.metrics["eval"] == pytest.approx({"avg@4": 0.375, "pass@4": 0.475, "stop": 0.9, "boxed": 0.9})
     untrained = arms_of(group)[UNTRAINED]
     assert not untrained.trained and untrained.trajectories == 0 and untrained.lr == ()
@@ -89,18 +89,6 @@ def test_the_area_under_the_curve_by_hand() -> None:
     assert curve_mean(gap) == curve_mean(curve)
     for too_short in ([], [{}], curve[:1], [{"step": 1}, {"step": 2}]):
         assert math.isnan(curve_mean(too_short))
-
-
-@pytest.mark.parametrize(
-    ("rates", "setting", "differ"),
-    [((1e-4, 1e-4), 1e-4, False), ((1e-4, 3e-4), 1e-4, True), ((3e-4, 3e-4), 1e-4, True), ((None, None), 1e-4, False)],
-)
-def test_rates_are_shown_where_they_differ_or_a_sweep_chose_them(rates, setting, differ) -> None:
-    selector, baseline = (
-        arm("lark", "a", accuracies([1.0]), lr=rates[0]),
-        arm("rsr", "b", accuracies([0.0]), lr=rates[1]),
-    )
-    assert group_of(run(selector=selector, baseline=baseline, settings={"sft.lr": setting})).rates_differ == differ
 
 
 def test_unmatched_baselines_are_marked() -> None:

@@ -10,7 +10,7 @@ from page_folders import HOSTILE, RULES, small_sweep
 
 from lark.page import arm_plots, diagnostic_plots, pool_plots
 from lark.page.contents import gather
-from lark.page.plots import DASHES, Look, Plot, clipped, looks_of, plain
+from lark.page.plots import Plot, looks_of, plain
 from lark.report import read_summaries
 
 
@@ -45,17 +45,6 @@ def every(group, looks) -> list[Plot]:
         *diagnostic_plots.correlations(diagnosis),
         diagnostic_plots.bins(diagnosis),
     ]
-
-
-def test_each_says_how_to_read_it_and_its_figures_in_words(group, looks):
-    plots = every(group, looks)
-    assert len({plot.key for plot in plots}) == len(plots)
-    for plot in plots:
-        assert plot.figure is not None
-        assert plot.sentence.endswith(".") and len(plot.sentence) > 60
-        assert any(rule in plot.words for rule in RULES) or "bin" in plot.words
-        assert "template" not in plot.figure["layout"]
-        assert "title" not in plot.figure["layout"]  # the page's headings are the titles
 
 
 def test_differences_are_the_tables(group):
@@ -203,13 +192,6 @@ def test_names_are_no_markup(name):
     shown = plain(name)
     assert "<" not in shown and ">" not in shown
     assert html.unescape(shown) == " ".join(name.split())
-
-
-def test_looks_differ_for_forty_labels():
-    looks = looks_of([str(i) for i in range(40)])
-    assert len({(look.colour, look.dash) for look in looks.values()}) == 40
-    assert Look(number=0).dash == DASHES[0]
-    assert len(clipped("x" * 99, 10)) == 10
 
 
 def test_no_figure_holds_what_json_does_not_know(group, looks):

@@ -91,8 +91,6 @@ class Group:
     """The metrics shown, by evaluation set; the first is the one whose differences are taken."""
     arms: tuple[PooledArm, ...]
     differences: tuple[Difference, ...]
-    rates_differ: bool
-    """Whether learning rates differ between arms or were chosen by a sweep."""
     notes: tuple[str, ...]
 
 
@@ -170,19 +168,8 @@ def _group(task: str, model: str, runs: Sequence[Summary]) -> Group:
             ],
             sets=list(sets),
         ),
-        rates_differ=_rates_differ(runs),
         notes=labelled.notes,
     )
-
-
-def _rates_differ(runs: Sequence[Summary]) -> bool:
-    rates = [
-        (arm["lr"], run["settings"].get("sft.lr", arm["lr"]))
-        for run in runs
-        for arm in run["arms"].values()
-        if arm["lr"] is not None
-    ]
-    return len({rate for rate, _ in rates}) > 1 or any(rate != setting for rate, setting in rates)
 
 
 def curve_mean(curve: Sequence[Summary]) -> float:

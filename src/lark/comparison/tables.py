@@ -122,8 +122,6 @@ def _arms(group: "Group") -> Sheet:
         {header: column(key, "{:,.0f}") for header, key in sizes.items()},
         {header: column(key, "{:.3f}", of_untrained=True) for header, key in losses.items()},
     ]
-    if group.rates_differ:
-        blocks.append({"lr": [", ".join(f"{rate:g}" for rate in arm.lr) for arm in group.arms]})
     cost = {"forward\ntokens": column("forward_tokens", "{:,.0f}")}
     if any(arm.backward_tokens > 0 for arm in group.arms):
         cost["backward\ntokens"] = column("backward_tokens", "{:,.0f}")
