@@ -105,7 +105,7 @@ def train_ours(data: TrajectoryDataModule, steps: int, folder: Path, profile: An
     module = SFTModule(student=data.student, recipe=data.recipe, steps=steps, seed=data.seed, folder=folder)
     following = Follow(profile)
     trainer = make_trainer(max_steps=steps, callbacks=[following], num_sanity_val_steps=0, log_every_n_steps=1)
-    trainer.fit(module, datamodule=data.use("selector"))
+    trainer.fit(module, datamodule=data.set_active_arm("selector"))
     return module.student_model, following.clock
 
 

@@ -48,7 +48,7 @@ def test_documents_train_our_spans(opened):
 
 def test_the_same_rows_in_our_order(opened):
     data, batches = opened
-    steps = [data.use("selector").step(number) for number in range(STEPS)]
+    steps = [data.set_active_arm("selector").step(number) for number in range(STEPS)]
     for rows, step in zip(batches, steps, strict=True):
         assert sorted(rows) == sorted(step.rows)
 

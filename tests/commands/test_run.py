@@ -300,15 +300,6 @@ def test_two_rules_that_choose_alike_are_one_arm(first: Done, logs: Path) -> Non
     assert arms["selector"]["metrics"] == arms["baseline"]["metrics"] and "avg@3" in arms["selector"]["metrics"]["eval"]
 
 
-def test_a_rate_that_diverges_is_not_chosen_and_not_tried_again(logs: Path) -> None:
-    words = ["baseline=none", "stop_after=training", "selector=shortest"]
-    done = small(logs, "diverging", *words, "sft.lr_sweep=[2e-4,1e30]")
-    assert done.code == 0, done.err
-    assert "1e+30 diverged" in done.out and "0.0002 of held-out losses" in done.out
-    assert "diverged (" not in small(logs, "diverging-again", *words, "sft.lr_sweep=[2e-4,1e30]").out
-    assert_sentence(small(logs, "all", *words, "sft.lr_sweep=[1e30]"), "sft.lr_sweep=[1e+30]", "lower ones")
-
-
 def test_a_baseline_with_as_many_tokens(first: Done, logs: Path) -> None:
     words = ["baseline=longest", "stop_after=selection"]
     tokens = {}
@@ -323,70 +314,6 @@ def test_a_baseline_with_as_many_tokens(first: Done, logs: Path) -> None:
     assert records["baseline"]["policy"]["tokens_minus_selector"] == difference
     assert f"{difference:+,} tokens against the selector" in done.out or difference == 0
     assert records["baseline"]["matched"] is True
-
-
-def test_the_learning_rate_of_each_arm_is_chosen_by_held_out_loss(first: Done, logs: Path) -> None:
-    rates = [1e-5, 3e-4, 1e-2]
-    done = small(logs, "rates", f"sft.lr_sweep={rates}")
-    assert done.code == 0, done.err
-    trained = summary(done.folder)["arms"]
-    for name in ROLES:
-        (line,) = (line for line in done.out.splitlines() if line.startswith(f"rate        {name} "))
-        losses = dict(pair.split() for pair in line.partition("held-out losses ")[2].split(", "))
-        assert [float(rate) for rate in losses] == rates
-        best = min(losses, key=lambda rate: float(losses[rate]))
-        assert trained[name]["lr"] == float(best) and f"): {best} of" in line
-        assert trained[name]["held_out_loss"] == pytest.approx(float(losses[best]), abs=1e-4)
-        alone = small(logs, f"rate-{name}", f"sft.lr={best}")  # the very arm that a run with this rate trains
-        assert summary(alone.folder)["arms"][name]["hash"] == trained[name]["hash"]
-        assert actions(alone.folder)[name] == "reuse"
-    assert set(actions(small(logs, "rates-again", f"sft.lr_sweep={rates}").folder).values()) == {"reuse"}
-
-
-def test_an_arm_that_chooses_anew(first: Done, logs: Path) -> None:
-    words = ["selector.refresh=2", "baseline=likelihood", "baseline.refresh=1"]
-    done = small(logs, "refresh", *words)
-    assert done.code == 0, done.err
-    lines = [line for line in done.out.splitlines() if line.startswith("refresh ")]
-    assert [" ".join(line.split()[:5]) for line in lines] == [
-        "refresh selector chooses anew every",
-        "refresh baseline chooses anew every",
-        "refresh selector at step 2:",
-        "refresh baseline at step 1:",
-        "refresh baseline at step 2:",
-    ]
-    arms, once = summary(done.folder)["arms"], summary(first.folder)["arms"]["selector"]
-    assert arms["selector"]["hash"] != once["hash"] and arms["selector"]["tokens"] == once["tokens"]
-    assert arms["selector"]["cost"]["forward_tokens"] == 2 * once["cost"]["forward_tokens"] > 0
-    assert arms["baseline"]["cost"]["forward_tokens"] == 3 * once["cost"]["forward_tokens"]
-    assert [one["step"] for one in arms["baseline"]["refreshes"]] == [1, 2]
-    assert "refreshes" not in once
-    for name, step in (("selector", 2), ("baseline", 1)):
-        later = done.folder / name / "refreshed" / str(step)
-        assert len((later / "selection.jsonl").read_text().splitlines()) == arms[name]["trajectories"]
-        assert json.loads((later / "selection.json").read_text())["refresh"]["step"] == step
-    again = small(logs, "refresh-again", *words)
-    assert set(actions(again.folder).values()) == {"reuse"}
-    assert figures(again.folder) == figures(done.folder)
-    never = small(logs, "refresh-never", "selector.refresh=3")
-    assert "selector.refresh=3 is never reached in 3 optimizer steps" in never.out
-    assert summary(never.folder)["arms"]["selector"]["hash"] == once["hash"]
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["selector.refresh=0"], ["selector.refresh=0", "set it to 1 or more"]),
-        (["selector.refresh=x"], ["selector.refresh=x", "a whole number or null"]),
-        (["selector=longest", "selector.refresh=2"], ["selector.refresh=2", "longest asks no student"]),
-        (["baseline.refresh=2"], ["baseline.refresh=2", "random asks no student", "set baseline.refresh=null"]),
-        (["selector=grad_match", "selector.refresh=2"], ["selector.refresh=2", "warm-up arm"]),
-        (["selector.refresh=2", "probe.race=true"], ["selector.refresh=2", "probe.race=true rules out"]),
-        (["selector.refresh=2", "probe.model=tiny_b"], ["selector.refresh=2", "probe.model=tiny_b rules out"]),
-    ],
-)
-def test_a_refresh_that_cannot_be(words: list[str], parts: list[str], logs: Path) -> None:
-    assert_sentence(small(logs, "no-refresh", *words), *parts)
 
 
 def test_the_choice_of_another_student(first: Done, logs: Path) -> None:

@@ -300,21 +300,6 @@ def test_the_records_figures_by_hand():
     assert json.loads(json.dumps(record, allow_nan=False)) == record
 
 
-@pytest.mark.parametrize("refresh", [0, -3, 1.5, "5", True])
-def test_a_refresh_is_a_number_of_steps(refresh):
-    with pytest.raises(ValueError, match=rf"selector\.refresh={refresh} is no number of optimizer steps; set it to 1"):
-        Rule(name="lark", score=Lark(), policy=Policy(budget=2), refresh=refresh)
-
-
-def test_a_refresh_needs_a_student_to_ask():
-    assert Rule(name="lark", score=Lark(), policy=Policy(budget=2), refresh=1).refresh == 1
-    filtered = Between(column="loss", max=2.0)  # its filter asks the student, if the score does not
-    assert Rule(name="short", score=Length(sign=-1), policy=Policy(budget=2), filter=filtered, refresh=5).needs
-    for score in (Random(seed=0), Length(sign=1)):
-        with pytest.raises(ValueError, match=r"selector\.refresh=5: mine asks no student.*selector\.refresh=null"):
-            Rule(name="mine", score=score, policy=Policy(budget=2), refresh=5)
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_record_is_plain_json(policy):
     rows = pool()

@@ -252,7 +252,7 @@ def test_the_page_has_all_names(one: Runs) -> None:
     patterns = [re.compile(re.sub(r"<.*?>", "[^/]+", re.escape(name))) for name in told if "/" in name]
     measured = {name for name in logged if not name.startswith("decisions/")} - {"trainer/global_step", "epoch"}
     assert [name for name in measured if not any(one.fullmatch(name) for one in patterns)] == []
-    sometimes = {*BY_TIME, "refresh/stay_share"}
+    sometimes = BY_TIME
     simple = {name for name in told if "/" in name and "<" not in name}
     assert simple - measured <= sometimes
     assert math.isfinite(one["comparison"].summary["diagnostics/selector/score_with_length"])

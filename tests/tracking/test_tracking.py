@@ -145,7 +145,7 @@ def test_a_pass_in_csv(make_data, tmp_path: Path) -> None:
 
 def test_every_prefix_has_its_axis(tmp_path: Path) -> None:
     log_two(Wandb(name="offline", mode="offline"), tmp_path)
-    by_step = dict.fromkeys(("train/*", "held_out/*", "refresh/*", "evaluation/*"), "trainer/global_step")
+    by_step = dict.fromkeys(("train/*", "held_out/*", "evaluation/*"), "trainer/global_step")
     once = dict.fromkeys(("selection/*", "diagnostics/*", "comparison/*", "cost/*"), "")
     expected = {"scoring/*": "scoring/trajectories", **by_step, **once}
     assert [x_axes(path) for path in wandb_files(tmp_path)] == [expected] * 2

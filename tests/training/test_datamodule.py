@@ -2,7 +2,6 @@
 
 import random
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -291,7 +290,7 @@ def test_another_students_choice(max_length, make_data, other_student):
     assert sum(line.startswith("pool ") for line in said) == 1
     row = mixed.selections["selector"].row
     np.testing.assert_array_equal(mixed.trajectories.length[row] + 10, mixed.scored_trajectories.length[row])
-    step = mixed.use("selector").step(0)
+    step = mixed.set_active_arm("selector").step(0)
     np.testing.assert_array_equal(step.lengths, mixed.trajectories.length[step.rows])
     assert set(step.rows) <= set(row)
     assert step.encoded == mixed.trajectories.encoded(step.rows)
@@ -367,48 +366,3 @@ def test_a_killed_pass_of_any_kind_goes_on(score, make_data, monkeypatch):
     for name, values in expected.items():
         for a, b in zip(columns[name], values, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
-
-
-# ---- the student in training
-
-
-def test_what_the_student_has_become_is_asked_about_the_same_pool(make_data, other_student, tmp_path, monkeypatch):
-    """As data of its own with that student, but that the pool is not opened again and nothing else changes."""
-    became = replace(other_student, template="chatml")
-    data = ready(make_data())
-    before, costs, loss_N = dict(data.selections), dict(data.costs), data.candidates["loss"].copy()
-    alone = ready(make_data(cache="alone", student={"path": became.path}))
-    monkeypatch.setattr("lark.training.datamodule.Trajectories", lambda *_, **__: pytest.fail("opened again"))
-    anew = data.anchored_at(became, "selector", tmp_path / "apart")
-    assert anew.trajectories is anew.scored_trajectories is data.trajectories
-    anew.score()
-    anew.selections["selector"] = anew.choose("selector", None)
-    np.testing.assert_array_equal(anew.candidates["loss"], alone.candidates["loss"])
-    assert chosen(anew) == chosen(alone) != chosen(data)
-    assert anew.statistics_folder.name == alone.statistics_folder.name
-    assert anew.statistics_folder.parents[1] == tmp_path / "apart"
-    assert set(anew.rules) == {"selector"} and anew.cost_of(anew.rules["selector"])["forward_tokens"] > 0
-    assert all(data.selections[name] is selection for name, selection in before.items()) and data.costs == costs
-    assert data.student is data.asked is not became
-    np.testing.assert_array_equal(data.candidates["loss"], loss_N)
-
-
-def test_batches_of_a_later_choice(make_data):
-    data = ready(make_data())
-    selector, later = data.selections["selector"], data.selections["baseline"]
-    first = [data.use("selector").step(number).rows.tolist() for number in range(4)]
-    data.use("selector", None, later, 3)
-    second = [data.step(number).rows.tolist() for number in (3, 4)]
-    assert sorted(second[0] + second[1]) == later.row.tolist() != selector.row.tolist()
-    data.use("selector", None, selector, 2)
-    assert data.step(2).rows.tolist() != first[2], "the permutation is another one"
-    assert [data.use("selector").step(number).rows.tolist() for number in range(4)] == first
-
-
-@pytest.mark.parametrize("setting", ["race=true", "model=None"])
-def test_a_refresh_asks_the_whole_pool_and_the_student_itself(setting, make_data, other_student):
-    options = {"probe": {"race": True}} if setting == "race=true" else {"scorer": other_student}
-    data = make_data(**options)
-    data.rules = {"selector": replace(make_data().rules["selector"], refresh=3)}
-    with pytest.raises(ValueError, match=rf"selector\.refresh=3 .* probe\.{setting} rules out; set selector\.refresh"):
-        data._check_rules()

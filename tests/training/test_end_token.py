@@ -209,7 +209,7 @@ def test_sampling_stops_at_the_end_token_and_at_the_templates_own(make_student):
 
 
 def checked(data, arm: str, check: EndTokenCheck, model, folder) -> dict[str, Any]:
-    data.use(arm)
+    data.set_active_arm(arm)
     folder.mkdir()
     check.on_fit_start(None, SimpleNamespace(student_model=model, folder=folder))  # type: ignore[arg-type]
     return json.loads((folder / RECORD).read_text())

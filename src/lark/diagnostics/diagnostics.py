@@ -35,7 +35,7 @@ from lark.training.agreement import Claim
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.divergence import DivergedError
-from lark.training.recipe import Recipe, check_average
+from lark.training.recipe import check_average
 
 LEVELS = ("none", "cheap", "full")
 
@@ -134,7 +134,7 @@ class Diagnosis:
         training_only: bool,
     ) -> None:
         """Loss curves of the trained arms beside the baseline's; under `full` an arm for each bin of the selector's
-        score, trained by the selector arm's recipe. make: `make_arm` but for name, rule and recipe; finish: does what
+        score. make: `make_arm` but for name and rule; finish: does what
         is left of an arm (train, evaluate or reuse); identity: the evaluation's, which training_only leaves out.
         """
         if self.settings.name == "none":
@@ -142,8 +142,7 @@ class Diagnosis:
         self.found["curves"] = curves_of(arms) if is_main() else {}
         self._tell(describe_arms(self.found["curves"]))
         if self.settings.name == "full" and self.settings.bins:
-            (selector,) = (arm for arm in arms if arm.name == "selector")
-            self._train_bins(selector.recipe, make, claim, finish, identity, training_only)
+            self._train_bins(make, claim, finish, identity, training_only)
             self._tell(describe_bins(self.found.get("bins")))
         self._write()
 
@@ -153,7 +152,6 @@ class Diagnosis:
 
     def _train_bins(
         self,
-        recipe: Recipe,
         make: Callable[..., Arm],
         claim: Claim,
         finish: Callable[[Arm, str], None],
@@ -181,7 +179,7 @@ class Diagnosis:
             tokens_N=data.trajectories.span_tokens[data.candidates.row_N],
         )
         data.selections |= chosen
-        arms = [make(name, selection.record["rule"], recipe=recipe) for name, selection in chosen.items()]
+        arms = [make(name, selection.record["rule"]) for name, selection in chosen.items()]
         for arm in arms:
             with claim(arm.name, arm.folder, partial(_done, arm, identity, training_only)) as to_do:
                 action = action_of(arm, identity, training_only) if to_do else "reuse"
@@ -192,7 +190,7 @@ class Diagnosis:
                     data.say(f"warning     {arm.name} diverged and has no figures ({error})")
         for arm in arms:
             del data.selections[arm.name]
-        data.use("selector")
+        data.set_active_arm("selector")
         if is_main():
             sets = [] if training_only else identity["sets"]
             figures = [read_figures(arm, sets if arm.trained else []) for arm in arms]

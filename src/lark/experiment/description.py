@@ -99,8 +99,7 @@ def describe_recipe(data: TrajectoryDataModule, steps: int, precision: str) -> s
     return (
         f"recipe      {steps} optimizer steps x {recipe.batch_size} trajectories "
         f"(about {recipe.batch_size * tokens:,.0f} trained tokens a step), "
-        + (f"lr {recipe.lr:g}, " if recipe.lr_sweep is None else "")
-        + f"{precision}, {'all parameters' if data.student.lora is None else 'LoRA'}, average over {recipe.average}; "
+        f"lr {recipe.lr:g}, {precision}, {'all parameters' if data.student.lora is None else 'LoRA'}, average over {recipe.average}; "
         f"sampled in {data.dtype.removeprefix('torch.')}"
     )
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lark.answers.checker import Checker
-from lark.common.cache import complete, freed, lock, read_json, writable, write_json
-from lark.common.errors import LarkError
+from lark.common.cache import complete, freed, lock, writable, write_json
 from lark.common.ranks import Plan, barrier, check_ranks, in_ranks, is_main, say, world_size
 from lark.config import build, model_option
 from lark.diagnostics.diagnostics import Diagnosis
@@ -34,11 +32,9 @@ from lark.tasks.problems import read_problems
 from lark.tracking.logging_metrics import log_arm, log_choice, log_comparison, log_pass
 from lark.tracking.tracking import opened
 from lark.training.agreement import settle_dtype
-from lark.training.arms import Arm, final_loss, make_arm, train, write_selection
+from lark.training.arms import Arm, make_arm, train, write_selection
 from lark.training.datamodule import TrajectoryDataModule
-from lark.training.divergence import DivergedError
 from lark.training.end_token import EndTokenCheck
-from lark.training.refresh import announce, refreshes_of
 from lark.training.trainer import trainer_of
 from lark.training.warmup import EpochSaver, checkpoints, training_cost, warm_up_arm, warmed_up
 
@@ -107,8 +103,6 @@ class _Run:
         say(f"logging     {self.tracker.describe()}")
         self.data.prepare_data()
         self.data.check_columns()  # before anything is computed
-        if self.recipe.lr_sweep and self.config.stop_after in (None, "training"):
-            self._check_held_out()
         self.problems = {  # likewise: their faults are cheap to find now
             name: read_problems(path, limit=self.data.task.eval_limit)
             for name, path in self.data.trajectories.evaluation_files.items()
@@ -133,14 +127,6 @@ class _Run:
                     log_choice(logger, self.tracker, name, self.folder / name, self.data, self._taken)
             return self._stop(f"selection   {self.folder / 'selector' / 'selection.jsonl'}")
         return self._arms()
-
-    def _check_held_out(self) -> None:
-        """A sweep of learning rates chooses by held-out loss."""
-        if len(self.data.held_out_coefficients()[0]) == 0:
-            raise LarkError(
-                f"sft.lr_sweep={list(self.recipe.lr_sweep or ())} chooses by held-out loss, but task.held_out="
-                f"{self.data.task.held_out} holds nothing out; raise it, or set sft.lr_sweep=null"
-            )
 
     def _score(self) -> None:
         """The passes that the rules need, each under its lock; ranks obey the plan on which of them run."""
@@ -198,7 +184,7 @@ class _Run:
                     run=self.folder,
                 )
         del data.selections[arm.name]
-        data.use("selector")
+        data.set_active_arm("selector")
         return checkpoints(arm), training_cost(arm, data) if is_main() else {}
 
     def _arms(self) -> float:
@@ -209,11 +195,12 @@ class _Run:
             data=self.data,
             steps=steps,
             precision=self.precision,
+            recipe=self.recipe,
             evaluation=identity,
             arms=self.logs / "arms",
         )
-        arms = [self._best_rate(name, make, steps) for name in ("baseline", "selector") if name in self.rules]
-        before = make("before", "before", recipe=self.recipe)
+        arms = [make(name, self.rules[name].name) for name in ("baseline", "selector") if name in self.rules]
+        before = make("before", "before")
         training_only = self.config.stop_after == "training"
         everything = arms if training_only else [before, *arms]
         everything.sort(key=lambda arm: arm.name == "baseline")  # last: what other jobs may wait for comes first
@@ -226,8 +213,7 @@ class _Run:
             self.plan.share(arms={a.name: {"hash": a.folder.name, "action": actions[a.name]} for a in everything})
             for arm in everything:
                 say(f"arm         {arm.name} ({arm.rule}): {self.plan['arms'][arm.name]['action']} {arm.folder}")
-            for line in (describe_recipe(self.data, steps, self.precision), *announce(self.data, steps)):
-                say(line)
+            say(describe_recipe(self.data, steps, self.precision))
             for arm in everything:
                 self._finish(arm, self.plan["arms"][arm.name]["action"], steps, self.problems, checker)
                 if release := locks.get(arm.name):
@@ -239,33 +225,6 @@ class _Run:
             return float("nan")
         everything.sort(key=lambda arm: ("before", "baseline", "selector").index(arm.name))
         return self._report(everything, training_only)
-
-    def _best_rate(self, name: str, make: Callable[..., Arm], steps: int) -> Arm:
-        """The arm of one rule; with sft.lr_sweep the one of its rates that ends with the lowest held-out loss."""
-        rule, rates = self.rules[name].name, self.recipe.lr_sweep
-        if rates is None:
-            return make(name, rule, recipe=self.recipe)
-        tries = [make(name, rule, recipe=replace(self.recipe, lr=rate)) for rate in rates]
-        for arm in tries:
-            with self._claim(f"{name} lr {arm.recipe.lr:g}", arm.folder, partial(_tried, arm)) as to_do:
-                if to_do:
-                    self._try(arm, steps)
-        losses = [final_loss(arm) for arm in tries] if is_main() else []
-        best = tries[self._share(f"{name} lr", losses.index(min(losses)) if losses else None)]
-        shown = ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in zip(rates, losses, strict=False))
-        say(f"rate        {name} ({rule}): {best.recipe.lr:g} of held-out losses {shown}")
-        if not best.trained:
-            raise LarkError(f"sft.lr_sweep={list(rates)}: training diverged at every rate; set lower ones")
-        return best
-
-    def _try(self, arm: Arm, steps: int) -> None:
-        """Train an arm of which only the held-out loss may count; a rate that diverges is remembered."""
-        try:
-            self._finish(arm, "train", steps, None, None)
-        except DivergedError as error:
-            say(f"rate        {arm.name} ({arm.rule}): {arm.recipe.lr:g} diverged ({error})")
-            if is_main():
-                write_json(arm.folder / "diverged.json", {"error": str(error), "spike": arm.recipe.spike})
 
     def _locked(
         self, arms: list[Arm], identity: dict[str, Any], training_only: bool, held: ExitStack
@@ -296,8 +255,7 @@ class _Run:
             logger = None
             if is_main():
                 job_type = "reused" if action == "reuse" else arm.name
-                rate = f"-lr{arm.recipe.lr:g}" if problems is None else ""
-                title, names = f"{arm.name}-{arm.rule}-seed{self.data.seed}{rate}", {"arm": arm.name, "rule": arm.rule}
+                title, names = f"{arm.name}-{arm.rule}-seed{self.data.seed}", {"arm": arm.name, "rule": arm.rule}
                 logger = held.enter_context(self._logged(title, job_type, hash=arm.folder.name, **names))
             if action == "train":
                 train(
@@ -328,8 +286,6 @@ class _Run:
                 cost = log_arm(logger, self.tracker, arm, self.data, action=action, taken=self._taken)
                 if self.config.stop_after != "training" and problems is not None:  # later the arm is no longer locked
                     self.figures[arm.name] = read_figures(arm, list(problems)) | ({"cost": cost} if cost else {})
-                    if arm.refresh:
-                        self.figures[arm.name]["refreshes"] = refreshes_of(arm.folder)
                     write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
 
     def _keep_statistics(self) -> None:
@@ -370,12 +326,6 @@ class _Run:
 
     def _taken(self, wanted: Pass) -> str:
         return self.plan[f"{wanted.name} {self.data.pass_folder(wanted).name}"]
-
-
-def _tried(arm: Arm) -> bool:
-    """Whether it was trained, or diverged under the same settings."""
-    diverged = arm.folder / "diverged.json"
-    return arm.trained or (diverged.exists() and read_json(diverged).get("spike") == arm.recipe.spike)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from lark.common.cache import replacing, write_json
 from lark.common.errors import LarkError
 from lark.common.groups import Groups, tie_hash
-from lark.scoring.passes import GradientMatches, Pass, needs_of
+from lark.scoring.passes import Pass, needs_of
 from lark.selection.candidates import Candidates
 from lark.selection.matching import take_tokens, take_top
 from lark.selection.policies import Policy, prior_weights, weights
@@ -69,15 +69,12 @@ class Rule:
     policy: turns the scores of one problem's candidates into weights; replaced by top_b when the rule is a baseline.
     filter: null, a boolean column of the pool (`correct`), a Between, or `module:function` giving a mask. It acts
         before scoring, so scores that depend on the other candidates are computed on the survivors.
-    refresh: null, or the optimizer steps after which the student in training is asked anew and chooses anew, again and
-        again (lark.training.refresh).
     """
 
     name: str
     score: Score | str
     policy: Policy
     filter: Callable[[Candidates], np.ndarray] | str | None = None
-    refresh: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.score, str):
@@ -88,24 +85,6 @@ class Rule:
             raise LarkError(f"selector.score={self.score!r} is no score; set a score or module:function")
         if not (self.filter is None or isinstance(self.filter, str) or callable(self.filter)):
             raise LarkError(f"selector.filter={self.filter!r} is no filter; set null, a column or module:function")
-        if self.refresh is not None:
-            self._check_refresh()
-
-    def _check_refresh(self) -> None:
-        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 1:
-            raise LarkError(
-                f"selector.refresh={self.refresh} is no number of optimizer steps; set it to 1 or more, or null"
-            )
-        if not self.needs:
-            raise LarkError(
-                f"selector.refresh={self.refresh}: {self.name} asks no student, so its choice cannot change; set "
-                "selector.refresh=null, or choose a rule that reads the student's statistics, such as lark"
-            )
-        if any(isinstance(need, GradientMatches) for need in self.needs):
-            raise LarkError(
-                f"selector.refresh={self.refresh}: {self.name} rests on a warm-up arm of the untrained student; set "
-                "selector.refresh=null, or choose a rule that asks the student alone, such as lark"
-            )
 
     @property
     def takes_all(self) -> bool:

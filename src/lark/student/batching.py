@@ -104,9 +104,9 @@ def collate_shared(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatc
     )
 
 
-def step_rows(rows: int, batch_size: int, *, seed: int, step: int, stream: int = 0) -> np.ndarray:
+def step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
     """Row numbers of optimizer step `step`'s global batch: consecutive cuts of one permutation per epoch, seeded by
-    `seed` and `stream`.
+    `seed`.
     """
     if not batch_size >= 1:
         raise LarkError(f"sft.batch_size={batch_size} trains nothing; set it to at least 1 trajectory")
@@ -114,7 +114,7 @@ def step_rows(rows: int, batch_size: int, *, seed: int, step: int, stream: int =
     epochs = wanted // rows
     batch = np.empty(batch_size, np.int64)
     for epoch in np.unique(epochs):
-        order = np.random.Generator(np.random.Philox(key=[seed, (stream << 32) + int(epoch)])).permutation(rows)
+        order = np.random.Generator(np.random.Philox(key=[seed, int(epoch)])).permutation(rows)
         inside = epochs == epoch
         batch[inside] = order[wanted[inside] % rows]
     return batch

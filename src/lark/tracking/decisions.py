@@ -121,12 +121,10 @@ def of_arm(arm: Arm, action: str) -> dict[str, Any]:
     return {
         "action": action,
         "lr": arm.recipe.lr if arm.selection is not None else math.nan,
-        "lr_sweep": ", ".join(f"{rate:g}" for rate in arm.recipe.lr_sweep or ()) or NONE,
         "layout": _layout(training),
         "masked": training.get("masked") or NONE,
         **{name: training.get(name, math.nan) for name in _TRAINING},
         "training_seconds": trained.get("seconds", math.nan),
-        "refreshes": len(trained.get("refreshes", ())),
         "end_token": end.get("token", NONE),
         "end_token_trained": _yes(end.get("head_trained")),
         "end_token_ceiling": end.get("ceiling", math.nan),

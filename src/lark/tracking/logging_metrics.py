@@ -21,7 +21,6 @@ from lark.tracking.decisions import Taken
 from lark.tracking.tracking import Csv, Wandb
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
-from lark.training.refresh import total_cost
 
 Tracker = Wandb | Csv
 ROWS = 200  # of a table
@@ -64,7 +63,7 @@ def log_arm(
     tracker.summarise(logger, _decisions(decisions.of_run(data, taken) | decisions.of_arm(arm, action)))
     cost: dict[str, float] = {}
     if arm.name in data.rules:
-        cost = total_cost(data.cost_of(data.rules[arm.name]), arm.folder)
+        cost = data.cost_of(data.rules[arm.name])
         logger.log_metrics(_cost(cost))
     if arm.name in data.selections:
         _log_selection(logger, tracker, arm.name, arm.folder, data)

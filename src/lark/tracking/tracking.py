@@ -15,7 +15,6 @@ AXES = {
     "scoring": "scoring/trajectories",
     "train": "trainer/global_step",
     "held_out": "trainer/global_step",
-    "refresh": "trainer/global_step",
     "evaluation": "trainer/global_step",
     "selection": None,
     "diagnostics": None,

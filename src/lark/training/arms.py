@@ -2,7 +2,6 @@
 
 selection.jsonl, selection.json   what it was trained on
 training/last.ckpt                while it trains; a killed arm goes on from here
-refreshed/<step>/                 what it chose anew while it trained (lark.training.refresh)
 checkpoint/, loss.csv, trained.json  once it is trained
 samples-<set>.jsonl, metrics.json    once it is evaluated
 arm.json                          written last: its presence means the folder is complete
@@ -10,10 +9,9 @@ arm.json                          written last: its presence means the folder is
 
 import gc
 import hashlib
-import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,29 +31,21 @@ from lark.training import training_progress
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.model_card import arm_facts, write_card
 from lark.training.recipe import Recipe
-from lark.training.refresh import (
-    MANIFEST,
-    Segment,
-    Share,
-    alone,
-    choose_anew,
-    describe,
-    facts_of,
-    forget_student,
-    read_choice,
-    refresh_identity,
-    segments,
-)
 from lark.training.saver import Saver, newest_checkpoint
 from lark.training.sft_module import SFTModule
+
+Share = Callable[[str, Any], Any]
+"""Gives every rank the value that rank 0 passes under a name."""
+
+
+def alone(name: str, value: Any) -> Any:
+    """Return the value: the `Share` of a process that works alone."""
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """name: before | baseline | selector | warm_up. The arm `before` has no selection and no training.
-
-    refresh: optimizer steps after which its rule chooses anew; None: it never does.
-    """
+    """name: before | baseline | selector | warm_up. The arm `before` has no selection and no training."""
 
     name: str
     rule: str
@@ -63,7 +53,6 @@ class Arm:
     recipe: Recipe
     identity: dict[str, Any]
     folder: Path
-    refresh: int | None = None
 
     @property
     def trained(self) -> bool:
@@ -97,9 +86,6 @@ def make_arm(
     identity) is part of what it is. `kept` counts checkpoints that are kept on the way.
     """
     selection, student = data.selections.get(name), data.student
-    refresh = data.rules[name].refresh if name in data.rules else None
-    if refresh is not None and refresh >= steps:  # the first choice is the only one
-        refresh = None
     verdicts = hashlib.sha256(data.trajectories.correct[data.trajectories.is_held_out].tobytes()).hexdigest()
     identity: dict[str, Any] = {
         "student": student.identity() | {"lora": student.lora, "dtype": data.dtype, "attention": student.attention},
@@ -120,8 +106,6 @@ def make_arm(
             "precision": precision,
             "kept": kept,
         }
-        if refresh is not None:
-            identity["refresh"] = refresh_identity(data, name)
     return Arm(
         name=name,
         rule=rule,
@@ -129,15 +113,12 @@ def make_arm(
         recipe=recipe,
         identity=identity,
         folder=arms / identity_hash(identity),
-        refresh=refresh,
     )
 
 
-def write_selection(
-    name: str, rule: str, data: TrajectoryDataModule, folder: Path, facts: Mapping[str, Any] | None = None
-) -> None:
-    """selection.jsonl of `data.selections[name]` for this and other trainers, and selection.json: how it came about,
-    with further `facts`.
+def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Path) -> None:
+    """Write selection.jsonl of `data.selections[name]`, for this and other trainers, and selection.json, which says how
+    it came about.
     """
     selection = data.selections[name]
     export(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
@@ -149,7 +130,7 @@ def write_selection(
         "seed": data.seed,
         "dropped_rows": data.dropped,
     }
-    write_json(folder / MANIFEST, {"inputs": inputs, **(facts or {}), **selection.record})
+    write_json(folder / "selection.json", {"inputs": inputs, **selection.record})
 
 
 def train(
@@ -164,66 +145,28 @@ def train(
     share: Share = alone,
     run: Path | None = None,
 ) -> None:
-    """Train the arm's student (all ranks), from where it was if it was interrupted; an arm that is refreshed, segment
-    by segment. `callbacks` see the Trainer of every segment. `share` is how ranks learn what rank 0 found.
+    """Train the arm's student (all ranks), from where it was if it was interrupted. `share` is how ranks learn what
+    rank 0 found.
     """
     assert arm.selection is not None
     if is_main():
         arm.folder.mkdir(parents=True, exist_ok=True)
         write_selection(arm.name, arm.rule, data, arm.folder)
-    found, parts = newest_checkpoint(arm.last), segments(arm.folder, steps, arm.refresh)
-    begun = max(i for i, part in enumerate(parts) if i == 0 or (found and part.begun))
-    begun, last = share(f"training {arm.folder.name}", [begun, str(found) if found else None])
+    found = newest_checkpoint(arm.last)
+    last = share(f"training {arm.folder.name}", str(found) if found else None)
     if last:
         say(f"{arm.name:<11} goes on from {last}")
-    facts: dict[str, Any] = {"name": arm.name, "steps": steps, "seconds": 0.0, **_cost(arm, data)}
-    for i, part in enumerate(parts[begun:], begun):
-        choice = _choice(arm, data, parts[: i + 1], share=share, say=say, logger=logger)
-        data.use(arm.name, arm.recipe, choice, part.first)
-        start = time.monotonic()
-        keep = parts[i + 1].student if i + 1 < len(parts) else arm.checkpoint
-        facts |= _train_part(
-            arm, data, part, keep, last, steps=steps, make_trainer=make_trainer, logger=logger, more=callbacks
-        )
-        facts["seconds"] += time.monotonic() - start
-        _let_go(data)
-        last = arm.last if i + 1 < len(parts) else None  # the end of a segment is always saved
-    if is_main():
-        if arm.refresh:
-            facts["refreshes"] = [read_json(part.folder / MANIFEST)["refresh"] for part in parts[1:]]
-        facts |= arm_facts(arm, data, run)
-        write_card(arm.checkpoint, facts, arm.folder)
-        write_json(arm.folder / "trained.json", facts)
-        shutil.rmtree(arm.folder / "training", ignore_errors=True)
-    barrier()
-
-
-def _train_part(
-    arm: Arm,
-    data: TrajectoryDataModule,
-    part: Segment,
-    keep: Path,
-    last: str | Path | None,
-    *,
-    steps: int,
-    make_trainer: Callable[..., Trainer],
-    logger: Any,
-    more: Sequence[Callback],
-) -> dict[str, Any]:
-    """Train to the segment's end, from the checkpoint `last` if there is one, and `keep` the student as it is then; the
-    held-out curve so far, and how it went.
-    """
+    data.set_active_arm(arm.name, arm.recipe)
     module = SFTModule(student=data.student, recipe=arm.recipe, steps=steps, seed=data.seed, folder=arm.folder)
     validate_every = max(1, steps // arm.recipe.validations)
     saver = Saver(
         arm.last,
         every=arm.recipe.checkpoint_every,
         validate_every=validate_every if len(data.held_out_coefficients()[0]) else None,
-        end=part.end if part.end < steps else None,
     )
     trainer = make_trainer(
-        max_steps=part.end,
-        callbacks=[*more, saver],
+        max_steps=steps,
+        callbacks=[*callbacks, saver],
         enable_checkpointing=False,  # Lightning's own
         logger=logger or False,
         num_sanity_val_steps=-1,  # the whole held-out set: the curve's point before the first step
@@ -232,51 +175,32 @@ def _train_part(
         log_every_n_steps=1,
         inference_mode=False,  # what a divided student gathers in it could not be trained afterwards
     )
+    start = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-    assert trainer.global_step == part.end, f"{trainer.global_step} of {part.end} optimizer steps done"
-    if part.end == steps and module.curve and module.curve[-1]["step"] != steps:
+    assert trainer.global_step == steps, f"{trainer.global_step} of {steps} optimizer steps done"
+    if module.curve and module.curve[-1]["step"] != steps:
         trainer.validate(module, datamodule=data, verbose=False)
     went = training_progress.facts_of(trainer, module)
     if went["steps"]:
         data.say(f"{arm.name:<11} {training_progress.describe(went)}")
     state = whole_state(module.student_model) if module.sharded else None
     if is_main():
-        save_student(module.student_model, data.trajectories.chat, keep, student=data.student, state=state)
+        save_student(module.student_model, data.trajectories.chat, arm.checkpoint, student=data.student, state=state)
     barrier()
-    return {"curve": module.curve, "training": went}
-
-
-def _choice(
-    arm: Arm,
-    data: TrajectoryDataModule,
-    parts: Sequence[Segment],
-    *,
-    share: Share,
-    say: Callable[[str], None],
-    logger: Any,
-) -> Selection:
-    """What the last of `parts` is trained on: the arm's selection, or what the current student makes of the pool."""
-    assert arm.selection is not None
-    *before, part = parts
-    if not before:
-        return arm.selection
-    if not share(f"refreshed {arm.folder.name} {part.first}", complete(part.folder, MANIFEST)):
-        anew = choose_anew(part, arm.name, data, share=share)
-        if is_main():
-            previous = read_choice(before[-1], data.trajectories) if before[-1].first else arm.selection
-            facts = facts_of(part, arm.name, anew, previous.row)
-            write_selection(arm.name, arm.rule, anew, part.folder, facts)
-            say(describe(facts, arm.name))
-            if logger:
-                logger.log_metrics({"refresh/stay_share": facts["refresh"]["stay_share"]}, step=part.first)
+    facts: dict[str, Any] = {"name": arm.name, "steps": steps, "seconds": time.monotonic() - start}
+    facts |= {**_cost(arm, data), "curve": module.curve, "training": went}
+    del trainer, module
+    _release_student(data)
     if is_main():
-        forget_student(part)
+        facts |= arm_facts(arm, data, run)
+        write_card(arm.checkpoint, facts, arm.folder)
+        write_json(arm.folder / "trained.json", facts)
+        shutil.rmtree(arm.folder / "training", ignore_errors=True)
     barrier()
-    return read_choice(part, data.trajectories)
 
 
-def _let_go(data: TrajectoryDataModule) -> None:
-    """Of the student in training, which would take its memory from what comes next: it refers to itself."""
+def _release_student(data: TrajectoryDataModule) -> None:
+    """Release the trained student's memory. It is in a reference cycle, so collect explicitly."""
     trainer, data.trainer = data.trainer, None
     device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
     del trainer
@@ -288,12 +212,6 @@ def _cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, Any]:
     assert arm.selection is not None
     tokens = int(data.trajectories.span_tokens[arm.selection.row].sum())
     return {"trajectories": len(arm.selection.row), "tokens": tokens}
-
-
-def final_loss(arm: Arm) -> float:
-    """Held-out loss at the end (nats/token), infinite if training diverged."""
-    loss = read_json(arm.folder / "trained.json")["curve"][-1]["held_out/loss"] if arm.trained else None
-    return math.inf if loss is None else loss
 
 
 def held_out_at_start(data: TrajectoryDataModule, arms: list[Arm]) -> dict[str, float]:

@@ -58,13 +58,12 @@ def training_step(
     *,
     seed: int,
     number: int,
-    first: int = 0,
     rank: int = 0,
     world: int = 1,
 ) -> Step:
-    """Optimizer step `number` as this rank computes it; `first` is the one at which training on `selection` began."""
+    """Compute optimizer step `number` (from 0) of this rank."""
     weights = selection.weight if recipe.weighted else np.ones(len(selection.row))
-    batch = step_rows(len(selection.row), recipe.batch_size, seed=seed, step=number - first, stream=first)
+    batch = step_rows(len(selection.row), recipe.batch_size, seed=seed, step=number)
     trained = pool.span_tokens[selection.row].astype(np.float64)
     lengths = pool.length[selection.row]
     shares = [rank_share(batch, lengths, rank=i, world=world) for i in range(world)]

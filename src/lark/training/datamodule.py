@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from copy import copy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[P
 
 class TrajectoryDataModule(LightningDataModule):
     """`prepare_data` reads, checks and tokenises the pool; `setup("fit")` runs the passes that the rules need, or finds
-    them cached, and selects for both arms; `use(arm)` says which selection `train_dataloader` draws from.
+    them cached, and selects for both arms; `set_active_arm(name)` says which selection `train_dataloader` draws from.
 
     task, student, selector, baseline (None: no second arm), recipe, probe: what their names say. scorer: the student
     that is asked, if it is another than the one trained. match: trajectories | tokens, what the baseline has as many of
@@ -113,7 +112,7 @@ class TrajectoryDataModule(LightningDataModule):
         self.make_trainer, self.precision = make_trainer, precision
         self.selections: dict[str, Selection] = {}
         self.costs: dict[Pass, dict[str, Any]] = {}
-        self.use("selector")
+        self.set_active_arm("selector")
         self._pools: dict[str, Trajectories] = {}
         self._check_rules()
         self.contests = contests(self.rules, match=match) if probe.race else ()
@@ -128,12 +127,6 @@ class TrajectoryDataModule(LightningDataModule):
                         f"{name}: skip={score.skip} of DropFirst is not what the statistics tell apart, "
                         f"probe.skip={self.probe.skip}; set both to the same"
                     )
-            if rule.refresh and (self.probe.race or self.scorer is not self.student):
-                setting = "race=true" if self.probe.race else f"model={self.probe.model}"
-                raise LarkError(
-                    f"{name}.refresh={rule.refresh} asks the student in training for the whole pool, which probe."
-                    f"{setting} rules out; set {name}.refresh=null, or probe.race=false probe.model=null"
-                )
         if isinstance(self.rules["selector"].score, TeacherMatched):
             raise LarkError(
                 f"selector={self.rules['selector'].name} copies the teachers of a selector's choice and is none; set "
@@ -346,45 +339,27 @@ class TrajectoryDataModule(LightningDataModule):
                 trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
             )
 
-    def anchored_at(self, student: Student, name: str, cache: Path) -> "TrajectoryDataModule":
-        """The same opened pool for the rule of that name alone, with nothing scored yet: it asks `student`, which is
-        what the student has become, and keeps its passes in `cache`. It says nothing.
-        """
-        anew = copy(self)
-        anew.__dict__.pop("candidates", None)
-        anew.student = anew.scorer = anew.asked = student
-        anew.rules = {name: self.rules[name]}
-        anew.needs = [need for need in self.needs if need in self.rules[name].needs]
-        anew.selections, anew.costs, anew._pools = {}, {}, {"student": self.trajectories}
-        anew.cache, anew.say, anew.trainer = cache, lambda text: None, None
-        return anew
-
-    def use(
-        self, arm: str, recipe: Recipe | None = None, choice: Selection | None = None, first: int = 0
-    ) -> "TrajectoryDataModule":
-        """Draw training batches from `arm`'s selection ("selector" or "baseline"), by its recipe if it has its own; or
-        from its later `choice`, which it has trained on since optimizer step `first`.
-        """
-        assert arm in self.selections or not self.selections
-        self.arm, self.recipe_in_use, self.choice, self.first = arm, recipe or self.recipe, choice, first
+    def set_active_arm(self, name: str, recipe: Recipe | None = None) -> "TrajectoryDataModule":
+        """Draw training batches from the selection of that name, by its own recipe if it has one."""
+        assert name in self.selections or not self.selections
+        self.active_arm, self.active_recipe = name, recipe or self.recipe
         return self
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         assert trainer is not None
-        if self.recipe_in_use.batch_size < trainer.world_size:
+        if self.active_recipe.batch_size < trainer.world_size:
             raise LarkError(
-                f"sft.batch_size={self.recipe_in_use.batch_size} gives {trainer.world_size} ranks nothing to do each "
+                f"sft.batch_size={self.active_recipe.batch_size} gives {trainer.world_size} ranks nothing to do each "
                 "step; set it to at least the number of devices"
             )
         return DataLoader(TrainingSteps(self.step, trainer), batch_size=None)
 
     def step(self, number: int, *, rank: int = 0, world: int = 1) -> Step:
         """Optimizer step `number` of the arm in use, as this rank computes it."""
-        selection, recipe = self.choice or self.selections[self.arm], self.recipe_in_use
-        where = {"rank": rank, "world": world}
+        selection, recipe = self.selections[self.active_arm], self.active_recipe
         return training_step(
-            self.trajectories, selection, recipe, seed=self.seed, number=number, first=self.first, **where
+            self.trajectories, selection, recipe, seed=self.seed, number=number, rank=rank, world=world
         )
 
     def held_out_coefficients(self) -> tuple[np.ndarray, np.ndarray]:

@@ -54,12 +54,12 @@ class EndTokenCheck(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         data, model = self.data, module.student_model
-        selection = data.choice or data.selections[data.arm]
+        selection = data.selections[data.active_arm]
         counts = span_ends(data.trajectories, selection.row)
         if counts["without_end"]:
             cut = f"{counts['without_end']:,} of {counts['trajectories']:,} trajectories"
             self.say(
-                f"{data.arm:<11} {cut} have no end token to learn, cut as they are to task.max_length="
+                f"{data.active_arm:<11} {cut} have no end token to learn, cut as they are to task.max_length="
                 f"{data.task.max_length}"
             )
         if self.found is None:

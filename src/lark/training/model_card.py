@@ -195,8 +195,6 @@ def _recipe_rows(trained: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("adapter", "end_token"):
         if trained["student"].get(name):
             yield escaped(name), _verbatim(_value(trained["student"][name]))
-    if refreshes := trained.get("refreshes"):
-        yield "chosen anew after step", ", ".join(str(refresh["step"]) for refresh in refreshes)
     yield "seconds in the process that finished it", f"{trained['seconds']:,.0f}"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lark.common.errors import LarkError
 
-_NO_RESULT = ("checkpoint_every", "epochs", "steps", "lr_sweep", "spike")
+_NO_RESULT = ("checkpoint_every", "epochs", "steps", "spike")
 """Settings of a recipe that change no student, or do so by the number of steps and the rate chosen."""
 
 AVERAGES = ("trajectory", "token")
@@ -25,7 +25,7 @@ class Recipe:
 
     steps: optimizer steps; null = as many as `epochs` passes over the selector's choice take.
     batch_size: trajectories of a step's global batch.
-    lr: peak learning rate.  lr_sweep: null, or the rates of which every arm gets the best by final held-out loss.
+    lr: peak learning rate.
     warmup: share of the steps.  schedule: cosine | constant (after the warm-up).
     weight_decay, betas: AdamW's.  clip: largest gradient norm.
     average: trajectory (sum_k q_k L_k) | token.  weighted: false trains the same rows with weights 1.
@@ -41,7 +41,6 @@ class Recipe:
     epochs: float = 3.0
     batch_size: int = 64
     lr: float = 1e-5
-    lr_sweep: tuple[float, ...] | None = None
     warmup: float = 0.05
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -79,10 +78,6 @@ class Recipe:
         for name in ("lr", "epochs", "clip"):
             if not getattr(self, name) > 0:
                 raise LarkError(f"sft.{name}={getattr(self, name)} must be above 0; set it to a positive number")
-        if self.lr_sweep is not None and not (self.lr_sweep and all(lr > 0 for lr in self.lr_sweep)):
-            raise LarkError(
-                f"sft.lr_sweep={list(self.lr_sweep)} holds no or other than positive rates; set [1e-4, 3e-4]"
-            )
         if not 0 <= self.warmup < 1:
             raise LarkError(f"sft.warmup={self.warmup} is no share of the steps; set it from 0 to below 1")
 
@@ -101,7 +96,7 @@ class Recipe:
 
     def for_epochs(self, epochs: int) -> "Recipe":
         """The same recipe for so many epochs, all rows alike, without a held-out curve: that of a warm-up arm."""
-        return replace(self, steps=None, epochs=float(epochs), validations=1, weighted=False, lr_sweep=None)
+        return replace(self, steps=None, epochs=float(epochs), validations=1, weighted=False)
 
     def steps_for(self, trajectories: int) -> int:
         """Optimizer steps of a run whose selector chose `trajectories`."""

@@ -13,15 +13,15 @@ from lark.common import signals as termination
 
 
 class Saver(Callback):
-    """Replaces `path` every `every` optimizer steps, after step `end`, and before obeying SIGTERM; where the step is
-    followed by validation (every `validate_every` steps; None: never), after that.
+    """Replaces `path` every `every` optimizer steps and before obeying a signal; where the step is followed by validation
+    (every `validate_every` steps; None: never), after that.
 
     So a checkpoint holds the held-out point of its step. Lightning's ModelCheckpoint saves ahead of validation, which
     a resumed training then skips.
     """
 
-    def __init__(self, path: Path, *, every: int, validate_every: int | None, end: int | None = None):
-        self.path, self.every, self.validate_every, self.end = path, every, validate_every, end
+    def __init__(self, path: Path, *, every: int, validate_every: int | None):
+        self.path, self.every, self.validate_every = path, every, validate_every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         termination.wait()
@@ -42,7 +42,7 @@ class Saver(Callback):
 
     def _step_done(self, trainer: Trainer) -> None:
         step, stop = trainer.global_step, _any_rank(trainer, termination.asked())
-        if stop or step % self.every == 0 or step == self.end:
+        if stop or step % self.every == 0:
             replace_checkpoint(trainer, self.path)
         if stop:
             if trainer.is_global_zero:
