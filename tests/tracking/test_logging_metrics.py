@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lark_command import lark
 from lark_process import TWO_RANKS, finish, start
@@ -17,6 +18,10 @@ from wandb_file import WandbRun, media, read_wandb
 
 from lark import config as configuration
 from lark.common.cache import read_json
+from lark.selection.candidates import Candidates
+from lark.selection.policies import Policy
+from lark.selection.selection import Rule, Selection, select
+from lark.tracking.logging_metrics import selection_metrics, trajectory_rows
 
 TINY = ["task.limit=24", "task.eval_limit=4", "task.max_new_tokens=16", "sft.steps=3", "evaluation.samples=2"]
 ARMS = ("before", "baseline", "selector")
@@ -117,25 +122,20 @@ def test_decisions(one: Runs, other: Runs, folder: Path) -> None:
     assert other["selector"].summary["decisions/pool_trajectories"] == 120
 
 
-def test_plots(one: Runs, other: Runs) -> None:
-    for runs in (one, other):
-        for role in ("selector", "baseline"):
-            plots = {name for name in runs[role].summary if name.startswith("plots/")}
-            assert plots == {
-                f"plots/{x}" for x in ("scores_by_teacher", "weights", "score_against_loss", "score_against_length")
-            }
-            dots = media(runs[role], "plots/score_against_length")["data"]
-            of_candidates = runs[role].summary["selection/of_candidates"]
-            assert [len(part["x"]) for part in dots] == [
-                of_candidates - runs[role].summary["selection/trajectories"],
-                runs[role].summary["selection/trajectories"],
-            ]
-    unknown = media(other["selector"], "plots/score_against_loss")
-    assert unknown["data"] == [] and "not known" in unknown["layout"]["annotations"][0]["text"]
-    curve, _ = media(one["comparison"], "plots/held_out")["data"]
-    assert curve["y"] == pytest.approx(one["selector"].series("held_out/loss"), rel=1e-4)
-    (overlap,) = media(one["comparison"], "plots/overlap")["data"]
-    assert overlap["z"][0][0] == overlap["z"][1][1] == 1 and overlap["z"][0][1] == overlap["z"][1][0] < 1
+def test_the_comparison_is_a_table(one: Runs, folder: Path) -> None:
+    summary = read_json(folder / "one" / "run" / "summary.json")
+    rows = table_of(one["comparison"], "comparison")
+    assert [(row["set"], row["arm"]) for row in rows] == [
+        (name, arm) for name in summary["sets"] for arm in (*summary["arms"], "selector - baseline")
+    ]
+    for row in rows:
+        if row["arm"] in summary["arms"]:
+            arm = summary["arms"][row["arm"]]
+            assert (row["rule"], row["tokens"]) == (arm["rule"], arm["tokens"])
+            assert row["accuracy"] == arm["metrics"][row["set"]]["avg@2"]
+            assert row["high"] == arm["intervals"][row["set"]]["high"]
+        else:
+            assert row["accuracy"] == summary["sets"][row["set"]]["difference"]["estimate"]
 
 
 def test_best_and_worst_of_every_teacher(one: Runs) -> None:
@@ -157,8 +157,8 @@ def test_best_and_worst_of_every_teacher(one: Runs) -> None:
 ENDS = ("best", "worst")
 
 
-def table_of(run: WandbRun) -> list[dict]:
-    table = media(run, "tables/trajectories")
+def table_of(run: WandbRun, name: str = "trajectories") -> list[dict]:
+    table = media(run, f"tables/{name}")
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
@@ -228,6 +228,64 @@ def test_a_reused_arm_is_whole(one: Runs, folder: Path) -> None:
     assert table_of(run) == table_of(first)
 
 
+# ---- rows and figures of a selection
+
+TEACHERS = ("a", "<b>b</b>", "c")
+
+
+def make_candidates(problems: int = 40, *, loss: bool = True, seed: int = 0) -> Candidates:
+    rng = np.random.default_rng(seed)
+    size = problems * len(TEACHERS)
+    teacher_N = np.array(TEACHERS * problems, object)
+    statistics = {"num_tokens": rng.integers(5, 50, size)} | ({"loss": rng.random(size)} if loss else {})
+    columns = {"teacher": teacher_N, "correct": rng.choice([0.0, 1.0, np.nan], size)}
+    return Candidates(
+        problem_id=np.repeat([f"p{i}" for i in range(problems)], len(TEACHERS)).astype(object),
+        candidate_id=np.array([str(i % len(TEACHERS)) for i in range(size)], object),
+        row_N=10 + np.arange(size),
+        statistics=statistics,
+        read_column=lambda name, row_N: columns[name][row_N - 10],
+    )
+
+
+def choose(candidates: Candidates, *, seed: int = 1) -> Selection:
+    """By a score that is random, and missing for every tenth candidate."""
+    score_N = np.random.default_rng(seed).random(len(candidates))
+    score_N[::10] = np.nan
+    rule = Rule(name=f"rule{seed}", score=lambda _: score_N, policy=Policy(kind="chi2", budget=2))  # type: ignore[arg-type]
+    return select(rule, candidates, seed=0)
+
+
+@pytest.mark.parametrize("limit", [200, 30, 4])
+def test_rows_are_the_ends_of_every_teacher(limit: int) -> None:
+    candidates = make_candidates()
+    selection = choose(candidates)
+    rows = trajectory_rows(candidates, selection, limit=limit)
+    assert len(rows) <= limit and len({row["row"] for row in rows}) == len(rows)
+    for teacher, count in Counter(row["teacher"] for row in rows).items():
+        of_teacher = candidates["teacher"] == teacher
+        scores = np.sort(selection.score_N[of_teacher & np.isfinite(selection.score_N)])[::-1]
+        best, worst = (
+            [row["score"] for row in rows if (row["teacher"], row["end"]) == (teacher, end)]
+            for end in ("best", "worst")
+        )
+        assert best == scores[: len(best)].tolist()
+        assert worst == scores[::-1][: len(worst)].tolist()
+        assert count == len(best) + len(worst) <= len(scores)
+    weight = dict(zip(selection.row.tolist(), selection.weight.tolist(), strict=True))
+    assert [row["weight"] for row in rows] == [weight.get(row["row"], 0.0) for row in rows]
+
+
+def test_figures_of_a_selection() -> None:
+    candidates = make_candidates(loss=False)
+    selection = choose(candidates)
+    found = selection_metrics(selection, candidates)
+    assert found["selection/trajectories"] == len(selection.row)
+    correct = candidates["correct"][np.isin(candidates.row_N, selection.row)]
+    assert found["selection/correct_share"] == pytest.approx(np.nanmean(correct))
+    assert np.isnan(found["selection/score_with_loss"])
+
+
 # ---- the page
 
 PAGE = text_of("docs/wandb.md")
@@ -261,6 +319,7 @@ def test_the_page_has_all_names(one: Runs) -> None:
 # ---- several ranks
 
 
+@pytest.mark.slow
 def test_one_run_an_arm_with_two_ranks(folder: Path) -> None:
     logs = folder / "ranks"
     words = (*TINY, *TWO_RANKS, "logger=offline", f"paths.logs={logs}", f"hydra.run.dir={logs}/run", "baseline=none")

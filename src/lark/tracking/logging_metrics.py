@@ -16,7 +16,7 @@ from lark.common.cache import read_json
 from lark.diagnostics.composition import shares
 from lark.selection.candidates import Candidates
 from lark.selection.selection import Selection
-from lark.tracking import decisions, wandb_plots
+from lark.tracking import decisions
 from lark.tracking.decisions import Taken
 from lark.tracking.tracking import Csv, Wandb
 from lark.training.arms import Arm
@@ -95,13 +95,33 @@ def log_comparison(
     of_run = decisions.of_run(data, taken) | dict(decisions.of_rates(rates)) | actions
     tracker.summarise(logger, _decisions(of_run) | dict(summary["diagnostics"]))
     if isinstance(tracker, Wandb):
-        pair = {role: one for role, one in data.selections.items() if role in ("selector", "baseline")}
-        curves = {wandb_plots.title(role, one): arms[role]["curve"] for role, one in pair.items() if role in arms}
-        tracker.picture(logger, wandb_plots.of_pair(data.candidates, pair, curves))
+        tracker.tabulate(logger, {"tables/comparison": comparison_rows(summary)})
     logger.save()
 
 
 _ARMS = ("before", "baseline", "selector")
+_OF_ARM = ("lr", "trajectories", "tokens", "effective_sample_size", "held_out_loss")
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List accuracies by evaluation set and arm beside the arm's rule, size and held-out loss, from summary.json's
+    content; then each set's difference. Without evaluation sets: a row an arm.
+    """
+    rows = []
+    for name in summary["sets"] or [""]:
+        for role, arm in summary["arms"].items():
+            metrics, interval = arm["metrics"].get(name, {}), arm["intervals"].get(name, {})
+            accuracy = {"accuracy": metrics.get(f"avg@{metrics.get('samples')}")}
+            accuracy |= {end: interval.get(end) for end in ("low", "high")}
+            rows.append(
+                {"set": name, "arm": role, "rule": arm["rule"], **accuracy, **{key: arm[key] for key in _OF_ARM}}
+            )
+        if name:
+            one = summary["sets"][name]["difference"]
+            accuracy = {"accuracy": one["estimate"], "low": one["low"], "high": one["high"]}
+            title = " - ".join(summary["difference_of"])
+            rows.append({"set": name, "arm": title, "rule": None, **accuracy, **dict.fromkeys(_OF_ARM)})
+    return rows
 
 
 def evaluation_metrics(
@@ -152,14 +172,12 @@ def _log_selection(logger: Any, tracker: Tracker, role: str, folder: Path, data:
     tracker.summarise(logger, _decisions(decisions.of_selection(selection)))
     if not isinstance(tracker, Wandb):
         return
-    tracker.picture(logger, wandb_plots.of_choice(candidates, selection))
     rows = trajectory_rows(candidates, selection)
     if tracker.text:
         _add_texts(rows, data)
     for row in rows:
         del row["row"]
-    tables = {"trajectories": rows, "teachers": teacher_rows(candidates, selection)}
-    tracker.tabulate(logger, {f"tables/{name}": table for name, table in tables.items()})
+    tracker.tabulate(logger, {"tables/trajectories": rows})
     whole = ("selection.json", *(("selection.jsonl", "dataset_info.json") if tracker.text else ()))
     written = {} if tracker.text else {"selection.jsonl": without_text(folder / "selection.jsonl")}
     about = {
@@ -239,15 +257,6 @@ def _add_texts(rows: Sequence[dict[str, Any]], data: TrajectoryDataModule) -> No
         *prompt, last = texts[row["row"]]["messages"]
         row["prompt"] = "\n\n".join(message["content"] for message in prompt)
         row["trajectory"] = last["content"]
-
-
-def teacher_rows(candidates: Candidates, selection: Selection) -> list[dict[str, Any]]:
-    """A row a teacher, by its share of the weight: that share and the share of the candidates."""
-    names, counts = np.unique([str(teacher) for teacher in candidates["teacher"]], return_counts=True)
-    pool = dict(zip(names.tolist(), (counts / counts.sum()).tolist(), strict=True))
-    share = selection.record["teacher_share"]
-    rows = [{"teacher": name, "share": share.get(name, 0.0), "pool_share": of} for name, of in pool.items()]
-    return sorted(rows, key=lambda row: -row["share"])[:ROWS]
 
 
 def without_text(path: Path) -> Iterator[str]:

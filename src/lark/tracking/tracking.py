@@ -98,12 +98,6 @@ class Wandb:
         """Values that a run has one of: numbers and words."""
         logger.experiment.summary.update(dict(values))
 
-    def picture(self, logger: Any, figures: Mapping[str, Any]) -> None:
-        """Plotly figures, as plots/<name>."""
-        import wandb
-
-        logger.experiment.log({f"plots/{name}": wandb.Plotly(figure) for name, figure in figures.items()})
-
     def tabulate(self, logger: Any, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Tables by their whole name, a mapping a row."""
         import wandb
