@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from lark_command import lark
 from lark_process import TWO_RANKS, finish, start
-from pages import commands, composed, text_of
+from pages import text_of
 from wandb_file import WandbRun, media, read_wandb
 
-from lark import config as configuration
 from lark.common.cache import read_json
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
@@ -289,13 +288,6 @@ def test_figures_of_a_selection() -> None:
 # ---- the page
 
 PAGE = text_of("docs/wandb.md")
-
-
-@pytest.mark.parametrize("command", commands("docs/wandb.md"))
-def test_commands_compose(command: str) -> None:
-    config = composed(command)
-    configuration.check_types(config)
-    assert config.logger.text == ("logger.text=true" in command)
 
 
 def test_the_page_has_all_names(one: Runs) -> None:
