@@ -201,7 +201,7 @@ def test_blocks_of_sign_flips_are_all_counted(monkeypatch):
     """Of 12 problems every flip by itself, of 40 at least one in each of many blocks."""
     difference_P = np.random.default_rng(13).normal(0.2, 1, 40)
     exact, drawn = sign_flip_p(difference_P[:12]), sign_flip_p(difference_P)
-    monkeypatch.setattr("lark.comparison.inference._CELLS", 1000)
+    monkeypatch.setattr("lark.common.bootstrap._CELLS", 1000)
     assert sign_flip_p(difference_P[:12]) == exact
     assert sign_flip_p(difference_P) == pytest.approx(drawn, abs=0.02)
 

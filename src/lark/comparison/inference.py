@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from lark.common.bootstrap import expand_percentiles, split_blocks
 from lark.common.errors import LarkError
 
 MIN_SEEDS = 3
 """With fewer seeds their variance is not estimated."""
 
-_CELLS = 4_000_000  # array elements at once (32 MB in float64)
 _ROUNDING = 1e-12  # means over seeds of equal accuracies may differ by as much
 _TIE = 1e-10  # sums of as much, relative to the sum of magnitudes, are equal: rounding again
 
@@ -97,9 +97,7 @@ def paired_difference(
         rows_SP = difference_SP if seeds >= MIN_SEEDS else difference_SP.mean(0, keepdims=True)
         deviation_SP, standard_error, df = _reflated(rows_SP)
         mean_R = _bootstrap_means(deviation_SP, resamples, np.random.default_rng(seed))
-        tails = np.array([(1 - level) / 2, (1 + level) / 2])
-        expansion = stats.t.ppf(tails[1], df) / stats.norm.ppf(tails[1])
-        low, high = (float(x) for x in estimate + expansion * np.quantile(mean_R, tails))
+        low, high = expand_percentiles(mean_R, estimate, around=0.0, df=df, level=level)
     return Interval(
         estimate=estimate,
         low=low,
@@ -176,12 +174,10 @@ def _reflated(x_SP: np.ndarray) -> tuple[np.ndarray, float, float]:
 def _bootstrap_means(x_SP: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Means of x over resampled seeds and resampled problems, the same problems in every seed, [R]."""
     seeds, problems = x_SP.shape
-    chunk = max(1, _CELLS // problems)
     parts = []
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        times_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
-        problem_RP = rng.integers(problems, size=(size, problems))
+    for block in split_blocks(resamples, problems):
+        times_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), len(block))
+        problem_RP = rng.integers(problems, size=(len(block), problems))
         parts.append(np.take_along_axis(times_RS @ x_SP / seeds, problem_RP, 1).mean(1))
     return np.concatenate(parts)
 
@@ -207,10 +203,10 @@ def sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int =
     problems = difference_P.size
     observed, tie = abs(difference_P.sum()), _TIE * np.abs(difference_P).sum()
     exact = 2**problems <= resamples
-    flips, chunk = 2**problems if exact else resamples, max(1, _CELLS // max(1, problems))
+    flips = 2**problems if exact else resamples
     rng, as_far = np.random.default_rng(seed), 0
-    for start in range(0, flips, chunk):
-        number_F = np.arange(start, min(start + chunk, flips))
+    for block in split_blocks(flips, problems):
+        number_F = np.array(block)
         if exact:  # the binary digits of a flip's number say which differences keep their sign
             kept_FP = (number_F[:, None] >> np.arange(problems) & 1).astype(np.int8)
         else:

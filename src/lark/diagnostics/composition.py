@@ -15,7 +15,12 @@ from lark.common.groups import Groups, tie_hash
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy, prior_weights, weights
 from lark.selection.selection import Selection
-from lark.selection.within_problem import figures, jaccard, means, midranks
+from lark.selection.within_problem import (
+    average_over_problems,
+    compute_jaccard,
+    compute_midranks,
+    summarise_with_chance,
+)
 
 QUANTILES = (0.1, 0.5, 0.9)
 DIFFICULTY_BINS = 4
@@ -56,7 +61,7 @@ def concentration(candidates: Candidates, q_N: np.ndarray, *, budget: int | None
     chi2_G[chosen_G] = (size_G * square_G)[chosen_G] - 1
     if budget is not None:
         least_G[chosen_G] = np.maximum(size_G[chosen_G] / budget - 1, 0)
-    effective, chi2, least = means(np.stack([effective_G, chi2_G, least_G]), resamples=resamples)
+    effective, chi2, least = average_over_problems(np.stack([effective_G, chi2_G, least_G]), resamples=resamples)
     p_N = 1 / (groups.count * groups.spread(size_G))
     whole_N = q_N / q_N.sum()
     return {
@@ -108,7 +113,7 @@ def difficulty_bins(value_G: np.ndarray, *, bins: int = DIFFICULTY_BINS) -> np.n
     bin_G = np.full(len(value_G), -1)
     if known_G.any():
         one = Groups(np.zeros(known_G.sum(), np.int64), 1)
-        place = (midranks(value_G[known_G], one) + 0.5) / known_G.sum()
+        place = (compute_midranks(value_G[known_G], one) + 0.5) / known_G.sum()
         bin_G[known_G] = np.minimum((place * bins).astype(np.int64), bins - 1)
     return bin_G
 
@@ -170,5 +175,7 @@ def overlaps(chosen: Mapping[str, np.ndarray], groups: Groups, *, resamples: int
     """
     names = list(chosen)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    found = figures([jaccard(chosen[a], chosen[b], groups) for a, b in pairs], resamples=resamples)
+    found = summarise_with_chance(
+        [compute_jaccard(chosen[a], chosen[b], groups) for a, b in pairs], resamples=resamples
+    )
     return [{"a": a, "b": b, **asdict(mean)} for (a, b), mean in zip(pairs, found, strict=True)]

@@ -9,17 +9,27 @@ Shapes: N candidates of a sample, G problems, K candidates of one, P groups of p
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from lark.common.bootstrap import resample_sums
 from lark.common.groups import Groups, tie_hash
 from lark.diagnostics.exact_gradients import ExactGradients
 from lark.scoring.passes import Gradients, HeadGradients, LossDrops
 from lark.selection.candidates import Candidates
 from lark.selection.scores.gradients import LarkExact, LarkHead, LossDrop, squared_norms
 from lark.selection.scores.statistics import Lark, Learnability
-from lark.selection.within_problem import Mean, draws, figures, interval, means, spearman, top_overlap
+from lark.selection.within_problem import (
+    UNKNOWN,
+    Mean,
+    average_over_problems,
+    compute_spearman,
+    compute_top_overlap,
+    estimate_from_sums,
+    summarise_with_chance,
+)
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -82,9 +92,14 @@ def against(
     groups = candidates.groups
     tie_N = tie_hash(seed, candidates.problem_id, candidates.candidate_id)
     pairs = [(score, true) for score in scores for true in truth]
-    ranks = [spearman(scores[score], truth[true], groups) for score, true in pairs]
-    tops = [top_overlap(scores[score], truth[true], groups, tie_N, budget=budget) for score, true in pairs]
-    measured = zip(pairs, figures(ranks, resamples=resamples), figures(tops, resamples=resamples), strict=True)
+    ranks = [compute_spearman(scores[score], truth[true], groups) for score, true in pairs]
+    tops = [compute_top_overlap(scores[score], truth[true], groups, tie_N, budget=budget) for score, true in pairs]
+    measured = zip(
+        pairs,
+        summarise_with_chance(ranks, resamples=resamples),
+        summarise_with_chance(tops, resamples=resamples),
+        strict=True,
+    )
     found: dict[str, dict[str, dict[str, Mean]]] = {score: {} for score in scores}
     for (score, true), rank, top in measured:
         found[score][true] = {"spearman": rank, "overlap": top}
@@ -153,7 +168,7 @@ def spread_of(
         "mean": float(kappa_N.mean()),
         "cv": float(kappa_N.std() / kappa_N.mean()),
         "quantiles": {f"p{100 * q:.0f}": float(np.quantile(kappa_N, q)) for q in QUANTILES},
-        "cv_within_problems": means([within_G], resamples=resamples)[0],
+        "cv_within_problems": average_over_problems([within_G], resamples=resamples)[0],
         "exponent_within_problems": exponent(kappa_N, tokens_N[valid_N], sub, within=True, resamples=resamples),
         "exponent_pooled": exponent(kappa_N, tokens_N[valid_N], sub, within=False, resamples=resamples),
     }
@@ -176,11 +191,9 @@ def exponent(
     sum_5G = np.stack([groups.sum(v_N) for v_N in (np.ones_like(x_N), x_N, y_N, x_N * x_N, x_N * y_N)])
     sum_5G = sum_5G[:, sum_5G[0] > 0]
     if not sum_5G.size:
-        return Mean(mean=math.nan, low=math.nan, high=math.nan, problems=0)
-    slope = float(_slope(sum_5G.sum(1)[None], within)[0])
-    slopes_R = np.concatenate([_slope(t @ sum_5G.T, within) for t in draws(sum_5G.shape[1], resamples, seed)])
-    low, high = interval(slope, slopes_R, sum_5G.shape[1])
-    return Mean(mean=slope, low=low, high=high, problems=sum_5G.shape[1], chance=0.0)
+        return UNKNOWN
+    (resampled_R5,) = resample_sums(sum_5G, resamples=resamples, seed=seed)
+    return estimate_from_sums(sum_5G, resampled_R5, partial(_slope, within=within))
 
 
 def _slope(sum_R5: np.ndarray, within: bool) -> np.ndarray:
@@ -235,4 +248,8 @@ def cosines(candidates: Candidates, columns: Mapping[str, np.ndarray], *, resamp
             pairs.append(cosine)
     every = np.concatenate([np.zeros(0), *pairs])
     quantiles = {f"p{100 * q:.0f}": float(np.quantile(every, q)) if len(every) else math.nan for q in QUANTILES}
-    return {"mean": means([mean_G], resamples=resamples)[0], "pairs": len(every), "quantiles": quantiles}
+    return {
+        "mean": average_over_problems([mean_G], resamples=resamples)[0],
+        "pairs": len(every),
+        "quantiles": quantiles,
+    }

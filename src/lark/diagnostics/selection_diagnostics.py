@@ -22,7 +22,7 @@ from lark.selection.scores.statistics import (
     RankSurprisal,
     Score,
 )
-from lark.selection.within_problem import Mean, figures, pooled_spearman, spearman
+from lark.selection.within_problem import Mean, compute_pooled_spearman, compute_spearman, summarise_with_chance
 from lark.training.datamodule import TrajectoryDataModule
 
 
@@ -115,8 +115,8 @@ def correlations(
     groups = candidates.groups
     pairs = [(score, target) for score in scores for target in targets]
     values = [(scores[score], targets[target]) for score, target in pairs]
-    within = figures([spearman(a_N, b_N, groups) for a_N, b_N in values], resamples=resamples)
-    pooled = pooled_spearman(values, groups, resamples=resamples)
+    within = summarise_with_chance([compute_spearman(a_N, b_N, groups) for a_N, b_N in values], resamples=resamples)
+    pooled = compute_pooled_spearman(values, groups, resamples=resamples)
     found: dict[str, dict[str, dict[str, Mean]]] = {score: {} for score in scores}
     for (score, target), inside, over_all in zip(pairs, within, pooled, strict=True):
         found[score][target] = {"within": inside, "pooled": over_all}

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from lark.page.contents import PoolContents
 from lark.page.plots import Look, Plot, clipped, figure_of, label_height, plain, rounded
-from lark.selection.within_problem import jaccard
+from lark.selection.within_problem import compute_jaccard
 
 CELLS_WRITTEN = 14  # rules, up to which the overlaps are written into the matrix
 
@@ -157,7 +157,7 @@ def overlaps(pool: PoolContents) -> Plot:
     chance = share.copy()
     for i, (_, a) in enumerate(chosen):
         for j, (_, b) in enumerate(chosen[:i]):
-            found = jaccard(a, b, groups)
+            found = compute_jaccard(a, b, groups)
             here = np.isfinite(found.value_G)
             if here.any():
                 share[i, j] = share[j, i] = found.value_G[here].mean()

@@ -19,7 +19,7 @@ from lark.selection.candidates import Candidates
 from lark.selection.matching import take_tokens, take_top
 from lark.selection.policies import Policy, prior_weights, weights
 from lark.selection.scores.statistics import Score, imported, needs_of_column
-from lark.selection.within_problem import spearman
+from lark.selection.within_problem import compute_spearman
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +303,7 @@ def within_problem_spearman(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) ->
     """Mean over problems of Spearman's correlation between a and b among the problem's candidates (midranks for
     ties); problems in which either is constant, or fewer than two rows have both values, do not count. None if none.
     """
-    rho_G = spearman(a_N, b_N, groups).value_G
+    rho_G = compute_spearman(a_N, b_N, groups).value_G
     return float(np.nanmean(rho_G)) if np.isfinite(rho_G).any() else None
 
 
