@@ -27,7 +27,6 @@ def test_a_constant_score_and_no_choice_have_nothing_to_say():
             {
                 "problems": 2,
                 "candidates": 8,
-                "given_up_by_race": 3,
                 "without_forward_pass": True,
                 "correlations": correlations,
                 "selections": {"selector": selection("all", coverage={})},
@@ -36,7 +35,7 @@ def test_a_constant_score_and_no_choice_have_nothing_to_say():
         )
     )
     assert lines[0].startswith("diagnostics 2 problems, 8 candidates;")
-    assert "no rule asks the student" in lines[0] and "3 candidates that a race gave up" in lines[0]
+    assert "no rule asks the student" in lines[0]
     assert lines[1] == "selector    score with nothing: it is the same for all candidates"
     assert "teachers a 75% (chance 50%); effective size 3 of 4, 1.50 a problem" in lines[2] and "least" not in lines[2]
     assert len(lines) == 3

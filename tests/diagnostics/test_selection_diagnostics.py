@@ -65,10 +65,3 @@ def test_without_a_forward_pass_there_are_fewer_scores(chosen):
     assert found["selections"]["selector"]["score"] == "lark"  # the rule's name in this fixture: a score of its own
     assert found["selections"]["baseline"]["score"] == "random (baseline)"  # of another seed than the stock one
     assert found["correlations"]["lark"]["length"]["within"].mean == pytest.approx(1)
-
-
-def test_what_a_race_gave_up_has_no_scores(chosen):
-    data, found = chosen(probe={"race": True})
-    assert "drop_first" not in found["correlations"]
-    if "stopped" in data.candidates.statistics:
-        assert found["given_up_by_race"] == int(data.candidates["stopped"].astype(bool).sum())

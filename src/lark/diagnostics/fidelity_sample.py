@@ -25,7 +25,7 @@ def measure_sample(
     if not len(rows):
         return None, {}
     row_N = data.scored[rows]
-    if Statistics() in data.needs and not data.contests:
+    if Statistics() in data.needs:
         statistics = data.candidates.where(np.isin(data.candidates.row_N, row_N)).statistics
     else:
         columns, _ = measured(data, Statistics(), row_N, claim)

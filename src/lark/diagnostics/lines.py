@@ -15,8 +15,6 @@ def describe_selections(found: Mapping[str, Any]) -> Iterator[str]:
     notes = []
     if found["without_forward_pass"]:
         notes.append("no rule asks the student, so scores of its statistics are left out")
-    if found["given_up_by_race"]:
-        notes.append(f"{found['given_up_by_race']:,} candidates that a race gave up have no scores")
     chance = next((kinds["length"]["within"] for kinds in found["correlations"].values()), None)
     yield _line(
         "diagnostics",

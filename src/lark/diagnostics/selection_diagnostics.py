@@ -40,9 +40,8 @@ def stock_scores(data: TrajectoryDataModule) -> dict[str, Score]:
         "entropy": Entropy(),
         "rank": Rank(),
         "rsr": RankSurprisal(),
+        "drop_first": DropFirst(skip=data.probe.skip),
     }
-    if not data.contests:  # of a candidate that a race gave up no steps are known
-        found["drop_first"] = DropFirst(skip=data.probe.skip)
     return found | free
 
 
@@ -50,16 +49,13 @@ def of_choice(data: TrajectoryDataModule, *, resamples: int) -> dict[str, Any]:
     """The cheap figures: `correlations`, `selections` (by role) and `overlaps`, with the counts they rest on."""
     candidates = data.candidates
     groups, statistics = candidates.groups, Statistics() in data.needs
-    stopped_N = np.zeros(len(candidates), bool)
-    if "stopped" in candidates.statistics:
-        stopped_N = candidates["stopped"].astype(bool)
     rules = {role: data.rules[role] for role in data.selections if role in data.rules}
     scores: dict[str, np.ndarray] = {}
     stock = stock_scores(data)
     for name, score in stock.items():
-        scores[name] = np.where(stopped_N, np.nan, score(candidates))
+        scores[name] = score(candidates)
     if statistics:
-        scores["rho"] = np.where(stopped_N, np.nan, Learnability(length_exponent=0.0)(candidates))
+        scores["rho"] = Learnability(length_exponent=0.0)(candidates)
     titles: dict[str, str] = {}
     for role, rule in rules.items():  # a stock score under its own name is there once
         stocked = stock.get(rule.name) == rule.score and rule.filter is None
@@ -69,7 +65,7 @@ def of_choice(data: TrajectoryDataModule, *, resamples: int) -> dict[str, Any]:
     correct_N = candidates["correct"].astype(np.float64)
     targets = {"length": candidates["num_tokens"].astype(np.float64), "correct": correct_N}
     if statistics:
-        targets = {"loss": np.where(stopped_N, np.nan, candidates["loss"]), **targets}
+        targets = {"loss": candidates["loss"], **targets}
     chosen = {titles[role]: composition.shares(candidates, data.selections[role]) for role in rules}
     tie_N = tie_hash(data.seed, candidates.problem_id, candidates.candidate_id)
     wanted_G = groups.sum((chosen[titles["selector"]] > 0).astype(float)).astype(np.int64)
@@ -82,7 +78,6 @@ def of_choice(data: TrajectoryDataModule, *, resamples: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "problems": groups.count,
         "candidates": len(candidates),
-        "given_up_by_race": int(stopped_N.sum()),
         "without_forward_pass": not statistics,
         "correlations": correlations(scores, targets, candidates, resamples=resamples),
         "selections": {},

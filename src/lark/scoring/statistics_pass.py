@@ -58,8 +58,6 @@ class Probe:
     shard_rows: rows a file, lost at most by a kill.
     share: what rows begin alike with (their prompt) is computed once for those of one forward pass.
     compile: fuse the statistics of the logits by torch.compile; null = where the pass is long enough to gain by it.
-    race: read candidates only until it is clear that the rules' choice does not contain them (lark.scoring.race_pass).
-    race_confidence: share of the full choice, at least, that the race is expected to choose; 1 = nobody is given up.
     model: null = the student that is trained; else another option of the model group, whose choice that student then
         gets (is a choice specific to its student?).
     """
@@ -73,8 +71,6 @@ class Probe:
     shard_rows: int = 512
     share: bool = True
     compile: bool | None = None
-    race: bool = False
-    race_confidence: float = 0.95
     model: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,16 +87,11 @@ class Probe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise LarkError(f"probe.{name}={value} is too small; set it to at least {least}")
-        if not 0 < self.race_confidence <= 1:
-            raise LarkError(
-                f"probe.race_confidence={self.race_confidence} is no share of a choice; set it above 0 and up to 1"
-            )
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a statistic (how the pass is cut does not)."""
         settings = {name: getattr(self, name) for name in ("top_k", "keep", "span", "step_splitter", "skip")}
-        race = {"race_confidence": self.race_confidence} if self.race else {}
-        return settings | race | {"statistics": VERSION}
+        return settings | {"statistics": VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)

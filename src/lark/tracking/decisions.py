@@ -13,7 +13,6 @@ import numpy as np
 
 from lark.common.cache import read_json
 from lark.scoring.passes import Pass, Statistics
-from lark.scoring.race_pass import describe_race
 from lark.selection.selection import Selection
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
@@ -85,7 +84,6 @@ def of_pass(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tokens_at_a_time": choices.get("tokens at a time", math.nan),
         **{name: choices.get(key, NONE) for key, name in _CHOICES.items()},
-        "race": describe_race(manifest).partition("race")[2].strip() if "race" in manifest else NONE,
     }
 
 

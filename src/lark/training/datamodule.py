@@ -36,11 +36,9 @@ from lark.scoring.passes import (
     Statistics,
 )
 from lark.scoring.progress import describe_pass
-from lark.scoring.race_pass import RaceModule, RaceWork, describe_race, race
 from lark.scoring.statistics_pass import PassModule, Probe, ProbeModule, Work, measure
 from lark.scoring.table_cache import COST_COLUMNS, read_columns, read_statistics, rows_done, statistics_blocks
 from lark.selection.candidates import Candidates, meant
-from lark.selection.contests import contests, raced
 from lark.selection.scores.statistics import STATISTICS, DropFirst
 from lark.selection.scores.text import TeacherMatched
 from lark.selection.selection import Rule, Selection, select, speaking_of
@@ -115,8 +113,6 @@ class TrajectoryDataModule(LightningDataModule):
         self.set_active_arm("selector")
         self._pools: dict[str, Trajectories] = {}
         self._check_rules()
-        self.contests = contests(self.rules, match=match) if probe.race else ()
-        self.rules |= {contest.name: raced(contest.rule) for contest in self.contests}
 
     def _check_rules(self) -> None:
         """What a rule cannot know by itself. Raises LarkError."""
@@ -207,7 +203,7 @@ class TrajectoryDataModule(LightningDataModule):
         return {**self.trajectories.dropped, "overlong_for_scorer": overlong}
 
     def _work(self, warmup: tuple[tuple[Path, float], ...] = ()) -> Work:
-        work = Work(
+        return Work(
             student=self.asked,
             probe=self.probe,
             pool=self.scored_trajectories,
@@ -215,13 +211,11 @@ class TrajectoryDataModule(LightningDataModule):
             seed=self.seed,
             warmup=warmup,
         )
-        return RaceWork(**vars(work), contests=self.contests) if self.contests else work
 
     def pass_identity(self, wanted: Pass, work: Work | None = None) -> dict[str, Any]:
         """All that the columns of a pass depend on, over all that is scored or over other `work` on the same pool."""
         work = work or self._work()
-        is_race = wanted == Statistics() and isinstance(work, RaceWork)
-        module, device = RaceModule if is_race else MODULES[type(wanted)], self.make_trainer("").strategy.root_device
+        module, device = MODULES[type(wanted)], self.make_trainer("").strategy.root_device
         identity = {
             "student": self.scorer.identity(),
             "dtype": str(work.student.resolve_dtype(device)),
@@ -274,21 +268,14 @@ class TrajectoryDataModule(LightningDataModule):
                 + (f", {done:,} are kept of a pass that was interrupted" if done else "")
             )
             identity = self.pass_identity(wanted)
-            if wanted == Statistics() and isinstance(work, RaceWork):
-                race(wanted, work, folder, identity, make_trainer=self.make_trainer, logger=logger)
-            else:
-                trainer = self.make_trainer(label)
-                trainer.logger = logger
-                measure(
-                    trainer, MODULES[type(wanted)](wanted=wanted, work=work, folder=folder), identity, before=before
-                )
+            trainer = self.make_trainer(label)
+            trainer.logger = logger
+            measure(trainer, MODULES[type(wanted)](wanted=wanted, work=work, folder=folder), identity, before=before)
         self.costs[wanted] = read_json(folder / "manifest.json")
         if not cached and (throughput := self.costs[wanted].get("throughput")):
             chosen = [f"{name} {value}" for name, value in self.costs[wanted]["choices"].items()]
             for line in filter(None, ["; ".join(chosen), describe_pass(throughput)]):
                 self.say(f"{label:<11} {line}")
-        if "race" in self.costs[wanted]:
-            self.say(describe_race(self.costs[wanted]))
 
     def cost_of(self, rule: Rule) -> dict[str, float]:
         """What choosing by `rule` costs: tokens through the student forwards and backwards, device-seconds."""
