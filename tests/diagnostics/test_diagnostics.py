@@ -12,9 +12,9 @@ from conftest import rows_of_a_pool
 from lark_command import SMALL, lark
 from lightning import Trainer
 
+from lark.common.ranks import claim_alone
 from lark.diagnostics.diagnostics import Diagnosis, Diagnostics
 from lark.student.sharding import ShardedStrategy
-from lark.training.agreement import unclaimed
 from lark.training.arms import make_arm, train
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.divergence import DivergedError
@@ -67,10 +67,10 @@ def table(path):
 
 def test_full_from_the_choice_to_the_bins(run, tmp_path):
     diagnosis, arms, make, finish, said = run(name="full", problems=5, bins=2)
-    diagnosis.of_selections(unclaimed)
+    diagnosis.of_selections(claim_alone)
     for arm in arms:
         finish(arm, "train")
-    diagnosis.of_arms(arms, make, unclaimed, finish, {"sets": []}, True)
+    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
     assert finish.done[2:] == [("bin-1", "train"), ("bin-2", "train")]
     found = json.loads((tmp_path / "diagnostics.json").read_text())
     fidelity = found["fidelity"]
@@ -98,9 +98,9 @@ def test_full_from_the_choice_to_the_bins(run, tmp_path):
 
 def test_bins_are_trained_once(run):
     diagnosis, arms, make, finish, _ = run(name="full", problems=2, bins=2)
-    diagnosis.of_arms(arms, make, unclaimed, finish, {"sets": []}, True)
+    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
     again = Finished(finish.data, finish.make_trainer, [])
-    diagnosis.of_arms(arms, make, unclaimed, again, {"sets": []}, True)
+    diagnosis.of_arms(arms, make, claim_alone, again, {"sets": []}, True)
     assert again.done == [("bin-1", "reuse"), ("bin-2", "reuse")]
 
 
@@ -110,7 +110,7 @@ def test_a_bin_that_diverges_does_not_end_the_run(run):
     def finish(arm, action):
         raise DivergedError("too fast")
 
-    diagnosis.of_arms(arms, make, unclaimed, finish, {"sets": []}, True)
+    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
     assert all(math.isnan(row["mean_loss"]) for row in diagnosis.found["bins"]["rows"])
     assert sum("diverged" in line for line in said) == 2
     assert set(diagnosis.data.selections) == {"selector", "baseline"}
@@ -134,7 +134,7 @@ def test_none_leaves_nothing(run, tmp_path):
 
 def test_more_bins_than_candidates_are_said_and_not_trained(run):
     diagnosis, arms, make, finish, said = run(name="full", bins=9)
-    diagnosis.of_arms(arms, make, unclaimed, finish, {"sets": []}, True)
+    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
     assert finish.done == [] and any("diagnostics.bins=9" in line for line in said)
 
 

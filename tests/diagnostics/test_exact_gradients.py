@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import rows_of_a_pool
 
+from lark.common.ranks import claim_alone
 from lark.diagnostics.exact_gradients import ExactGradients, layer_groups, measured
 from lark.scoring.gradients import choose_parameters, decoder_layers
 from lark.scoring.passes import Gradients, LossDrops, Statistics
-from lark.training.agreement import unclaimed
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
@@ -22,10 +22,10 @@ def data(make_data):
 
 def test_columns_are_those_of_the_separate_passes(data):
     rows = data.scored[:6]
-    exact, manifest = measured(data, ExactGradients(eta=1e-2), rows, unclaimed)
-    gradients, _ = measured(data, Gradients(), rows, unclaimed)
+    exact, manifest = measured(data, ExactGradients(eta=1e-2), rows, claim_alone)
+    gradients, _ = measured(data, Gradients(), rows, claim_alone)
     for step, column in ((1e-2, "drop"), (5e-3, "drop_half")):
-        drops, _ = measured(data, LossDrops(eta=step), rows, unclaimed)
+        drops, _ = measured(data, LossDrops(eta=step), rows, claim_alone)
         assert exact[column] == pytest.approx(drops["drop"], rel=1e-4)
         assert exact["loss_before"] == pytest.approx(drops["loss_before"], rel=1e-6)
     assert exact["row"].tolist() == rows.tolist()
@@ -42,7 +42,7 @@ def test_a_sample_is_measured_once(data):
 
     def claim(name, folder, done):
         claims.append(done())
-        return unclaimed(name, folder, done)
+        return claim_alone(name, folder, done)
 
     first, _ = measured(data, ExactGradients(), data.scored[:3], claim)
     again, manifest = measured(data, ExactGradients(), data.scored[:3], claim)
@@ -53,7 +53,7 @@ def test_a_sample_is_measured_once(data):
 
 
 def test_statistics_of_a_sample_come_with_their_means(data):
-    columns, _ = measured(data, Statistics(), data.scored[:3], unclaimed)
+    columns, _ = measured(data, Statistics(), data.scored[:3], claim_alone)
     assert columns["loss"] == pytest.approx(columns["sum_surprisal"] / columns["num_tokens"])
 
 

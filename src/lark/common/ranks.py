@@ -7,8 +7,8 @@ torchrun or SLURM's srun started run from the start, and get the plan sent.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,15 @@ from lark.common.errors import LarkError
 RUN_VARIABLE = "LARK_RUN"
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE)
 _PATIENCE = timedelta(days=7)
+
+Claim = Callable[[str, Path, Callable[[], bool]], AbstractContextManager[bool]]
+"""Takes (name, folder, is_done); yields true where the work is to be done here, under a lock until the block ends."""
+
+
+@contextmanager
+def claim_alone(name: str, folder: Path, is_done: Callable[[], bool]) -> Iterator[bool]:
+    """Serve as the `Claim` of a process that works alone."""
+    yield not is_done()
 
 
 def is_main() -> bool:

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lark.common.cache import read_json, write_json
 from lark.common.errors import LarkError
-from lark.common.ranks import is_main
+from lark.common.ranks import Claim, is_main
 from lark.diagnostics import quantile_bins
 from lark.diagnostics.curves import TrainingLoss, against_baseline, own_loss_ratio
 from lark.diagnostics.exact_gradients import ExactGradients
@@ -31,7 +31,6 @@ from lark.evaluation.arm_evaluation import action_of
 from lark.evaluation.summary import read_figures
 from lark.scoring.passes import check_parameters
 from lark.student.sharding import ShardedStrategy
-from lark.training.agreement import Claim
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.divergence import DivergedError

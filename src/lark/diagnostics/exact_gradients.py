@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lark.common.cache import complete, identity_hash, read_json
+from lark.common.ranks import Claim
 from lark.scoring.columns import Columns
 from lark.scoring.gradient_passes import GradientModule
 from lark.scoring.gradients import Parameters, _stepped, decoder_layers, flat_gradients, gram, mean_surprisal
@@ -24,7 +25,6 @@ from lark.scoring.statistics_pass import PassModule, Work, measure
 from lark.scoring.table_cache import read_columns, read_statistics
 from lark.student.batching import MicroBatch
 from lark.student.student import base_model
-from lark.training.agreement import Claim
 from lark.training.datamodule import MODULES, TrajectoryDataModule
 
 THIRDS = ("first third", "middle third", "last third")
@@ -107,7 +107,7 @@ def measured(
     """The columns of a pass over these rows of the pool alone, and its manifest; from the cache or by the student (all
     ranks take part). Statistics come with their means.
     """
-    work = Work(student=data.asked, probe=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed)
+    work = Work(student=data.scorer, probe=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed)
     known = Gradients(parameters=wanted.parameters) if isinstance(wanted, ExactGradients) else wanted
     identity = {**data.pass_identity(known, work), **wanted.identity()}
     module_class: type[PassModule] = MODULES[type(known)]

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from lark.common.groups import Groups, unit_hash
+from lark.common.ranks import Claim
 from lark.diagnostics import fidelity
 from lark.diagnostics.exact_gradients import ExactGradients, measured
 from lark.scoring.passes import HeadGradients, Statistics
 from lark.selection.candidates import Candidates
-from lark.training.agreement import Claim, sample_rows
 from lark.training.datamodule import TrajectoryDataModule
 
 
@@ -41,6 +42,17 @@ def measure_sample(
         passes={HeadGradients(): head.without("row")},
     )
     return fidelity.with_truth(sample, wanted, columns.without("row")), manifest
+
+
+def sample_rows(problem_id_N: np.ndarray, *, budget: int, problems: int) -> np.ndarray:
+    """Draw `problems` whole problems with more than `budget` candidates, by hash of their id; return their rows,
+    ascending.
+    """
+    groups = Groups.from_ids(problem_id_N)
+    ids = np.array(list(dict.fromkeys(problem_id_N.tolist())), object)
+    choice = np.flatnonzero(groups.size > budget)
+    draw = unit_hash(0, ids[choice], ["problem"] * len(choice), salt="agreement")
+    return np.flatnonzero(np.isin(groups.index_N, choice[np.argsort(draw)[:problems]]))
 
 
 def budget_of(data: TrajectoryDataModule) -> int:

@@ -72,7 +72,6 @@ def summarise_run(
             data.pass_folder(wanted).name: {"pass": wanted.name} | {k: v for k, v in cost.items() if k != "identity"}
             for wanted, cost in data.costs.items()
         },
-        "agreement": data.agreement,
         "difference_of": [],
         "sets": {name: {} for name in sets},
         "arms": {},

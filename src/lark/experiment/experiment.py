@@ -31,7 +31,6 @@ from lark.student.sharding import check_sharded
 from lark.tasks.problems import read_problems
 from lark.tracking.logging_metrics import log_arm, log_choice, log_comparison, log_pass
 from lark.tracking.tracking import opened
-from lark.training.agreement import settle_dtype
 from lark.training.arms import Arm, make_arm, train, write_selection
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.end_token import EndTokenCheck
@@ -130,7 +129,6 @@ class _Run:
 
     def _score(self) -> None:
         """The passes that the rules need, each under its lock; ranks obey the plan on which of them run."""
-        settle_dtype(self.data, self._claim, self.plan)
         for wanted in self.data.needs:
             folder = self.data.pass_folder(wanted)
             with self._claim(wanted.name, folder, partial(complete, folder)) as to_do, ExitStack() as held:
@@ -295,9 +293,8 @@ class _Run:
 
     def _stop(self, text: str) -> float:
         if is_main():
-            checked = {"agreement": self.data.agreement} if self.data.agreement else {}
             stopped = {"status": "finished", "stopped_after": self.config.stop_after}
-            write_json(self.folder / "summary.json", stopped | checked)
+            write_json(self.folder / "summary.json", stopped)
             write_own_page(self.folder, say)
         say(text)
         return float("nan")
@@ -311,7 +308,7 @@ class _Run:
         summary = summarise_run(self.config, arms, self.figures, self.data, self.plan["arms"])
         summary |= {"problems_in_pool": self.overlap, "diagnostics": self.diagnosis.figures()}
         write_json(self.folder / "summary.json", summary)
-        with self._logged(f"comparison-seed{self.data.seed}", "comparison", agreement=self.data.agreement) as logger:
+        with self._logged(f"comparison-seed{self.data.seed}", "comparison") as logger:
             log_comparison(logger, self.tracker, summary, self.data, self.diagnosis.found, self._taken)
         print_comparison(summary)
         say(f"summary     {self.folder / 'summary.json'}")

@@ -39,8 +39,7 @@ class Student:
 
     id, revision: on the Hugging Face hub; used when `path` is null.
     path: a folder with safetensors and a tokenizer, a .gguf file, or `shipped:<name>` for an embedded student.
-    dtype: auto | float32 | bfloat16 | float16. auto is float32 on CPU and bfloat16 on an accelerator, but
-        for passes whose choice bfloat16 would change (lark.training.agreement).
+    dtype: auto | float32 | bfloat16 | float16. auto is float32 on CPU and bfloat16 on an accelerator.
     attention: the transformers attention implementation.
     template: chatml | llama3 | own | a Jinja file.
     end_token: the special token that ends the student's turns; null = the template's own. Typed into a shell as
@@ -154,7 +153,7 @@ class Student:
         return self._hashes["commit"]
 
     def resolve_dtype(self, device: torch.device) -> torch.dtype:
-        """What the setting means on `device`. Passes of a student on auto may be settled otherwise (lark.training.agreement)."""
+        """Return the dtype that the setting means on `device`."""
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         return torch.float32 if device.type == "cpu" else torch.bfloat16

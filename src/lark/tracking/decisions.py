@@ -33,13 +33,10 @@ _TRAINING = (
 def of_run(data: TrajectoryDataModule, taken: Taken) -> dict[str, Any]:
     """Of pool, dtype and passes, which all arms of a run have in common."""
     device = data.make_trainer("").strategy.root_device
-    agreement = data.agreement or {"rules": {}}
-    shares = [one["share"] for one in agreement["rules"].values()]
     return {
         "scorer": data.scorer.name,
-        "dtype_scoring": str(data.asked.resolve_dtype(device)).removeprefix("torch."),
+        "dtype_scoring": str(data.scorer.resolve_dtype(device)).removeprefix("torch."),
         "dtype_sampling": data.dtype.removeprefix("torch."),
-        "dtype_agreement": min(shares, default=math.nan),
         "precision": data.precision,
         "device": device.type,
         **_of_pool(data),

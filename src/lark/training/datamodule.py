@@ -99,10 +99,6 @@ class TrajectoryDataModule(LightningDataModule):
         super().__init__()
         self.task, self.student, self.recipe, self.probe = task, student, recipe, probe
         self.scorer = scorer or student
-        self.asked = (
-            self.scorer
-        )  # the same student in the dtype of its passes, once lark.training.agreement has settled that
-        self.agreement: dict[str, Any] = {}
         self.rules: dict[str, Rule] = {"selector": selector} | ({"baseline": baseline} if baseline else {})
         every = [*needs, *(need for rule in self.rules.values() for need in rule.needs)]
         self.needs = sorted(dict.fromkeys(every), key=lambda need: need != Statistics())  # the statistics first
@@ -187,7 +183,7 @@ class TrajectoryDataModule(LightningDataModule):
 
     @property
     def dtype(self) -> str:
-        """What the trained student is sampled in; its passes may run in another (`asked`)."""
+        """The trained student's dtype on the device of the run."""
         return str(self.student.resolve_dtype(self.make_trainer("").strategy.root_device))
 
     @property
@@ -204,7 +200,7 @@ class TrajectoryDataModule(LightningDataModule):
 
     def _work(self, warmup: tuple[tuple[Path, float], ...] = ()) -> Work:
         return Work(
-            student=self.asked,
+            student=self.scorer,
             probe=self.probe,
             pool=self.scored_trajectories,
             rows=self.scored,
