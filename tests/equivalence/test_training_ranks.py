@@ -26,7 +26,7 @@ from lark.training.sft_module import SFTModule
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 STEPS = 5
-UNEVEN = {"batch_size": 7, "micro_batch_tokens": 150, "average": "token", "layout": "auto"}
+UNEVEN = {"batch_size": 7, "micro_batch_tokens": 150, "average": "token"}
 ON_ONE: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"student": {"lora": LORA}},

@@ -10,7 +10,8 @@ from lark.student.batching import (
     coefficients,
     collate,
     collate_shared,
-    micro_batches,
+    plan_packed,
+    plan_padded,
     prefix_units,
     rank_share,
     step_rows,
@@ -58,7 +59,7 @@ def test_ranks_partition_the_batch_and_get_equal_work(lengths, world, data):
 @settings(deadline=None)
 @given(lengths=LENGTHS, budget=st.integers(1, 150), packed=st.booleans())
 def test_micro_batches_cover_each_row_once_within_the_budget(lengths, budget, packed):
-    cuts = micro_batches(lengths, budget=budget, packed=packed)
+    cuts = (plan_packed if packed else plan_padded)(lengths, budget=budget)
     assert sorted(np.concatenate(cuts)) == list(range(len(lengths)))
     for cut in cuts:
         cost = lengths[cut].sum() if packed else len(cut) * lengths[cut].max()
@@ -114,28 +115,27 @@ def test_rows_that_share_little_are_padded():
     assert collate_shared([encoded(rng, 40, 3), encoded(rng, 40, 3)], [0, 1]).tree is None
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_collate_against_a_plain_loop(packed):
+def test_no_rows_are_no_micro_batches():
+    for plan in (plan_packed, plan_padded):
+        assert plan(np.zeros(0, np.int64), budget=10) == []
+
+
+def test_collate_against_a_plain_loop():
     rng = np.random.default_rng(0)
     rows = [encoded(rng, length, prompt) for length, prompt in ((7, 3), (4, 1), (9, 8), (5, 0))]
-    batch = collate(rows, [70, 71, 72, 73], packed=packed)
+    batch = collate(rows, [70, 71, 72, 73])
     assert batch.rows == (70, 71, 72, 73)
     width = 9
-    if packed:
-        assert batch.input_ids_RL.tolist() == [[token for row in rows for token in row.input_ids]]
-        assert batch.position_ids_RL is not None
-        assert batch.position_ids_RL.tolist() == [[p for row in rows for p in range(len(row.input_ids))]]
-    else:
-        assert batch.position_ids_RL is None
-        assert batch.input_ids_RL.tolist() == [row.input_ids + [0] * (width - len(row.input_ids)) for row in rows]
+    assert batch.position_ids_RL is None
+    assert batch.input_ids_RL.tolist() == [row.input_ids + [0] * (width - len(row.input_ids)) for row in rows]
     seen = []
     for i, row in enumerate(rows):
-        start = sum(len(r.input_ids) for r in rows[:i]) if packed else i * width
+        start = i * width
         first = max(row.prompt_tokens, 1)  # the very first token is predicted by nothing
         seen += [(start + t - 1, row.input_ids[t], i, t - row.prompt_tokens) for t in range(first, len(row.input_ids))]
     columns = (batch.predict_N, batch.target_N, batch.row_N, batch.position_N)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == seen
-    assert batch.tokens == (25 if packed else 36)
+    assert batch.tokens == 36
 
 
 @given(

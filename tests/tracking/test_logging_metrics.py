@@ -108,7 +108,7 @@ def test_decisions(one: Runs, other: Runs, folder: Path) -> None:
     run = one["selector"]
     arm = folder / "one" / "arms" / run.config["hash"]
     training, (manifest,) = read_json(arm / "trained.json")["training"], (folder / "one").rglob("cache/stat*/*/man*")
-    for name in ("micro_batch_tokens", "halvings", "packed_steps", "computed_tokens"):
+    for name in ("micro_batch_tokens", "halvings", "computed_tokens"):
         assert run.summary[f"decisions/{name}"] == training[name]
     assert run.summary["decisions/end_token"] == read_json(arm / "end_token.json")["token"]
     assert run.summary["decisions/dtype_scoring"] == run.summary["decisions/engine_dtype"] == "float32"

@@ -154,7 +154,7 @@ def test_every_prefix_has_its_axis(tmp_path: Path) -> None:
 def test_summary_tables_and_datasets(tmp_path: Path) -> None:
     tracker = Wandb(name="offline", mode="offline")
     logger = tracker.open(title="one", group="sweep", job_type="selector", config={}, folder=tmp_path)
-    tracker.summarise(logger, {"decisions/layout": "packed", "decisions/lr": 0.5, "decisions/ceiling": math.nan})
+    tracker.summarise(logger, {"decisions/engine": "vllm", "decisions/lr": 0.5, "decisions/ceiling": math.nan})
     tracker.tabulate(logger, {"tables/teachers": [{"teacher": "a", "share": 0.25}, {"teacher": "b", "share": 0.75}]})
     (kept := tmp_path / "selection.json").write_text('{"rule": "lark"}')
     tracker.keep_selection(logger, "choice", [kept], written={"ids.jsonl": ["1\n", "2\n"]}, about={"texts": False})
@@ -162,7 +162,7 @@ def test_summary_tables_and_datasets(tmp_path: Path) -> None:
     assert "WANDB_DATA_DIR" not in os.environ
     (path,) = wandb_files(tmp_path)
     run = read_wandb(path)
-    assert (run.summary["decisions/layout"], run.summary["decisions/lr"]) == ("packed", 0.5)
+    assert (run.summary["decisions/engine"], run.summary["decisions/lr"]) == ("packed", 0.5)
     table = media(run, "tables/teachers")
     assert (table["columns"], table["data"]) == (["teacher", "share"], [["a", 0.25], ["b", 0.75]])
     files = run.artifacts["dataset/choice"]
@@ -176,14 +176,14 @@ def test_summary_tables_and_datasets(tmp_path: Path) -> None:
 def test_csv_keeps_decisions(tmp_path: Path) -> None:
     tracker = Csv(name="csv")
     logger = tracker.open(title="one", group="sweep", job_type="selector", config={"seed": 3}, folder=tmp_path)
-    tracker.summarise(logger, {"decisions/layout": "packed"})
+    tracker.summarise(logger, {"decisions/engine": "vllm"})
     tracker.summarise(logger, {"decisions/lr": 0.5})
     logger.save()
     (path,) = tmp_path.rglob("hparams.yaml")
     assert OmegaConf.load(path) == {
         "seed": 3,
         "job_type": "selector",
-        "summary": {"decisions/layout": "packed", "decisions/lr": 0.5},
+        "summary": {"decisions/engine": "vllm", "decisions/lr": 0.5},
     }
 
 

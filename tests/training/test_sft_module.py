@@ -154,8 +154,7 @@ def test_micro_batches_do_not_change_the_gradient(average, ready, tmp_path):
 @pytest.mark.parametrize("average", AVERAGES)
 def test_packed_documents_do_not_see_each_other(average, ready, tmp_path):
     separate, _ = gradients(ready(recipe={"average": average, "micro_batch_tokens": 1}), tmp_path)
-    settings = {"average": average, "micro_batch_tokens": 10_000, "layout": "packed"}
-    packed, count = gradients(ready(recipe=settings), tmp_path)
+    packed, count = gradients(ready(recipe={"average": average, "micro_batch_tokens": 10_000}), tmp_path)
     assert count == 1
     assert distance(packed, separate) < 5e-6
 
@@ -286,13 +285,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_trajectories(make_data, m
         fit(data, make_trainer(max_steps=3), tmp_path, steps=3, kind=Broken)
 
 
-@pytest.mark.parametrize("layout", ["buckets", "packed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": "all-linear"}], ids=["full", "lora"])
-def test_bf16_mixed_rounds_the_products_only(layout, lora, make_data, make_trainer, tmp_path):
+def test_bf16_mixed_rounds_the_products_only(attention, lora, make_data, make_trainer, tmp_path):
     """Weights, coefficients and their sums stay float32: losses differ by rounding, and the student still learns."""
 
     def curve(precision):
-        data = make_data(recipe={"layout": layout, "lr": 3e-3}, student={"lora": lora})
+        data = make_data(recipe={"lr": 3e-3}, student={"lora": lora, "attention": attention})
         trainer = make_trainer(max_steps=8, precision=precision, num_sanity_val_steps=-1, val_check_interval=8)
         module = fit(data, trainer, tmp_path, steps=8)
         assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
@@ -355,20 +354,20 @@ def test_out_of_memory_inside_a_step_halves_the_micro_batches_and_changes_nothin
                 raise torch.OutOfMemoryError("out of memory")
             return value
 
-    def trained(most, layout):
+    def trained(most, attention):
         Small.most = most
-        data = make_data(recipe={"micro_batch_tokens": 1000, "layout": layout})
+        data = make_data(recipe={"micro_batch_tokens": 1000}, student={"attention": attention})
         return fit(data, make_trainer(max_steps=3), tmp_path, steps=3, kind=Small)
 
     # Half of what the first step's six rows took: 6 x 96 padded, then 3 x 96; 537 packed, less what they share.
-    for layout, halvings, budget in (("buckets", 2, 144), ("packed", 1, 537 // 2)):
-        plain, split = trained(10**6, layout), trained(250, layout)
+    for attention, halvings, budget in (("eager", 2, 144), ("sdpa", 1, 537 // 2)):
+        plain, split = trained(10**6, attention), trained(250, attention)
         assert (plain.totals["halvings"], plain.budget) == (0, 1000)
         assert (split.totals["halvings"], split.budget) == (halvings, budget)
         for a, b in zip(plain.parameters(), split.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=r"a trajectory of \d+ tokens alone .*model\.gradient_checkpointing"):
-        trained(20, "buckets")
+        trained(20, "sdpa")
 
 
 def test_rounding_the_weights_that_are_trained_is_refused(make_data, tmp_path):
@@ -387,7 +386,6 @@ def test_rounding_the_weights_that_are_trained_is_refused(make_data, tmp_path):
     "wrong",
     [
         {"average": "mean"},
-        {"layout": "rows"},
         {"schedule": "linear"},
         {"batch_size": 0},
         {"steps": 0},

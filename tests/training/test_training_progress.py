@@ -80,9 +80,9 @@ def test_effective_trajectories_are_logged(trained):
         assert 1 <= found["train/effective_trajectories"] <= 6
 
 
-@pytest.mark.parametrize("layout", ["buckets", "packed"])
-def test_what_is_said_at_the_end(layout, trained):
-    data, module, trainer, _ = trained(recipe={"layout": layout, "micro_batch_tokens": 300})
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_what_is_said_at_the_end(attention, trained):
+    data, module, trainer, _ = trained(recipe={"micro_batch_tokens": 300}, student={"attention": attention})
     facts = facts_of(trainer, module)
     steps = [data.step(number) for number in range(8)]
     assert facts["row_tokens"] == sum(int(step.lengths.sum()) for step in steps)
@@ -92,10 +92,8 @@ def test_what_is_said_at_the_end(layout, trained):
     text = describe(facts)
     share = f"{facts['row_tokens'] / sum(computed):.0%}"
     tokens = rf".* tokens of trajectories in {sum(computed):,} computed \({share}\)"
+    layout = "packed" if attention == "sdpa" else r"padded rows \(model\.attention=eager needs a mask\)"
     pattern = rf"{layout}; micro-batches of 300 tokens; {tokens}; "
     assert re.match(pattern + r"\d+ trained tokens/s; \d+% of the GEMM limit; \d\.\d\d GB$", text), text
-    assert (sum(computed) < facts["row_tokens"]) == (layout == "packed")  # prompts begin alike
-    facts |= {"packed_steps": 3, "masked": "it has a window", "halvings": 2}
-    text = describe(facts)
-    assert text.startswith("packed in 3 of 8 steps, else buckets, behind a mask (it has a window); micro")
-    assert "300 tokens (halved 2 times for want of memory)" in text
+    assert (sum(computed) < facts["row_tokens"]) == (attention == "sdpa")  # prompts begin alike
+    assert "300 tokens (halved 2 times for want of memory)" in describe(facts | {"halvings": 2})

@@ -14,7 +14,7 @@ import torch
 
 from lark.scoring.passes import LocalWindows, Pass
 from lark.scoring.statistics_pass import PassModule, Work
-from lark.student.batching import MicroBatch, collate, collate_shared, consecutive, micro_batches
+from lark.student.batching import MicroBatch, collate, collate_shared, consecutive, plan_padded
 from lark.student.chat import Encoded
 from lark.student.context_length import rope_border
 from lark.student.student import head_of
@@ -154,7 +154,7 @@ def span_surprisals(module: PassModule, sequences: Sequence[Encoded]) -> list[np
     head, shared = head_of(module.student_model), not module.not_shared
     long = lengths > rope_border(module.student_model)
     others = np.flatnonzero(~long)
-    cut = consecutive if shared else micro_batches
+    cut = consecutive if shared else plan_padded
     cuts = [others[piece] for piece in cut(lengths[others], budget=module.batch_tokens)]
     for piece in [*np.flatnonzero(long)[:, None], *cuts]:
         micro = (collate_shared if shared else collate)([sequences[i] for i in piece], piece.tolist())

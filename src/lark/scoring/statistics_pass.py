@@ -25,7 +25,7 @@ from lark.scoring.passes import HeadGradients, Pass
 from lark.scoring.progress import figures_of
 from lark.scoring.table_cache import merge, remove_shards, rows_done, write_shard
 from lark.student.attention import share_prefixes
-from lark.student.batching import MicroBatch, collate, collate_shared, micro_batches, prefix_units
+from lark.student.batching import MicroBatch, collate, collate_shared, plan_padded, prefix_units
 from lark.student.chat import SPANS, STEPS, Encoded
 from lark.student.context_length import rope_border
 from lark.student.memory import LEAST_TOKENS, is_out_of_memory, release_memory, token_budget
@@ -205,7 +205,7 @@ class PassModule(LightningModule):
         long = pool.length[rows] > border
         alone, rows = [np.array([row]) for row in rows[long].tolist()], rows[~long]
         if self.not_shared:
-            cuts = micro_batches(pool.length[rows], budget=self.batch_tokens)
+            cuts = plan_padded(pool.length[rows], budget=self.batch_tokens)
         else:
             ids, lengths, spans = pool.problem_id[rows], pool.length[rows], pool.span_tokens[rows]
             cuts = prefix_units(ids, lengths, spans, budget=self.batch_tokens)

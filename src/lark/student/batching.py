@@ -1,6 +1,6 @@
 """From rows to batches: the step sampler, micro-batches, collate. A pure function of (rows, seed, step).
 
-Shapes: R rows of a padded micro-batch (or 1 packed row), L its length, N trained tokens, C coefficient sets.
+Shapes: R rows of a padded micro-batch (or 1 packed row), L its length, N trained tokens.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ LEAST_SAVING = 0.05  # of the computed tokens, for which a prefix tree's gatheri
 class MicroBatch:
     """Rows laid out for one forward pass, and which of their tokens count.
 
-    `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed), or one packed row whose
-    `position_ids_RL` restart at every document, or one row of the nodes of a `tree`. `predict_N` indexes the flattened
-    [R * L] hidden states that predict `target_N`, `observed_N` those that have seen it; `row_N` and `position_N` say
-    which row of the micro-batch, and which place in its span, that is.
+    `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed), or one packed row of the
+    nodes of a `tree` with their `position_ids_RL`. `predict_N` indexes the flattened [R * L] hidden states that predict
+    `target_N`, `observed_N` those that have seen it; `row_N` and `position_N` say which row of the micro-batch, and
+    which place in its span, that is.
     """
 
     input_ids_RL: Tensor
@@ -52,29 +52,23 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def collate(encoded: Sequence[Encoded], rows: Sequence[int], *, packed: bool = False) -> MicroBatch:
-    """Lay out `encoded`, whose ids are `rows`, in one micro-batch."""
+def collate(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatch:
+    """Lay out `encoded`, whose ids are `rows`, as right-padded rows."""
     lengths = [len(row.input_ids) for row in encoded]
-    width = sum(lengths) if packed else max(lengths)
-    input_ids = torch.zeros(1 if packed else len(encoded), width, dtype=torch.int64)
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.arange(len(encoded)) * width
-    flat = input_ids.view(-1)
-    positions = torch.zeros_like(flat) if packed else None
+    input_ids_RL = torch.zeros(len(encoded), max(lengths), dtype=torch.int64)
     predict, row_of, position = [], [], []
-    for i, (row, start, length) in enumerate(zip(encoded, starts.tolist(), lengths, strict=True)):
-        flat[start : start + length] = torch.tensor(row.input_ids)
-        if positions is not None:
-            positions[start : start + length] = torch.arange(length)
+    for i, (row, length) in enumerate(zip(encoded, lengths, strict=True)):
+        input_ids_RL[i, :length] = torch.tensor(row.input_ids)
         first = max(row.prompt_tokens, 1)  # nothing predicts the very first token
-        predict.append(torch.arange(start + first - 1, start + length - 1))
+        predict.append(i * max(lengths) + torch.arange(first - 1, length - 1))
         row_of.append(torch.full((length - first,), i))
         position.append(torch.arange(first - row.prompt_tokens, length - row.prompt_tokens))
     predict_N = torch.cat(predict)
     return MicroBatch(
-        input_ids_RL=input_ids,
-        position_ids_RL=None if positions is None else positions[None],
+        input_ids_RL=input_ids_RL,
+        position_ids_RL=None,
         predict_N=predict_N,
-        target_N=flat[predict_N + 1],
+        target_N=input_ids_RL.view(-1)[predict_N + 1],
         observed_N=predict_N + 1,
         row_N=torch.cat(row_of),
         position_N=torch.cat(position),
@@ -125,20 +119,24 @@ def rank_share(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: int)
     return batch[np.argsort(-lengths[batch], kind="stable")][rank::world]
 
 
-def micro_batches(lengths: np.ndarray, *, budget: int, packed: bool = False) -> list[np.ndarray]:
-    """Cut rows into micro-batches of at most `budget` computed tokens (a longer row goes alone).
-
-    Returns indices into `lengths`. Rows of similar length are padded together (each costs the longest one's length);
-    packed rows are placed by best-fit-decreasing (each costs its own length).
+def plan_padded(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
+    """Plan micro-batches of right-padded rows of similar length, each of at most `budget` tokens, padding included (a
+    longer row goes alone). Returns indices into `lengths`.
     """
     order = np.argsort(-lengths, kind="stable")
-    if not packed:
-        cuts, start = [], 0
-        for i in range(1, len(order) + 1):
-            if i == len(order) or (i + 1 - start) * lengths[order[start]] > budget:
-                cuts.append(order[start:i])
-                start = i
-        return cuts
+    parts, start = [], 0
+    for i in range(1, len(order) + 1):
+        if i == len(order) or (i + 1 - start) * lengths[order[start]] > budget:
+            parts.append(order[start:i])
+            start = i
+    return parts
+
+
+def plan_packed(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
+    """Plan micro-batches of packed rows by best-fit-decreasing, each of at most `budget` tokens (a longer row goes
+    alone). Returns indices into `lengths`.
+    """
+    order = np.argsort(-lengths, kind="stable")
     bins: list[list[int]] = []
     room: list[int] = []
     for index in order.tolist():

@@ -52,7 +52,7 @@ def training_budget(model: Any, device: torch.device, *, checkpointed: bool) -> 
     hidden = model.get_input_embeddings().weight.shape[1]
     each = max(sum(sum(p.shape) for p in layer.parameters() if p.ndim == 2) for layer in layers) + 8 * hidden
     kept = each + len(layers) * hidden if checkpointed else len(layers) * each
-    # Of what is trained the gradient, twice (ddp holds buckets for it), and two moments; autocast's bfloat16 copy.
+    # Of what is trained the gradient, twice (ddp holds another copy), and two moments; autocast's bfloat16 copy.
     to_come = sum(4 * _own_bytes(p) for p in model.parameters() if p.requires_grad)
     to_come += sum(_own_bytes(p) // 2 for p in model.parameters() if p.dtype == torch.float32)
     free = SHARE_OF_FREE_MEMORY * (free_bytes(device, "sft.micro_batch_tokens") - to_come)

@@ -299,6 +299,14 @@ def base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def count_decoder_weights(model: Any) -> int:
+    """Count the weights a token is multiplied by in the decoder: its matrices but for embeddings and adapters."""
+    decoder = model.get_decoder()
+    embedding = {id(p) for m in decoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    matrices = (p for name, p in decoder.named_parameters() if p.ndim >= 2 and "lora_" not in name)
+    return sum(p.numel() for p in matrices if id(p) not in embedding)
+
+
 def head_of(model: Any) -> Head:
     """The LM head with what the architecture does to its logits (`load_model` checks that this is all it does)."""
     base = base_model(model)

@@ -25,7 +25,7 @@ NONE = "none"
 _CHOICES = {"prompts": "prompts", "statistics": "compiled", "out of memory": "out_of_memory"}
 """What a pass chooses by itself (`ProbeModule.choices`) in words, and the value's name."""
 _TRAINING = (
-    *("micro_batch_tokens", "steps", "packed_steps", "halvings", "row_tokens", "computed_tokens", "trained_tokens"),
+    *("micro_batch_tokens", "steps", "halvings", "row_tokens", "computed_tokens", "trained_tokens"),
     *("trained_tokens_per_s", "share_of_gemm_limit", "step_seconds", "memory_gb"),
 )
 
@@ -116,8 +116,7 @@ def of_arm(arm: Arm, action: str) -> dict[str, Any]:
     return {
         "action": action,
         "lr": arm.recipe.lr if arm.selection is not None else math.nan,
-        "layout": _layout(training),
-        "masked": training.get("masked") or NONE,
+        "unpacked_reason": training.get("unpacked_reason") or NONE,
         **{name: training.get(name, math.nan) for name in _TRAINING},
         "training_seconds": trained.get("seconds", math.nan),
         "end_token": end.get("token", NONE),
@@ -129,13 +128,6 @@ def of_arm(arm: Arm, action: str) -> dict[str, Any]:
         "engine_batch_size": sampling.get("batch_size") or math.nan,
         "stops": ", ".join(evaluation.get("stops", ())) or NONE,
     }
-
-
-def _layout(training: Mapping[str, Any]) -> str:
-    if not training.get("steps"):
-        return NONE
-    packed = training["packed_steps"]
-    return "packed" if packed == training["steps"] else "mixed" if packed else "buckets"
 
 
 def of_rates(arms: Mapping[str, tuple[str, float]]) -> Iterator[tuple[str, Any]]:

@@ -29,8 +29,6 @@ class Recipe:
     warmup: share of the steps.  schedule: cosine | constant (after the warm-up).
     weight_decay, betas: AdamW's.  clip: largest gradient norm.
     average: trajectory (sum_k q_k L_k) | token.  weighted: false trains the same rows with weights 1.
-    layout: buckets (rows of similar length, padded) | packed (documents in one row, positions restart) | auto (at each
-        step what `lark.student.layouts` expects to be cheaper).
     micro_batch_tokens: tokens of one forward-backward pass, padding included; null = as memory allows. Where memory
         does run out, it is halved and the step is done again.
     spike: a step whose loss exceeds this many times the median of the steps before it stops training; null = none does.
@@ -48,7 +46,6 @@ class Recipe:
     clip: float = 1.0
     average: str = "trajectory"
     weighted: bool = True
-    layout: str = "auto"
     micro_batch_tokens: int | None = None
     spike: float | None = 10.0
     validations: int = 20
@@ -57,7 +54,6 @@ class Recipe:
     def __post_init__(self) -> None:
         check_average(self.average, "sft.average")
         known = {
-            "layout": ("auto", "buckets", "packed"),
             "schedule": ("cosine", "constant"),
         }
         for name, options in known.items():

@@ -26,10 +26,9 @@ from torch import Tensor
 from lark.common.cache import write_text
 from lark.common.errors import LarkError
 from lark.student.attention import share_prefixes
-from lark.student.batching import MicroBatch, collate, collate_shared
+from lark.student.batching import MicroBatch, collate, collate_shared, plan_packed, plan_padded
 from lark.student.chat import Encoded
 from lark.student.distributed import clip_gradients, shard_for_training, sum_over_ranks
-from lark.student.layouts import Cut, costs_of, cut, launched
 from lark.student.memory import is_out_of_memory, release_memory, training_budget
 from lark.student.sharding import ShardedStrategy
 from lark.student.student import Student, base_model, head_of, hidden_states
@@ -55,15 +54,13 @@ class SFTModule(LightningModule):
         self.student, self.recipe, self.steps, self.seed, self.folder = student, recipe, steps, seed, folder
         self.student_model: Any = None
         self.sharded = False
-        self.not_apart: str | None = None
-        """Why the student's attention takes a mask for packed documents; None: it takes them one by one."""
+        self.unpacked_reason: str | None = None
+        """Why a micro-batch is padded rows; None: it is one packed row."""
         self.budget = recipe.micro_batch_tokens or 0
         """Tokens of a micro-batch."""
         self.curve: list[dict[str, float]] = []
         self.losses = Losses(spike=recipe.spike)
-        self.totals = dict.fromkeys(
-            ("steps", "row_tokens", "computed_tokens", "trained_tokens", "packed_steps", "halvings"), 0
-        )
+        self.totals = dict.fromkeys(("steps", "row_tokens", "computed_tokens", "trained_tokens", "halvings"), 0)
         """Of this module on this rank: steps, tokens of trajectories, of micro-batches, in the loss, ..."""
 
     # ---- the student
@@ -90,9 +87,8 @@ class SFTModule(LightningModule):
         self.student_model = self.student.load_trainable(dtype)
         base: Any = base_model(self.student_model)
         base.eval()
-        self.not_apart = share_prefixes(base, self.student.attention)
+        self.unpacked_reason = share_prefixes(base, self.student.attention)
         base.train()
-        self.costs = costs_of(base, apart=self.not_apart is None)
         self.student_model.weighted_surprisal = MethodType(_weighted_surprisal, self.student_model)
 
     def on_fit_start(self) -> None:
@@ -101,9 +97,6 @@ class SFTModule(LightningModule):
             model, checkpointed = base_model(self.student_model), self.student.gradient_checkpointing
             own = torch.tensor(training_budget(model, self.device, checkpointed=checkpointed), device=self.device)
             self.budget = int(self.trainer.strategy.reduce(own, reduce_op="min"))
-        if self.device.type != "cpu":
-            config = base_model(self.student_model).config.get_text_config()
-            self.costs = launched(self.costs, layers=config.num_hidden_layers)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -123,22 +116,26 @@ class SFTModule(LightningModule):
 
     def micro_batches(self, batch: Step) -> Iterator[tuple[MicroBatch, Tensor]]:
         """The rank's part of a step, cut and laid out; each with the coefficients [C, R] of its rows."""
-        chosen = self._cut(batch.lengths)
-        for part in chosen.rows:
-            rows, encoded = batch.rows[part].tolist(), [batch.encoded[i] for i in part.tolist()]
-            if chosen.packed and self.costs.apart:
-                micro = collate_shared(encoded, rows)
-            else:
-                micro = collate(encoded, rows, packed=chosen.packed)
+        lay_out = collate_shared if self.unpacked_reason is None else collate
+        plan = self._plan(batch.lengths)
+        for part in plan:
+            micro = lay_out([batch.encoded[i] for i in part.tolist()], batch.rows[part].tolist())
             yield self._moved(micro, batch.coefficient_CR[:, part])
         if self.sharded:  # every forward pass takes all ranks
-            most = max(len(self._cut(lengths).rows) for lengths in batch.lengths_by_rank)
-            for _ in range(most - len(chosen.rows)):
+            most = max(len(self._plan(lengths)) for lengths in batch.lengths_by_rank)
+            for _ in range(most - len(plan)):
                 nothing = collate([Encoded(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])], [-1])
                 yield self._moved(nothing, np.zeros((len(batch.coefficient_CR), 1)))
 
-    def _cut(self, lengths: np.ndarray) -> Cut:
-        return cut(lengths, layout=self.recipe.layout, budget=self.budget, costs=self.costs)
+    def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Plan micro-batches of rows of `lengths` [R] (tokens); returns indices into them."""
+        return (plan_packed if self.unpacked_reason is None else plan_padded)(lengths, budget=self.budget)
+
+    def _count_largest(self, lengths: np.ndarray) -> int:
+        """Count the tokens of the largest micro-batch of rows of `lengths`, what they share not deducted."""
+        parts = [lengths[part] for part in self._plan(lengths)]
+        packed = self.unpacked_reason is None
+        return max((int(part.sum() if packed else len(part) * part.max()) for part in parts), default=0)
 
     def _moved(self, micro: MicroBatch, coefficient_CR: np.ndarray) -> tuple[MicroBatch, Tensor]:
         return micro.to(self.device), torch.tensor(coefficient_CR, dtype=torch.float32, device=self.device)
@@ -194,7 +191,6 @@ class SFTModule(LightningModule):
         self.totals["row_tokens"] += int(batch.lengths.sum())
         self.totals["computed_tokens"] += computed
         self.totals["trained_tokens"] += batch.trained_tokens
-        self.totals["packed_steps"] += self._cut(batch.lengths).packed
         return total
 
     def _backward(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
@@ -211,7 +207,7 @@ class SFTModule(LightningModule):
             parameter.grad = None
         release_memory(self.device)
         longest = max(int(lengths.max(initial=0)) for lengths in batch.lengths_by_rank)
-        largest = max(self._cut(lengths).tokens for lengths in batch.lengths_by_rank)
+        largest = max(self._count_largest(lengths) for lengths in batch.lengths_by_rank)
         if largest <= longest:
             hint = "" if self.student.gradient_checkpointing else "model.gradient_checkpointing=true, "
             raise LarkError(

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.throughput import Throughput
 from lark.common.progress_line import bar
 from lark.scoring.progress import LIMIT_AFTER, LIMIT_SECONDS, LIMIT_SHARE, ProgressLine
 from lark.scoring.throughput import gemm_seconds, of_the_limit
-from lark.student.student import base_model, head_of
+from lark.student.student import base_model, count_decoder_weights, head_of
 
 WINDOW = 5  # optimizer steps that rates are taken over
 
@@ -97,7 +97,7 @@ class TrainingProgress(ProgressLine):
         """Multiply-adds in the decoder's matrices and in the head."""
         head_VD = head_of(module.student_model).weight_VD
         passes = 3 if module.student.lora is None else 2
-        return passes * module.costs.token * tokens, (
+        return passes * count_decoder_weights(base_model(module.student_model)) * tokens, (
             3 if head_VD.requires_grad else 2
         ) * head_VD.numel() * trained_tokens
 
@@ -110,7 +110,7 @@ class TrainingProgress(ProgressLine):
             return None
         decoder, head = self._products(module, totals["row_tokens"], totals["trained_tokens"])
         head_elements = head_of(model).weight_VD.numel()
-        needed = decoder / module.costs.token * limit[0] + head / head_elements * limit[1]
+        needed = decoder / count_decoder_weights(model) * limit[0] + head / head_elements * limit[1]
         return 2 * (decoder + head) / needed
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,16 +121,13 @@ def facts_of(trainer: Trainer, module: Any) -> dict[str, Any]:
     """How the training went since the process began: tokens and steps of this rank, rates of all ranks."""
     progress = next((one for one in trainer.callbacks if isinstance(one, TrainingProgress)), None)  # type: ignore[attr-defined]
     measured = progress.totals(trainer, module.totals["trained_tokens"]) if progress is not None else {}
-    return {"micro_batch_tokens": module.budget, "masked": module.not_apart, **module.totals, **measured}
+    return {"micro_batch_tokens": module.budget, "unpacked_reason": module.unpacked_reason, **module.totals, **measured}
 
 
 def describe(facts: Mapping[str, Any]) -> str:
     """What `facts_of` gave, in a line."""
-    steps, packed, computed = (facts[name] for name in ("steps", "packed_steps", "computed_tokens"))
-    some = f"packed in {packed} of {steps} steps, else buckets"
-    layout = "packed" if packed == steps else some if packed else "buckets"
-    if packed and facts["masked"]:
-        layout += f", behind a mask ({facts['masked']})"
+    computed = facts["computed_tokens"]
+    layout = f"padded rows ({facts['unpacked_reason']})" if facts["unpacked_reason"] else "packed"
     micro = f"micro-batches of {facts['micro_batch_tokens']:,} tokens"
     if facts["halvings"]:
         micro += f" (halved {facts['halvings']} times for want of memory)"
