@@ -13,8 +13,8 @@ from lightning import Callback
 from omegaconf import OmegaConf
 from profiles import forget_peak, peak_bytes
 
-from lark.student.student import base_model
-from lark.student.tokenized_pool import Trajectories
+from lark.student.student import get_base_model
+from lark.student.tokenized_pool import TokenizedPool
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.sft_module import SFTModule
 from lark.training.trainer import trainer_of
@@ -33,7 +33,7 @@ class Clock:
 
     def start(self, model: Any) -> None:
         """One small pass first: threads and libraries start, and that is nobody's time."""
-        base: Any = base_model(model)
+        base: Any = get_base_model(model)
         ids = torch.arange(16, device=device())[None]
         base(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad()
@@ -164,9 +164,9 @@ def packing_trainer(data: TrajectoryDataModule, batches: np.ndarray, folder: Pat
     return trainer
 
 
-def documents(pool: Trajectories, rows: np.ndarray) -> Iterator[dict[str, Any]]:
+def documents(pool: TokenizedPool, rows: np.ndarray) -> Iterator[dict[str, Any]]:
     """Token ids, and labels that are ignored outside our span, in the order of `rows`."""
-    for row in pool.encoded(rows):
+    for row in pool.read_tokens(rows):
         ids, first = list(row.input_ids), max(row.prompt_tokens, 1)
         yield {"input_ids": ids, "labels": [IGNORED] * first + ids[first:], "length": len(ids)}
 
@@ -175,7 +175,7 @@ def fresh_model(data: TrajectoryDataModule) -> Any:
     """As SFTModule loads it: LoRA's first factor is the same."""
     torch.manual_seed(data.seed)
     model = data.student.load_trainable(loaded_dtype(data))
-    base: Any = base_model(model)
+    base: Any = get_base_model(model)
     base.is_quantized = False  # a .gguf file arrives dequantised, but Trainer takes it for what it was
     return on_device(model)
 
@@ -217,7 +217,7 @@ def _optimizers(data: TrajectoryDataModule, model: Any, steps: int) -> Any:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, pool: Trajectories, rows: np.ndarray) -> float:
+def mean_loss(model: Any, pool: TokenizedPool, rows: np.ndarray) -> float:
     """Over the trained tokens of `rows`, one trajectory a plain forward pass; nats/token."""
     model.eval()
     total, tokens = 0.0, 0

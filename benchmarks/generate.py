@@ -33,7 +33,7 @@ from profiles import forget_peak, peak_bytes
 from lark.generation.backends import stop_ids
 from lark.generation.transformers_backend import Sample, fitting_batch_size, generate_samples
 from lark.scoring.throughput import gemm_seconds
-from lark.student.student import Student, head_of
+from lark.student.student import Student, get_head
 from lark.tasks.arithmetic import generate
 from lark.tasks.problems import prompt_messages, read_problems
 from lark.tasks.task import EmbeddedTask
@@ -143,7 +143,7 @@ def main() -> None:
 
     found = {(sample.problem_id, sample.sample): sample for sample in batched}
     tokens, alone_tokens = sum(s.num_tokens for s in batched), sum(s.num_tokens for s in singles)
-    rates = gemm_seconds(model, head_of(model))
+    rates = gemm_seconds(model, get_head(model))
     limit = None if rates is None else sum(map(len, prompts.values())) * rates[0] + tokens * sum(rates)
     reading, threads = read_seconds(model), torch.get_num_threads()
     figures = {

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import Probe, ProbeModule, Work
 from lark.student.batching import collate
-from lark.student.chat import Encoded
+from lark.student.chat import TokenizedTrajectory
 
 PROMPT = 100
 
@@ -46,8 +46,8 @@ def main() -> None:
         tie_word_embeddings=True,
     )
     ids = np.random.default_rng(0).integers(0, arguments.vocabulary, arguments.tokens).tolist()
-    row = Encoded(input_ids=ids, prompt_tokens=PROMPT, end_of_turn=len(ids) - PROMPT - 1, steps=[0])
-    pool: Any = SimpleNamespace(encoded=lambda rows: [row], span_tokens=np.array([len(ids) - PROMPT]))
+    row = TokenizedTrajectory(input_ids=ids, prompt_tokens=PROMPT, end_of_turn=len(ids) - PROMPT - 1, steps=[0])
+    pool: Any = SimpleNamespace(read_tokens=lambda rows: [row], span_tokens=np.array([len(ids) - PROMPT]))
     student: Any = SimpleNamespace(attention="sdpa")
     work = Work(student=student, probe=Probe(compile=False), pool=pool, rows=np.array([0]), seed=0)
     module = ProbeModule(wanted=Statistics(), work=work, folder=Path())

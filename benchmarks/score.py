@@ -32,9 +32,9 @@ from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import Probe, ProbeModule, Work, measure
 from lark.scoring.table_cache import read_statistics
 from lark.scoring.throughput import gemm_seconds, peak_rate
-from lark.student.attention import prefix_tree
-from lark.student.student import head_of
-from lark.student.tokenized_pool import Trajectories
+from lark.student.attention import build_prefix_tree
+from lark.student.student import get_head
+from lark.student.tokenized_pool import TokenizedPool
 from lark.training.datamodule import TrajectoryDataModule
 
 TOP_K = 50
@@ -56,13 +56,13 @@ def ours(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) -
 
 
 @torch.inference_mode()
-def plain(model: torch.nn.Module, pool: Trajectories, rows: np.ndarray) -> tuple[float, np.ndarray]:
+def plain(model: torch.nn.Module, pool: TokenizedPool, rows: np.ndarray) -> tuple[float, np.ndarray]:
     """Seconds, and losses."""
     device = next(model.parameters()).device
     losses, briers = np.zeros(len(rows)), np.zeros(len(rows))
     _synchronise()
     start = time.perf_counter()
-    for i, row in enumerate(pool.encoded(rows)):
+    for i, row in enumerate(pool.read_tokens(rows)):
         ids = torch.tensor([row.input_ids], device=device)
         logits_TV = model(input_ids=ids, use_cache=False).logits[0, row.prompt_tokens - 1 : -1].float()
         target_T = ids[0, row.prompt_tokens :]
@@ -77,7 +77,7 @@ def plain(model: torch.nn.Module, pool: Trajectories, rows: np.ndarray) -> tuple
 
 def parts(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) -> dict[str, float]:
     """Share of a pass's time by part."""
-    vocabulary = head_of(model).weight_VD.shape[0]
+    vocabulary = get_head(model).weight_VD.shape[0]
     with profiler() as profile:
         ours(data, model, rows)
     known = {"vocabulary": vocabulary, "of_logits": "statistics of the logits"}
@@ -119,8 +119,8 @@ def main() -> None:
         spent = {} if arguments.no_profile else parts(data, model, rows)
 
     lengths, spans = pool.length[rows], pool.span_tokens[rows]
-    distinct = float(len(prefix_tree([row.input_ids for row in pool.encoded(rows)])[0]))
-    head = head_of(model)
+    distinct = float(len(build_prefix_tree([row.input_ids for row in pool.read_tokens(rows)])[0]))
+    head = get_head(model)
     rates = gemm_seconds(model, head, tokens=module.batch_tokens, seconds=4.0)
     assert rates is not None, "this student's matrix products cannot be timed"
     products = distinct * rates[0] + spans.sum() * rates[1]

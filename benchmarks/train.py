@@ -48,9 +48,9 @@ from profiles import OTHER, operations, part_of, profiler, shares
 
 from lark.scoring.throughput import gemm_seconds
 from lark.selection.selection import Selection
-from lark.student.attention import prefix_tree
-from lark.student.batching import step_rows
-from lark.student.student import base_model, head_of
+from lark.student.attention import build_prefix_tree
+from lark.student.batching import draw_step_rows
+from lark.student.student import get_base_model, get_head
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.recipe import Recipe
 
@@ -78,7 +78,7 @@ def open_rows(arguments: argparse.Namespace, cache: Path) -> tuple[TrajectoryDat
     data.selections["selector"] = Selection(
         row=rows, share=ones, weight=ones, score=ones, record={}, score_N=ones, taken_by_problem={}
     )
-    order = [step_rows(len(rows), size, seed=data.seed, step=number) for number in range(steps)]
+    order = [draw_step_rows(len(rows), size, seed=data.seed, step=number) for number in range(steps)]
     return data, rows[np.stack(order)]
 
 
@@ -106,7 +106,7 @@ def contend(name: str, data: TrajectoryDataModule, batches: np.ndarray, setting:
                 trainer = padding_trainer(data, batches, folder, size=setting, grouped=name == "hf_grouped")
             clock, model = follow(trainer), trainer.model
             facts = {"leakage": leakage(trainer)} if name == "trl" else {}
-    base: Any = base_model(model)
+    base: Any = get_base_model(model)
     base.set_attn_implementation(data.student.attention)  # ours has replaced it
     trained = int(pool.span_tokens[batches].sum())
     return facts | {
@@ -129,13 +129,15 @@ def limit(data: TrajectoryDataModule, model: Any, batches: np.ndarray, seconds: 
     counted once: those of the student's own matrices, and of LoRA's.
     """
     pool, spans = data.trajectories, float(data.trajectories.span_tokens[batches].sum())
-    tokens = float(sum(len(prefix_tree([row.input_ids for row in pool.encoded(rows)])[0]) for rows in batches))
+    tokens = float(
+        sum(len(build_prefix_tree([row.input_ids for row in pool.read_tokens(rows)])[0]) for rows in batches)
+    )
     if data.student.lora is None:
-        rates = gemm_seconds(base_model(model), head_of(model), seconds=seconds)
+        rates = gemm_seconds(get_base_model(model), get_head(model), seconds=seconds)
         return None if rates is None else {"own": 3 * (tokens * rates[0] + spans * rates[1]), "lora": 0.0}
     plain = on_device(data.student.load_model(loaded_dtype(data)))
-    frozen = gemm_seconds(plain, head_of(plain), seconds=seconds)
-    adapters = gemm_seconds(Adapters(model), head_of(plain), seconds=seconds)
+    frozen = gemm_seconds(plain, get_head(plain), seconds=seconds)
+    adapters = gemm_seconds(Adapters(model), get_head(plain), seconds=seconds)
     if frozen is None or adapters is None:
         return None
     return {"own": 2 * (tokens * frozen[0] + spans * frozen[1]), "lora": 3 * tokens * adapters[0]}
@@ -167,9 +169,9 @@ def profiled(data: TrajectoryDataModule, batches: np.ndarray) -> dict[str, float
     profile = profiler()
     with tempfile.TemporaryDirectory() as folder:
         model, _ = train_ours(data, len(batches), Path(folder), profile)
-    vocabulary, rank = head_of(model).weight_VD.shape[0], None
+    vocabulary, rank = get_head(model).weight_VD.shape[0], None
     if data.student.lora is not None and not any(
-        LORA["r"] in p.shape for p in base_model(model).parameters() if not p.requires_grad
+        LORA["r"] in p.shape for p in get_base_model(model).parameters() if not p.requires_grad
     ):
         rank = LORA["r"]  # else LoRA's products cannot be told from the others by their shapes
     return shares((_part(event, vocabulary, rank), event) for event in operations(profile.events()))

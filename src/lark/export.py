@@ -122,12 +122,12 @@ def _write_merged(student: dict[str, Any], checkpoint: Path, folder: Path, dtype
     """One model of base and adapter; says how near its logits are to theirs."""
     import torch
 
-    from lark.student.student import Student, base_model, save_student
+    from lark.student.student import Student, get_base_model, save_student
 
     loader = Student(**student)
     kept = dtype or _dtype_of_files(loader)
     model: Any = loader.load_trained(checkpoint, torch.float32).eval()
-    tokens_RL = torch.arange(min(64, base_model(model).config.get_text_config().vocab_size))[None]
+    tokens_RL = torch.arange(min(64, get_base_model(model).config.get_text_config().vocab_size))[None]
     with torch.inference_mode():
         expected = model(input_ids=tokens_RL, use_cache=False).logits
     model = model.merge_and_unload()

@@ -40,7 +40,7 @@ def test_documents_train_our_spans(opened):
     data, batches = opened
     documents = importlib.import_module("contenders").documents
     rows = batches.ravel()
-    for document, row in zip(documents(data.trajectories, rows), data.trajectories.encoded(rows), strict=True):
+    for document, row in zip(documents(data.trajectories, rows), data.trajectories.read_tokens(rows), strict=True):
         trained = [label for label in document["labels"] if label != -100]
         assert document["input_ids"] == list(row.input_ids)
         assert trained == list(row.input_ids)[row.prompt_tokens :]

@@ -16,7 +16,7 @@ from trained_arm import LORA, METRICS, write_arm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from lark.export import export, main
-from lark.student.student import base_model, save_student
+from lark.student.student import get_base_model, save_student
 
 IDS = torch.arange(40)[None]
 
@@ -163,7 +163,7 @@ def test_a_head_that_was_trained_is_no_longer_tied_to_the_embeddings(make_studen
     student = make_student(lora=lora)
     assert student.load_model(torch.float32).config.tie_word_embeddings
     trained = write_arm(tmp_path / "arm", student)
-    base: Any = base_model(trained)
+    base: Any = get_base_model(trained)
     assert not torch.equal(base.get_output_embeddings().weight, base.get_input_embeddings().weight)
     export(tmp_path / "arm", tmp_path / "out", merge=True, dtype="float32")
     assert_same(plain(tmp_path / "out"), trained)

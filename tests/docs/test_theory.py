@@ -25,7 +25,7 @@ from lark.scoring.passes import Gradients
 from lark.selection.policies import Policy, weights
 from lark.selection.scores.gradients import LarkExact
 from lark.selection.scores.statistics import Lark
-from lark.student.token_statistics import Head, token_statistics
+from lark.student.token_statistics import Head, compute_token_statistics
 from lark.tasks import arithmetic
 
 seeds = st.integers(0, 2**32 - 1)
@@ -181,7 +181,7 @@ def random_logits(T=9, V=6, seed=0):
 
 def statistics_of(logits_TV, y_T):
     """The probe's, whose last map is here the identity."""
-    return token_statistics(logits_TV.detach(), y_T, Head(weight_VD=torch.eye(logits_TV.shape[1]).double()))
+    return compute_token_statistics(logits_TV.detach(), y_T, Head(weight_VD=torch.eye(logits_TV.shape[1]).double()))
 
 
 def test_brier_is_the_squared_gradient_by_the_logits():
@@ -487,7 +487,7 @@ def test_bounds_and_lengths_on_a_real_student(scored):
             check_order(exact_K, proxy_K, bounds(r_K, loss_K), kappa, slack)
 
     shortest = int(np.argmin(rows["num_tokens"]))
-    (encoded,) = scored.trajectories.encoded(rows.row_N[[shortest]])
+    (encoded,) = scored.trajectories.read_tokens(rows.row_N[[shortest]])
     model = scored.student.load_model(torch.float32).double().eval()
     ids, first = torch.tensor(encoded.input_ids), encoded.prompt_tokens
     loss_T = F.cross_entropy(

@@ -58,7 +58,7 @@ def test_texts_are_the_pools_and_say_what_is_trained(selected, tmp_path):
             assert problem["question"] == {"text": question["content"]}
             assert (text["text"], text["untrained"]) == (trajectory["content"], None)
             assert sample.columns["characters"][ids.index(key)] == len(trajectory["content"])
-            (encoded,) = pool.encoded(selected.candidates.row_N[[ids.index(key)]])
+            (encoded,) = pool.read_tokens(selected.candidates.row_N[[ids.index(key)]])
             whole = problem["prompt"]["text"] + text["text"] + text["end"]
             assert whole == pool.chat.tokenizer.decode(encoded.input_ids)
             assert text["end"].strip()

@@ -104,7 +104,7 @@ def test_memory_is_that_of_the_evaluation_sets() -> None:
 @pytest.fixture
 def open_pool(tmp_path, make_student):
     """The pool of conftest as the small student sees it, beside two evaluation sets that share problems with it."""
-    from lark.student.tokenized_pool import Trajectories
+    from lark.student.tokenized_pool import TokenizedPool
     from lark.tasks.task import Task
 
     rows = rows_of_a_pool()
@@ -124,7 +124,7 @@ def open_pool(tmp_path, make_student):
         fixed: dict = {"name": "sums", "pool": str(path), "eval": sets, "checker": "number", "max_length": 256}
         task = Task(**fixed | settings)
         say = (lambda text: None) if said is None else said.append
-        return Trajectories(task, make_student().load_chat(), cache=tmp_path / "cache", say=say)
+        return TokenizedPool(task, make_student().load_chat(), cache=tmp_path / "cache", say=say)
 
     return make
 

@@ -11,7 +11,7 @@ from lark.scoring.passes import ContentAlone, LocalWindows, MeanHidden
 from lark.scoring.statistics_pass import Work, measure
 from lark.scoring.table_cache import read_columns
 from lark.selection.scores.statistics import InstructionDifficulty, Likelihood, LocalLikelihood
-from lark.student.chat import Encoded
+from lark.student.chat import TokenizedTrajectory
 
 
 def pool_rows():
@@ -61,7 +61,7 @@ def dense(make_student):
     return run
 
 
-def steps_of(row: Encoded) -> tuple[list[int], list[list[int]]]:
+def steps_of(row: TokenizedTrajectory) -> tuple[list[int], list[list[int]]]:
     """The prompt's tokens, and those of each step."""
     prompt, span = row.input_ids[: row.prompt_tokens], row.input_ids[row.prompt_tokens :]
     content = span if row.end_of_turn < 0 else span[: row.end_of_turn]
@@ -73,7 +73,7 @@ def steps_of(row: Encoded) -> tuple[list[int], list[list[int]]]:
 def test_window_surprisal_is_that_of_each_step_after_prompt_and_previous_steps(measured, dense, steps_before, cut):
     task = {"held_out": 0.0} | ({} if cut is None else {"overlong": "truncate", "max_length": cut})
     data, columns, manifest = measured(LocalWindowsModule, LocalWindows(steps_before=steps_before), task=task)
-    encoded = data.trajectories.encoded(data.trajectories.scored)
+    encoded = data.trajectories.read_tokens(data.trajectories.scored)
     assert (data.trajectories.truncated > 0) == (cut is not None)
     forward_tokens = 0
     for row, surprisal_S in zip(encoded, columns["window_surprisal"], strict=True):
@@ -90,11 +90,13 @@ def test_window_surprisal_is_that_of_each_step_after_prompt_and_previous_steps(m
 
 
 def test_a_window_holds_the_prompt_the_steps_before_and_the_step():
-    row = Encoded(input_ids=[90, 91, 10, 11, 20, 30, 31, 40, 99], prompt_tokens=2, end_of_turn=6, steps=[0, 2, 3, 5])
+    row = TokenizedTrajectory(
+        input_ids=[90, 91, 10, 11, 20, 30, 31, 40, 99], prompt_tokens=2, end_of_turn=6, steps=[0, 2, 3, 5]
+    )
     first, third, fourth = local_windows(row, 1)
-    assert first == Encoded(input_ids=[90, 91, 10, 11, 20], prompt_tokens=2, end_of_turn=-1, steps=[0, 2])
-    assert third == Encoded(input_ids=[90, 91, 20, 30, 31], prompt_tokens=3, end_of_turn=-1, steps=[0])
-    assert fourth == Encoded(input_ids=[90, 91, 30, 31, 40], prompt_tokens=4, end_of_turn=-1, steps=[0])
+    assert first == TokenizedTrajectory(input_ids=[90, 91, 10, 11, 20], prompt_tokens=2, end_of_turn=-1, steps=[0, 2])
+    assert third == TokenizedTrajectory(input_ids=[90, 91, 20, 30, 31], prompt_tokens=3, end_of_turn=-1, steps=[0])
+    assert fourth == TokenizedTrajectory(input_ids=[90, 91, 30, 31, 40], prompt_tokens=4, end_of_turn=-1, steps=[0])
 
 
 def test_local_likelihood_over_the_whole_prefix_is_the_mean_of_the_steps_means(make_data):
@@ -143,7 +145,7 @@ def test_content_alone_ends_where_the_row_was_cut(measured, dense):
         ContentAloneModule, ContentAlone(), task={"held_out": 0.0, "overlong": "truncate", "max_length": 70}
     )
     pool = data.trajectories
-    rows = pool.encoded(pool.scored)
+    rows = pool.read_tokens(pool.scored)
     was_cut = [row.end_of_turn < 0 for row in rows]
     assert any(was_cut) and not all(was_cut)
     for i, text in enumerate(pool.column("text", pool.scored)):
@@ -159,7 +161,7 @@ def test_instruction_difficulty_is_the_ratio_of_perplexities(make_data, dense):
     data.setup("fit")
     pool = data.trajectories
     for row, value in zip(pool.scored, InstructionDifficulty(max=None)(data.candidates), strict=True):
-        (encoded,) = pool.encoded(np.array([row]))
+        (encoded,) = pool.read_tokens(np.array([row]))
         content = encoded.input_ids[encoded.prompt_tokens : -1]
         given = dense(encoded.input_ids[:-1])[0][encoded.prompt_tokens - 1 :]
         assert value == pytest.approx(np.exp(given.mean()) / np.exp(dense(content)[0].mean()), rel=1e-4)
@@ -167,7 +169,7 @@ def test_instruction_difficulty_is_the_ratio_of_perplexities(make_data, dense):
 
 def test_mean_hidden_averages_the_states_at_the_spans_own_tokens(measured, dense):
     data, columns, manifest = measured(MeanHiddenModule, MeanHidden())
-    encoded = data.trajectories.encoded(data.trajectories.scored)
+    encoded = data.trajectories.read_tokens(data.trajectories.scored)
     for row, vector_D in zip(encoded, columns["vector"], strict=True):
         assert vector_D.dtype == np.float32
         expected = dense(row.input_ids)[1][row.prompt_tokens :].mean(0)

@@ -43,7 +43,7 @@ def with_untied_head(data):
 
 def dense_loss(data, model, row) -> torch.Tensor:
     """L from all logits."""
-    (encoded,) = data.trajectories.encoded(np.array([row]))
+    (encoded,) = data.trajectories.read_tokens(np.array([row]))
     ids, first = torch.tensor(encoded.input_ids), encoded.prompt_tokens
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
     return F.cross_entropy(logits[first - 1 : -1], ids[first:])

@@ -27,7 +27,7 @@ from lark.scoring.gradients import (
     trajectory_gradient,
 )
 from lark.student.batching import collate
-from lark.student.chat import Encoded
+from lark.student.chat import TokenizedTrajectory
 from lark.student.token_statistics import Head
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
 def trajectory(length, prompt_tokens, *, seed):
     tokens = np.random.default_rng(seed).integers(0, 250, length).tolist()
-    return Encoded(input_ids=tokens, prompt_tokens=prompt_tokens, end_of_turn=-1, steps=[0])
+    return TokenizedTrajectory(input_ids=tokens, prompt_tokens=prompt_tokens, end_of_turn=-1, steps=[0])
 
 
 ROWS = [trajectory(20, 7, seed=0), trajectory(33, 12, seed=1), trajectory(9, 0, seed=2)]
@@ -332,10 +332,10 @@ def test_head_gram_of_a_student_is_that_of_its_untied_head(model):
     hidden, target = [], []
     for micro in BATCH:
         with torch.no_grad():
-            hidden.append(gradients.hidden_states(model, micro.input_ids_RL, None)[micro.predict_N])
+            hidden.append(gradients.compute_hidden_states(model, micro.input_ids_RL, None)[micro.predict_N])
         target.append(micro.target_N)
     counts = [len(t) for t in target]
-    ours = head_gram(torch.cat(hidden), torch.cat(target), counts, gradients.head_of(model))
+    ours = head_gram(torch.cat(hidden), torch.cat(target), counts, gradients.get_head(model))
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # untied
     exact = [dense_gradient(model, row, ["lm_head.weight"])[1] for row in ROWS]
     np.testing.assert_allclose(ours, gram(torch.stack(exact)), rtol=1e-4)

@@ -11,7 +11,7 @@ from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import STEP_COLUMNS, TOKEN_COLUMNS, Probe, ProbeModule
 from lark.scoring.table_cache import read_statistics, rows_done
 from lark.student.student import Student
-from lark.student.token_statistics import can_compile
+from lark.student.token_statistics import find_compile_failure
 
 SCALARS = (
     "num_tokens",
@@ -38,7 +38,7 @@ def scored(data):
 def direct(data, row):
     """ln p over the vocabulary at every place of a row's span, float64 [T, V], and the observed tokens [T]."""
     model = data.student.load_model(torch.float32).double()
-    (encoded,) = data.trajectories.encoded(np.array([row]))
+    (encoded,) = data.trajectories.read_tokens(np.array([row]))
     ids = torch.tensor([encoded.input_ids])
     with torch.no_grad():
         logp_TV = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)[encoded.prompt_tokens - 1 :]
@@ -147,7 +147,7 @@ def test_a_row_that_does_not_fit_by_itself_is_an_error(make_data, monkeypatch):
 
 @pytest.mark.parametrize("compile", [True, False])
 def test_compiled_statistics_are_the_same(make_data, compile):
-    if compile and can_compile(torch.device("cpu")) is not None:
+    if compile and find_compile_failure(torch.device("cpu")) is not None:
         with pytest.raises(ValueError, match=r"probe\.compile=true, but torch\.compile fails here .*set it to null"):
             scored(make_data(probe={"compile": True}))
         return

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lark.student.student import hidden_states, save_student
+from lark.student.student import compute_hidden_states, save_student
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
@@ -33,8 +33,8 @@ def test_an_adapter_is_merged_into_the_weights(make_student, adapter):
     merged = student.load_model(torch.float32)
     assert not any("lora" in name for name, _ in merged.named_parameters()) and not merged.training
     with torch.no_grad():
-        own, expected = (hidden_states(model, ids, None) for model in (merged, apart))
-        untrained = hidden_states(plain.load_model(torch.float32), ids, None)
+        own, expected = (compute_hidden_states(model, ids, None) for model in (merged, apart))
+        untrained = compute_hidden_states(plain.load_model(torch.float32), ids, None)
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
     assert (own - untrained).abs().max() > 0.1
     assert student.identity() != plain.identity() == make_student().identity()
@@ -46,7 +46,7 @@ def test_an_adapter_is_merged_into_the_weights(make_student, adapter):
     both = make_student(adapter=(folder, second)).load_model(torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(
-            hidden_states(both, ids, None), hidden_states(apart, ids, None), rtol=1e-4, atol=1e-4
+            compute_hidden_states(both, ids, None), compute_hidden_states(apart, ids, None), rtol=1e-4, atol=1e-4
         )
 
 
@@ -63,8 +63,8 @@ def test_beside_bfloat16_weights_a_small_adapter_is_kept_that_in_them_would_be_l
 
     def change(dtype, **merge):
         with torch.no_grad():
-            before = hidden_states(plain.load_model(dtype), ids, None).float()
-            return (hidden_states(student.load_model(dtype, **merge), ids, None).float() - before).flatten()
+            before = compute_hidden_states(plain.load_model(dtype), ids, None).float()
+            return (compute_hidden_states(student.load_model(dtype, **merge), ids, None).float() - before).flatten()
 
     exact = change(torch.float32)
     torch.testing.assert_close(change(torch.float32, merge=False), exact, rtol=1e-3, atol=1e-5)

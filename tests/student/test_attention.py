@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lark.student.attention import PADDING, prefix_tree, share_prefixes
-from lark.student.student import hidden_states
+from lark.student.attention import PADDING, build_prefix_tree, enable_prefix_sharing
+from lark.student.student import compute_hidden_states
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)
 
 
 @given(sequences)
 def test_every_distinct_beginning_is_one_node(rows):
-    ids_X, depths_X, _, paths = prefix_tree(rows)
+    ids_X, depths_X, _, paths = build_prefix_tree(rows)
     beginnings = {tuple(row[: end + 1]) for row in rows for end in range(len(row))}
     assert len(ids_X) == len(depths_X) == len(beginnings)
     assert [ids_X[path].tolist() for path in paths] == rows
@@ -25,7 +25,7 @@ def test_every_distinct_beginning_is_one_node(rows):
 
 @given(sequences)
 def test_groups_hold_every_row_and_each_node_takes_one_result(rows):
-    ids_X, _, tree, paths = prefix_tree(rows)
+    ids_X, _, tree, paths = build_prefix_tree(rows)
     found = sorted(row.tolist() for group in tree.groups for row in group.node_RL)
     widest = max(map(len, found))
     assert sorted(path.tolist() + [0] * (widest - len(path)) for path in paths) == sorted(
@@ -84,26 +84,28 @@ def alone(model, rows):
 )
 def test_nodes_have_the_hidden_states_of_separate_sequences(architecture, settings):
     model, rows = random_student(architecture, **settings), some_rows()
-    ids_X, depths_X, tree, paths = prefix_tree(rows)
+    ids_X, depths_X, tree, paths = build_prefix_tree(rows)
     assert len(ids_X) == 20 + 30 + 7 + 22 + 3
     with torch.inference_mode():
         expected = alone(model, rows)
-        assert share_prefixes(model, "sdpa") is None
-        nodes_XD = hidden_states(model, ids_X[None], depths_X[None], tree)
+        assert enable_prefix_sharing(model, "sdpa") is None
+        nodes_XD = compute_hidden_states(model, ids_X[None], depths_X[None], tree)
         for row, path, states in zip(rows, paths, expected, strict=True):
             torch.testing.assert_close(nodes_XD[torch.from_numpy(path)], states, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(hidden_states(model, torch.tensor([row]), None), states, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                compute_hidden_states(model, torch.tensor([row]), None), states, rtol=1e-5, atol=1e-5
+            )
 
 
 def test_padded_rows_without_a_tree_see_no_padding():
     model, rows = random_student("mistral", sliding_window=WINDOW), some_rows()[:2]
     with torch.inference_mode():
         expected = alone(model, rows)
-        assert share_prefixes(model, "sdpa") is None
+        assert enable_prefix_sharing(model, "sdpa") is None
         padded_RL = torch.zeros(2, len(rows[0]), dtype=torch.int64)
         for i, row in enumerate(rows):
             padded_RL[i, : len(row)] = torch.tensor(row)
-        states = hidden_states(model, padded_RL, None).view(2, len(rows[0]), -1)
+        states = compute_hidden_states(model, padded_RL, None).view(2, len(rows[0]), -1)
         torch.testing.assert_close(states[1, : len(rows[1])], expected[1], rtol=1e-5, atol=1e-5)
 
 
@@ -121,7 +123,7 @@ def test_a_student_that_cannot_share_is_left_as_it_was(architecture, attention, 
         "qwen2_moe": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_experts": 4},
     }
     model = random_student(architecture, attention, **settings.get(architecture, {}))
-    assert reason in (share_prefixes(model, attention) or "")
+    assert reason in (enable_prefix_sharing(model, attention) or "")
     assert model.config._attn_implementation == attention
 
 
@@ -139,5 +141,5 @@ class Averaging(torch.nn.Module):
 def test_hidden_mixing_between_neighbours_is_found_by_trying():
     model = random_student("llama")
     model.model.layers[1].mlp = Averaging(model.model.layers[1].mlp)
-    assert "hidden states would differ" in (share_prefixes(model, "sdpa") or "")
+    assert "hidden states would differ" in (enable_prefix_sharing(model, "sdpa") or "")
     assert model.config._attn_implementation == "sdpa"

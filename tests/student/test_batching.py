@@ -7,49 +7,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lark.student.batching import (
-    coefficients,
     collate,
-    collate_shared,
+    collate_prefix_tree,
+    compute_loss_coefficients,
+    draw_step_rows,
     plan_packed,
     plan_padded,
-    prefix_units,
-    rank_share,
-    step_rows,
+    plan_prefix_units,
+    take_rank_rows,
 )
-from lark.student.chat import Encoded
+from lark.student.chat import TokenizedTrajectory
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40).map(np.array)
 
 
 def encoded(rng, length, prompt):
     ids = rng.integers(1, 1000, length).tolist()
-    return Encoded(input_ids=ids, prompt_tokens=prompt, end_of_turn=length - prompt - 1, steps=[0])
+    return TokenizedTrajectory(input_ids=ids, prompt_tokens=prompt, end_of_turn=length - prompt - 1, steps=[0])
 
 
 @given(rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**40))
 def test_every_epoch_is_a_permutation(rows, batch_size, seed):
     steps = -(-3 * rows // batch_size)
-    drawn = np.concatenate([step_rows(rows, batch_size, seed=seed, step=step) for step in range(steps)])
+    drawn = np.concatenate([draw_step_rows(rows, batch_size, seed=seed, step=step) for step in range(steps)])
     for epoch in range(3):
         assert sorted(drawn[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
 
 
 def test_a_step_depends_on_seed_and_step_alone():
     def draw(step, seed=3):
-        return step_rows(50, 8, seed=seed, step=step).tolist()
+        return draw_step_rows(50, 8, seed=seed, step=step).tolist()
 
     forward = [draw(step) for step in range(10)]
     np.random.seed(1)
     assert [draw(step) for step in reversed(range(10))] == forward[::-1]
     assert draw(0, seed=4) != forward[0]
-    epochs = [step_rows(50, 50, seed=3, step=epoch).tolist() for epoch in range(2)]
+    epochs = [draw_step_rows(50, 50, seed=3, step=epoch).tolist() for epoch in range(2)]
     assert epochs[0] != epochs[1]
 
 
 @given(lengths=LENGTHS, world=st.integers(1, 5), data=st.data())
 def test_ranks_partition_the_batch_and_get_equal_work(lengths, world, data):
     batch = np.array(data.draw(st.permutations(range(len(lengths)))))
-    shares = [rank_share(batch, lengths, rank=rank, world=world) for rank in range(world)]
+    shares = [take_rank_rows(batch, lengths, rank=rank, world=world) for rank in range(world)]
     assert sorted(np.concatenate(shares)) == sorted(batch)
     tokens = [lengths[share].sum() for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -80,7 +80,7 @@ def test_micro_batches_cover_each_row_once_within_the_budget(lengths, budget, pa
 def test_prefix_units_cover_each_row_once_within_the_budget(problems, budget, seed):
     rows = [(i, prompt, span) for i, (prompt, spans) in enumerate(problems) for span in spans]
     problem, prompt, span = np.random.default_rng(seed).permutation(np.array(rows)).T
-    cuts = prefix_units(problem, prompt + span, span, budget=budget)
+    cuts = plan_prefix_units(problem, prompt + span, span, budget=budget)
     assert sorted(np.concatenate(cuts)) == list(range(len(rows)))
     for cut in cuts:
         distinct = span[cut].sum() + sum(prompt[problem == i][0] for i in set(problem[cut]))
@@ -95,8 +95,10 @@ def test_collate_shared_against_collate():
     first, second = (rng.integers(1, 1000, 9).tolist() for _ in range(2))
     tails = [rng.integers(1, 1000, length).tolist() for length in (4, 6, 3)]
     rows = [first + tails[0], second + tails[1], first + tails[2], first + tails[0]]
-    encoded_rows = [Encoded(input_ids=ids, prompt_tokens=9, end_of_turn=len(ids) - 10, steps=[0]) for ids in rows]
-    apart, shared = collate(encoded_rows, [7, 8, 9, 4]), collate_shared(encoded_rows, [7, 8, 9, 4])
+    encoded_rows = [
+        TokenizedTrajectory(input_ids=ids, prompt_tokens=9, end_of_turn=len(ids) - 10, steps=[0]) for ids in rows
+    ]
+    apart, shared = collate(encoded_rows, [7, 8, 9, 4]), collate_prefix_tree(encoded_rows, [7, 8, 9, 4])
     assert shared.tree is not None and shared.tokens == 9 + 9 + 4 + 6 + 3
     assert shared.rows == apart.rows
     for name in ("target_N", "row_N", "position_N"):
@@ -112,7 +114,7 @@ def test_collate_shared_against_collate():
 
 def test_rows_that_share_little_are_padded():
     rng = np.random.default_rng(0)
-    assert collate_shared([encoded(rng, 40, 3), encoded(rng, 40, 3)], [0, 1]).tree is None
+    assert collate_prefix_tree([encoded(rng, 40, 3), encoded(rng, 40, 3)], [0, 1]).tree is None
 
 
 def test_no_rows_are_no_micro_batches():
@@ -154,7 +156,7 @@ def test_coefficients_add_up_to_the_loss_of_the_global_batch(tokens, seed, avera
     total = 0.0
     for rank in range(ranks):  # what each rank adds, with the global batch's denominators
         mine = np.arange(len(tokens))[rank::ranks]
-        c = coefficients(
+        c = compute_loss_coefficients(
             tokens[mine],
             weights[mine],
             average=average,
@@ -167,9 +169,9 @@ def test_coefficients_add_up_to_the_loss_of_the_global_batch(tokens, seed, avera
 
 def test_bad_settings_name_themselves():
     with pytest.raises(ValueError, match=r"sft\.batch_size=0"):
-        step_rows(3, 0, seed=0, step=0)
+        draw_step_rows(3, 0, seed=0, step=0)
     with pytest.raises(ValueError, match=r"sft\.average='mean'"):
-        coefficients(np.ones(1), np.ones(1), average="mean", total_rows=1, total_weighted_tokens=1.0)
+        compute_loss_coefficients(np.ones(1), np.ones(1), average="mean", total_rows=1, total_weighted_tokens=1.0)
 
 
 def test_moving_keeps_everything_but_the_device():

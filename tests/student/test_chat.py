@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 import lark
-from lark.student.chat import Chat, Encoded, load_template, truncated
+from lark.student.chat import Chat, TokenizedTrajectory, load_template, truncate_trajectory
 
 SPECIAL = {
     "chatml": ["<|im_end|>", "<|im_start|>"],
@@ -51,7 +51,7 @@ def rendered(family: str, messages: list[dict[str, str]]) -> str:
     return "<|begin_of_text|>" + body
 
 
-def parts(chat: Chat, row: Encoded) -> tuple[str, str]:
+def parts(chat: Chat, row: TokenizedTrajectory) -> tuple[str, str]:
     """Prompt and span as text."""
     return text(chat, row.input_ids[: row.prompt_tokens]), text(chat, row.input_ids[row.prompt_tokens :])
 
@@ -138,11 +138,13 @@ def test_span_authors_adds_the_newline_after_the_end_token():
 
 
 def test_truncation_takes_the_end_token_with_the_tail():
-    row = Encoded(input_ids=[9, 9, 1, 2, 3, 4, 0, 7], prompt_tokens=2, end_of_turn=4, steps=[0, 2, 3])
-    assert truncated(row, 7).end_of_turn == 4
-    assert truncated(row, 6) == Encoded(input_ids=[9, 9, 1, 2, 3, 4], prompt_tokens=2, end_of_turn=-1, steps=[0, 2, 3])
-    assert truncated(row, 5).steps == [0, 2]
-    assert truncated(row, 1) == Encoded(input_ids=[9], prompt_tokens=1, end_of_turn=-1, steps=[0])
+    row = TokenizedTrajectory(input_ids=[9, 9, 1, 2, 3, 4, 0, 7], prompt_tokens=2, end_of_turn=4, steps=[0, 2, 3])
+    assert truncate_trajectory(row, 7).end_of_turn == 4
+    assert truncate_trajectory(row, 6) == TokenizedTrajectory(
+        input_ids=[9, 9, 1, 2, 3, 4], prompt_tokens=2, end_of_turn=-1, steps=[0, 2, 3]
+    )
+    assert truncate_trajectory(row, 5).steps == [0, 2]
+    assert truncate_trajectory(row, 1) == TokenizedTrajectory(input_ids=[9], prompt_tokens=1, end_of_turn=-1, steps=[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -283,8 +285,8 @@ def test_the_printed_sample_marks_the_trained_tokens():
     chat = chat_for("chatml")
     row = chat.encode([turns("hi", "hello ☃b")])[0]
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.marked(row) == prompt + "«hello»« »«☃»«b»«<|im_end|>»"
-    assert chat.marked(row, limit=2) == prompt + "«hello»« » ... 4 more ... «<|im_end|>»"
+    assert chat.preview(row) == prompt + "«hello»« »«☃»«b»«<|im_end|>»"
+    assert chat.preview(row, limit=2) == prompt + "«hello»« » ... 4 more ... «<|im_end|>»"
 
 
 def test_templates_are_found_by_name_by_path_or_in_the_tokenizer(tmp_path):

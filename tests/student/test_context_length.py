@@ -5,7 +5,7 @@ import torch
 from tiny_student import SHAPE
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from lark.student.context_length import check_room, positions_of
+from lark.student.context_length import check_answer_room, read_max_positions
 from lark.student.student import Student
 
 
@@ -20,13 +20,13 @@ STRETCHED = {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "d
 
 
 def test_positions_are_those_of_the_config_as_changed(folder):
-    assert positions_of(Student(name="qwen", path=folder)) == 128
-    assert positions_of(Student(name="qwen", path=folder, config=STRETCHED)) == 512
-    assert positions_of(Student(name="qwen", path="shipped:tiny")) == 1024
+    assert read_max_positions(Student(name="qwen", path=folder)) == 128
+    assert read_max_positions(Student(name="qwen", path=folder, config=STRETCHED)) == 512
+    assert read_max_positions(Student(name="qwen", path="shipped:tiny")) == 1024
 
 
 def test_nothing_to_read_is_left_for_loading_to_report(tmp_path):
-    assert positions_of(Student(name="qwen", path=str(tmp_path))) == math.inf
+    assert read_max_positions(Student(name="qwen", path=str(tmp_path))) == math.inf
 
 
 def test_a_changed_config_acts_and_is_part_of_what_the_student_is(folder):
@@ -45,6 +45,6 @@ def test_an_entry_that_the_config_lacks_is_named(folder):
 
 
 def test_answers_that_leave_a_prompt_no_room_are_refused(folder):
-    check_room(Student(name="qwen", path=folder), 127)
+    check_answer_room(Student(name="qwen", path=folder), 127)
     with pytest.raises(ValueError, match=r"task\.max_new_tokens=128 .* 128 positions"):
-        check_room(Student(name="qwen", path=folder), 128)
+        check_answer_room(Student(name="qwen", path=folder), 128)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lark.student import memory as budget
-from lark.student.memory import CPU_TOKENS, LEAST_TOKENS, MOST_TOKENS, is_out_of_memory, token_budget
+from lark.student.memory import CPU_TOKENS, LEAST_TOKENS, MOST_TOKENS, estimate_scoring_tokens, is_out_of_memory
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPU = torch.device("cuda")
@@ -18,7 +18,7 @@ def random_student(architecture, **settings):
 
 
 def test_a_cpu_gets_a_fixed_number():
-    assert token_budget(random_student("llama"), torch.device("cpu")) == CPU_TOKENS
+    assert estimate_scoring_tokens(random_student("llama"), torch.device("cpu")) == CPU_TOKENS
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "opt", "mamba", "qwen3_moe", "gemma3_text"])
@@ -28,16 +28,17 @@ def test_more_free_memory_takes_more_tokens_within_bounds(architecture, monkeypa
     model = random_student(architecture, **settings)
     found = []
     for free in (0, 2**24, 2**27, 2**60):
-        monkeypatch.setattr(budget, "free_bytes", lambda device, setting, free=free: free)
-        found.append(token_budget(model, GPU))
+        monkeypatch.setattr(budget, "get_free_bytes", lambda device, setting, free=free: free)
+        found.append(estimate_scoring_tokens(model, GPU))
     assert found == sorted(found)
     assert found[0] == LEAST_TOKENS and found[-1] in (MOST_TOKENS, LEAST_TOKENS)
 
 
 def test_a_student_twice_as_wide_gets_half_the_tokens(monkeypatch):
-    monkeypatch.setattr(budget, "free_bytes", lambda device, setting: 2**25)
+    monkeypatch.setattr(budget, "get_free_bytes", lambda device, setting: 2**25)
     narrow, wide = (
-        token_budget(random_student("llama", hidden_size=size, intermediate_size=2 * size), GPU) for size in (32, 64)
+        estimate_scoring_tokens(random_student("llama", hidden_size=size, intermediate_size=2 * size), GPU)
+        for size in (32, 64)
     )
     assert narrow == pytest.approx(2 * wide, rel=0.01)
 
@@ -62,8 +63,8 @@ def test_training_takes_what_weights_gradients_and_moments_leave(checkpointed, m
     trained = sum(p.nbytes for p in model.parameters())
 
     def tokens(free):
-        monkeypatch.setattr(budget, "free_bytes", lambda device, setting: free)
-        return budget.training_budget(model, torch.device("cuda"), checkpointed=checkpointed)
+        monkeypatch.setattr(budget, "get_free_bytes", lambda device, setting: free)
+        return budget.estimate_training_tokens(model, torch.device("cuda"), checkpointed=checkpointed)
 
     assert tokens(trained) == budget.LEAST_TOKENS and tokens(2**50) == budget.MOST_TOKENS
     to_come = 4 * trained + trained // 2
@@ -77,4 +78,4 @@ def test_training_takes_what_weights_gradients_and_moments_leave(checkpointed, m
 
 
 def test_training_on_a_cpu():
-    assert budget.training_budget(None, torch.device("cpu"), checkpointed=False) == budget.CPU_TRAINING_TOKENS
+    assert budget.estimate_training_tokens(None, torch.device("cpu"), checkpointed=False) == budget.CPU_TRAINING_TOKENS

@@ -24,7 +24,7 @@ from lark.scoring.passes import Gradients
 from lark.scoring.statistics_pass import PassModule
 from lark.scoring.table_cache import rows_done
 from lark.student.sharding import Lockstep, ShardedStrategy
-from lark.student.student import Student, base_model, head_of, hidden_states
+from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
 
 SHARD_ROWS = 10
 COMMAND = (
@@ -61,17 +61,17 @@ def _rank_of_two(rank: int, folder: str, results: str) -> None:
     model = Student(name="small", path=folder).load_model(torch.float32).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, 256, (rows, 40), generator=generator) for rows in (1, 4, 2)]
-    head = head_of(model).weight_VD
-    layers: Any = base_model(model).get_decoder().layers
+    head = get_head(model).weight_VD
+    layers: Any = get_base_model(model).get_decoder().layers
 
     with torch.inference_mode():
-        whole = [hidden_states(model, ids_RL, None) for ids_RL in batches]
+        whole = [compute_hidden_states(model, ids_RL, None) for ids_RL in batches]
     before = [weakref.ref(p) for p in layers.parameters()]
     lockstep = Lockstep(model, mesh)
     not_freed = sum(p() is not None for p in before)
     with torch.inference_mode():
         mine = range(3) if rank == 0 else ()  # rank 1 has nothing to do
-        divided = [hidden_states(model, batches[i], None) for i in mine]
+        divided = [compute_hidden_states(model, batches[i], None) for i in mine]
     lockstep.finish()
     dist.barrier()  # nobody still waits in a forward pass
     found = {
@@ -80,18 +80,18 @@ def _rank_of_two(rank: int, folder: str, results: str) -> None:
         "kept": sum(p.to_local().numel() for p in layers.parameters()),
         "all": sum(p.numel() for p in layers.parameters()),
         "not_freed": not_freed,
-        "head_is_whole": head_of(model).weight_VD is head and type(head) is torch.nn.Parameter,
+        "head_is_whole": get_head(model).weight_VD is head and type(head) is torch.nn.Parameter,
         "raised": [],
     }
 
     model = Student(name="small", path=folder).load_model(torch.float32).eval().requires_grad_(False)
     lockstep = Lockstep(model, mesh)
-    layers = base_model(model).get_decoder().layers
+    layers = get_base_model(model).get_decoder().layers
     layers[1].mlp.forward = _out_of_memory
     for ids_RL in (batches[1], batches[1][:2]):  # a batch, and half of it
         try:
             with torch.inference_mode():
-                hidden_states(model, ids_RL, None)
+                compute_hidden_states(model, ids_RL, None)
         except torch.OutOfMemoryError as error:
             found["raised"].append(str(error))
     Path(results, f"{rank}.json").write_text(json.dumps(found))

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lark.student.context_length import rope_border
-from lark.student.student import base_model, head_of, hidden_states, save_student
+from lark.student.context_length import find_rope_border
+from lark.student.student import compute_hidden_states, get_base_model, get_head, save_student
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
@@ -46,7 +46,7 @@ def test_the_shipped_students_load_and_head_and_hidden_states_give_their_logits(
     row = student.load_chat().encode([[{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]])[0]
     ids = torch.tensor([row.input_ids])
     with torch.no_grad():
-        logits = head_of(model).logits(hidden_states(model, ids, None))
+        logits = get_head(model).logits(compute_hidden_states(model, ids, None))
         torch.testing.assert_close(logits, model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
 
 
@@ -67,7 +67,10 @@ def test_saved_and_loaded_again_it_is_the_same_student(make_student, lora, tmp_p
     loaded = student.load_trained(tmp_path / "checkpoint", torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(
-            hidden_states(loaded.eval(), ids, None), hidden_states(model.eval(), ids, None), rtol=0, atol=0
+            compute_hidden_states(loaded.eval(), ids, None),
+            compute_hidden_states(model.eval(), ids, None),
+            rtol=0,
+            atol=0,
         )
     assert (tmp_path / "checkpoint" / "chat_template.jinja").read_text() == chat.template
 
@@ -120,7 +123,7 @@ def test_untied_head(make_student, student_folder, tmp_path):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     model = make_student(path=str(tmp_path)).load_model(torch.float32)
-    assert head_of(model).weight_VD is base_model(model).lm_head.weight
+    assert get_head(model).weight_VD is get_base_model(model).lm_head.weight
 
 
 def broken(kind, student_folder, folder):
@@ -178,7 +181,7 @@ def test_a_student_says_which_setting_is_wrong(make_student, settings, message):
     ],
 )
 def test_positions_that_depend_on_the_longest_row(rope, border):
-    """From `rope_border` on, a row's hidden states change with what it is computed beside; up to it, they do not."""
+    """From `find_rope_border` on, a row's hidden states change with what it is computed beside; up to it, they do not."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -190,10 +193,10 @@ def test_positions_that_depend_on_the_longest_row(rope, border):
         rope_parameters=rope,
     )
     model = LlamaForCausalLM(config).eval()
-    assert rope_border(model) == border
+    assert find_rope_border(model) == border
     short, long = torch.randint(1, 64, (1, 20)), torch.randint(1, 64, (1, 40))
     together = torch.cat([torch.nn.functional.pad(short, (0, 20)), long])
     with torch.inference_mode():
-        alone = hidden_states(model, short, None)
-        beside = hidden_states(model, together, None).view(2, 40, -1)[0, :20]
+        alone = compute_hidden_states(model, short, None)
+        beside = compute_hidden_states(model, together, None).view(2, 40, -1)[0, :20]
     assert torch.allclose(alone, beside, atol=1e-5) == (border == math.inf)

@@ -14,10 +14,10 @@ from lark.student.token_statistics import (
     RANK_CLIPS,
     Head,
     TokenStatistics,
-    can_compile,
-    step_sums,
-    token_statistics,
-    trajectory_sums,
+    compute_token_statistics,
+    find_compile_failure,
+    sum_by_step,
+    sum_by_trajectory,
 )
 
 FIELDS = ("surprisal_N", "brier_N", "entropy_N", "rank_N", "log_sum_p2_N")
@@ -77,7 +77,7 @@ def as_numpy(tokens: TokenStatistics) -> dict[str, np.ndarray]:
 def test_statistics_equal_their_definitions_in_float64(vocabulary, scale):
     hidden_ND, target_N, head = random_case(vocabulary=vocabulary, scale=scale)
     expected = brute_force(float64_logits(hidden_ND, head), target_N)
-    tokens = as_numpy(token_statistics(hidden_ND, target_N, head))
+    tokens = as_numpy(compute_token_statistics(hidden_ND, target_N, head))
     for name in FIELDS:
         np.testing.assert_allclose(tokens[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
         np.testing.assert_allclose(tokens[name].sum(), expected[name].sum(), rtol=1e-5, err_msg=name)
@@ -98,7 +98,7 @@ def test_a_head_may_have_a_bias_a_scale_and_a_soft_cap(settings):
     head = Head(weight_VD=plain.weight_VD, **settings)
     expected = brute_force(float64_logits(hidden_ND, head), target_N)
     without = brute_force(float64_logits(hidden_ND, plain), target_N)
-    tokens = as_numpy(token_statistics(hidden_ND, target_N, head))
+    tokens = as_numpy(compute_token_statistics(hidden_ND, target_N, head))
     for name in FIELDS:
         np.testing.assert_allclose(tokens[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
     assert not np.allclose(tokens["brier_N"], without["brier_N"], rtol=0.01)
@@ -120,7 +120,7 @@ EXTREME = {
 def test_extreme_logits_keep_their_digits(name):
     logits_NV = torch.tensor([EXTREME[name]])
     target_N = torch.tensor([0])
-    tokens = as_numpy(token_statistics(logits_NV, target_N, identity_head(3)))
+    tokens = as_numpy(compute_token_statistics(logits_NV, target_N, identity_head(3)))
     expected = brute_force(logits_NV.double().numpy(), target_N)
     for field in ("surprisal_N", "brier_N"):
         np.testing.assert_allclose(tokens[field], expected[field], rtol=1e-5, atol=1e-37, err_msg=field)
@@ -139,7 +139,7 @@ def test_top_k_renormalises_over_the_largest_and_gives_tokens_outside_no_probabi
     target_N[:10] = torch.from_numpy(logits_NV.argmax(1))[:10]
     target_N[10:20] = torch.from_numpy(logits_NV.argmin(1))[10:20]
     expected = brute_force(logits_NV, target_N, top_k)
-    tokens = as_numpy(token_statistics(hidden_ND, target_N, head, top_k=top_k))
+    tokens = as_numpy(compute_token_statistics(hidden_ND, target_N, head, top_k=top_k))
     for name in FIELDS:
         np.testing.assert_allclose(tokens[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
     outside = expected["rank_N"] > top_k
@@ -149,14 +149,14 @@ def test_top_k_renormalises_over_the_largest_and_gives_tokens_outside_no_probabi
 
 def test_top_k_keeps_the_digits_of_confident_tokens():
     logits_NV = torch.tensor([[12.0, 0.0, -1.0, -40.0]])
-    tokens = token_statistics(logits_NV, torch.tensor([0]), identity_head(4), top_k=3)
+    tokens = compute_token_statistics(logits_NV, torch.tensor([0]), identity_head(4), top_k=3)
     expected = brute_force(logits_NV[:, :3].double().numpy(), torch.tensor([0]))["brier_N"]
     np.testing.assert_allclose(tokens.brier_N.numpy(), expected, rtol=1e-2)  # about 1e-10: 1 - 2 p + sum p^2 gives 0
     assert expected < 2e-10
 
 
 def test_equal_logits_share_the_better_rank_and_count_as_inside_the_top_k():
-    tokens = token_statistics(torch.zeros(1, 4), torch.tensor([3]), identity_head(4), top_k=2)
+    tokens = compute_token_statistics(torch.zeros(1, 4), torch.tensor([3]), identity_head(4), top_k=2)
     assert tokens.rank_N.tolist() == [1]
     assert tokens.brier_N.item() == pytest.approx(0.5)  # p = 1/2, 1/2
 
@@ -170,7 +170,7 @@ def test_identities(logits, shift, data):
     target = data.draw(st.integers(0, len(logits) - 1))
     logits_NV, target_N = torch.tensor([logits]), torch.tensor([target])
     head = identity_head(len(logits))
-    tokens = token_statistics(logits_NV, target_N, head)
+    tokens = compute_token_statistics(logits_NV, target_N, head)
     surprisal, brier, entropy, rank, log_sum_p2 = (getattr(tokens, name).item() for name in FIELDS)
     p, sum_p2 = math.exp(-surprisal), math.exp(log_sum_p2)
     assert brier == pytest.approx(1 - 2 * p + sum_p2, abs=2e-6)
@@ -180,14 +180,14 @@ def test_identities(logits, shift, data):
     assert -log_sum_p2 <= entropy + 2e-5  # Renyi entropy of order 2 is at most Shannon's
     assert surprisal >= math.log(rank) - 1e-5  # rank r leaves at most 1/r
     # the other way round: averaged over the distribution, surprisal is entropy and Brier is 1 - sum p^2
-    every = token_statistics(logits_NV.expand(len(logits), -1), torch.arange(len(logits)), head)
+    every = compute_token_statistics(logits_NV.expand(len(logits), -1), torch.arange(len(logits)), head)
     p_V = (-every.surprisal_N).exp()
     assert p_V.sum().item() == pytest.approx(1, abs=1e-5)
     assert (p_V * every.surprisal_N).sum().item() == pytest.approx(entropy, abs=1e-5)
     assert (p_V * every.brier_N).sum().item() == pytest.approx(1 - sum_p2, abs=1e-5)
     assert sorted(every.rank_N.tolist()) == sorted(1 + sum(x > y for x in logits) for y in logits)
     # a constant added to all logits changes nothing but rounding (at most half a unit in the last place of 1030)
-    moved = token_statistics(logits_NV + shift, target_N, head)
+    moved = compute_token_statistics(logits_NV + shift, target_N, head)
     assert moved.surprisal_N.item() == pytest.approx(surprisal, abs=2e-4)
     assert moved.brier_N.item() == pytest.approx(brier, abs=2e-4)
 
@@ -196,12 +196,12 @@ def test_identities(logits, shift, data):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 39, 40, 1000])
 def test_chunked_equals_dense(monkeypatch, chunk, top_k):
     hidden_ND, target_N, head = random_case()
-    dense = as_numpy(token_statistics(hidden_ND, target_N, head, top_k=top_k))
+    dense = as_numpy(compute_token_statistics(hidden_ND, target_N, head, top_k=top_k))
     asked = []
     logits = Head.logits
     monkeypatch.setattr(lark.student.token_statistics, "CHUNK_BYTES", 4 * 200 * chunk + 3)
     monkeypatch.setattr(Head, "logits", lambda self, hidden: asked.append(len(hidden)) or logits(self, hidden))
-    chunked = as_numpy(token_statistics(hidden_ND, target_N, head, top_k=top_k))
+    chunked = as_numpy(compute_token_statistics(hidden_ND, target_N, head, top_k=top_k))
     for name in FIELDS:
         np.testing.assert_allclose(chunked[name], dense[name], rtol=2e-5, atol=1e-6, err_msg=name)
     # never logits of more tokens than fit, and none twice
@@ -211,23 +211,21 @@ def test_chunked_equals_dense(monkeypatch, chunk, top_k):
 @pytest.mark.parametrize("stance", ["force_eager", "default"])
 def test_fused_equals_plain(stance):
     """As it is written, and as it is compiled (where there is no compiler, as it is written once more)."""
-    if can_compile(torch.device("cpu")) is not None:
+    if find_compile_failure(torch.device("cpu")) is not None:
         stance = "force_eager"
     torch.manual_seed(0)
     hidden_ND, target_N = torch.randn(97, 16), torch.randint(0, 50_000, (97,))
     head = Head(weight_VD=torch.randn(50_000, 16))
-    plain = vars(token_statistics(hidden_ND, target_N, head))
+    plain = vars(compute_token_statistics(hidden_ND, target_N, head))
     with torch.compiler.set_stance(stance):
-        fused = vars(token_statistics(hidden_ND, target_N, head, compiled=True))
+        fused = vars(compute_token_statistics(hidden_ND, target_N, head, compiled=True))
     assert torch.equal(plain.pop("rank_N"), fused.pop("rank_N"))
     for name, values_N in plain.items():
         torch.testing.assert_close(fused[name], values_N, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_no_compiler_is_a_reason_not_an_error(tmp_path):
-    script = (
-        "import torch; from lark.student.token_statistics import can_compile; print(can_compile(torch.device('cpu')))"
-    )
+    script = "import torch; from lark.student.token_statistics import find_compile_failure; print(find_compile_failure(torch.device('cpu')))"
     environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "compiler" in found.stdout
@@ -236,12 +234,12 @@ def test_no_compiler_is_a_reason_not_an_error(tmp_path):
 def test_a_vocabulary_larger_than_the_chunk_still_goes_token_by_token(monkeypatch):
     monkeypatch.setattr(lark.student.token_statistics, "CHUNK_BYTES", 1)
     hidden_ND, target_N, head = random_case(tokens=3)
-    assert len(token_statistics(hidden_ND, target_N, head).rank_N) == 3
+    assert len(compute_token_statistics(hidden_ND, target_N, head).rank_N) == 3
 
 
 def test_no_tokens():
     _, _, head = random_case()
-    tokens = token_statistics(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64), head)
+    tokens = compute_token_statistics(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64), head)
     assert all(len(getattr(tokens, name)) == 0 for name in FIELDS)
     assert tokens.rank_N.dtype == torch.int64
 
@@ -250,7 +248,7 @@ def test_nothing_is_kept_for_a_backward_pass_and_no_input_is_overwritten():
     hidden_ND, target_N, head = random_case()
     head.weight_VD.requires_grad_(True)
     before = hidden_ND.clone(), head.weight_VD.detach().clone()
-    tokens = token_statistics(hidden_ND, target_N, head, top_k=5)
+    tokens = compute_token_statistics(hidden_ND, target_N, head, top_k=5)
     assert not any(getattr(tokens, name).requires_grad for name in FIELDS)
     assert torch.equal(hidden_ND, before[0]) and torch.equal(head.weight_VD, before[1])
 
@@ -258,7 +256,7 @@ def test_nothing_is_kept_for_a_backward_pass_and_no_input_is_overwritten():
 def test_bfloat16_weights_give_float32_statistics():
     hidden_ND, target_N, head = random_case()
     low = Head(weight_VD=head.weight_VD.bfloat16())
-    tokens = token_statistics(hidden_ND.bfloat16(), target_N, low)
+    tokens = compute_token_statistics(hidden_ND.bfloat16(), target_N, low)
     logits_NV = (hidden_ND.bfloat16() @ low.weight_VD.T).double().numpy()
     assert tokens.surprisal_N.dtype == torch.float32
     np.testing.assert_allclose(tokens.surprisal_N, brute_force(logits_NV, target_N)["surprisal_N"], rtol=1e-5)
@@ -282,7 +280,7 @@ def measured() -> tuple[TokenStatistics, torch.Tensor, torch.Tensor]:
 
 def test_sums_of_trajectories(measured):
     tokens, row_N, position_N = measured
-    sums = trajectory_sums(tokens, row_N, position_N, torch.tensor([2, 0, -1]), rows=3)
+    sums = sum_by_trajectory(tokens, row_N, position_N, torch.tensor([2, 0, -1]), rows=3)
     expected = {
         "num_tokens": [3, 0, 4],
         "sum_surprisal": [7.0, 0.0, 11.75],
@@ -309,7 +307,7 @@ def test_sums_of_trajectories(measured):
 
 def test_an_end_token_need_not_be_the_last(measured):
     tokens, row_N, position_N = measured
-    sums = trajectory_sums(tokens, row_N, position_N, torch.tensor([1, 0, 2]), rows=3)
+    sums = sum_by_trajectory(tokens, row_N, position_N, torch.tensor([1, 0, 2]), rows=3)
     assert sums["end_rank"].tolist() == [60, 0, 120]
     assert sums["end_surprisal"].tolist() == [2.0, 0.0, 8.0]
 
@@ -326,7 +324,7 @@ def test_long_trajectories_are_summed_in_float64():
         log_sum_p2_N=values_N,
     )
     zero_N = torch.zeros(many, dtype=torch.int64)
-    sums = trajectory_sums(tokens, zero_N, torch.arange(many), torch.tensor([many - 1]), rows=1)
+    sums = sum_by_trajectory(tokens, zero_N, torch.arange(many), torch.tensor([many - 1]), rows=1)
     np.testing.assert_allclose(sums["sum_surprisal"].item(), math.fsum(values_N.tolist()), rtol=1e-12)
 
 
@@ -340,7 +338,7 @@ def test_step_sums_equal_a_plain_loop(counts, skip, has_end, seed):
     end = sum(counts)
     surprisal_T = np.random.default_rng(seed).random(end + has_end).astype(np.float32)
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    tokens, total, first = step_sums(surprisal_T, starts, end, skip=skip)
+    tokens, total, first = sum_by_step(surprisal_T, starts, end, skip=skip)
     assert tokens.tolist() == counts
     for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
         inside = surprisal_T[start : start + count].tolist()
@@ -349,4 +347,4 @@ def test_step_sums_equal_a_plain_loop(counts, skip, has_end, seed):
 
 
 def test_a_trajectory_of_the_end_token_alone_has_no_steps():
-    assert [len(column) for column in step_sums(np.ones(1, np.float32), [0], 0, skip=2)] == [0, 0, 0]
+    assert [len(column) for column in sum_by_step(np.ones(1, np.float32), [0], 0, skip=2)] == [0, 0, 0]

@@ -9,7 +9,7 @@ from conftest import rows_of_a_pool, write_pool
 import lark.common.parts
 import lark.student.tokenized_pool
 from lark.answers.checker import Checker
-from lark.student.tokenized_pool import Trajectories
+from lark.student.tokenized_pool import TokenizedPool
 from lark.tasks.task import Task
 
 
@@ -21,7 +21,7 @@ def open_pool(tmp_path, make_student):
         path = write_pool(tmp_path / "pool.jsonl", rows_of_a_pool() if rows is None else rows)
         fixed = {"name": "sums", "pool": str(path), "checker": "number", "held_out": 0.25, "max_length": 256}
         chat = (student or make_student()).load_chat()
-        return Trajectories(Task(**fixed | settings), chat, cache=tmp_path / "cache", say=lambda text: None)
+        return TokenizedPool(Task(**fixed | settings), chat, cache=tmp_path / "cache", say=lambda text: None)
 
     return make
 
@@ -37,8 +37,8 @@ def small(monkeypatch):
 def test_tokens_are_those_of_each_row_by_itself(open_pool, small):
     pool, rows = open_pool(), rows_of_a_pool()
     expected = [pool.chat.encode([row["messages"]])[0] for row in rows]
-    assert pool.encoded(np.arange(len(rows))) == expected
-    assert pool.encoded(np.array([30, 2, 2])) == [expected[30], expected[2], expected[2]]
+    assert pool.read_tokens(np.arange(len(rows))) == expected
+    assert pool.read_tokens(np.array([30, 2, 2])) == [expected[30], expected[2], expected[2]]
     np.testing.assert_array_equal(pool.length, [len(row.input_ids) for row in expected])
     np.testing.assert_array_equal(pool.span_tokens, [len(row.input_ids) - row.prompt_tokens for row in expected])
     assert len(pool.tokens.cache_files) == 5
@@ -47,8 +47,8 @@ def test_tokens_are_those_of_each_row_by_itself(open_pool, small):
 def test_long_rows_are_tokenised_few_at_a_time(open_pool, monkeypatch):
     monkeypatch.setattr(lark.student.tokenized_pool, "BATCH_CHARACTERS", 150)
     sizes = []
-    batch = Trajectories._tokenise_batch
-    monkeypatch.setattr(Trajectories, "_tokenise_batch", lambda self, rows: sizes.append(rows) or batch(self, rows))
+    batch = TokenizedPool._tokenise_batch
+    monkeypatch.setattr(TokenizedPool, "_tokenise_batch", lambda self, rows: sizes.append(rows) or batch(self, rows))
     open_pool()
     texts = [[sum(len(m["content"]) for m in row["messages"]) for row in rows] for rows in sizes]
     assert sum(map(len, texts)) == 32 and all(sum(lengths[:-1]) < 150 for lengths in texts)
@@ -59,7 +59,7 @@ class KillError(Exception):
 
 
 def test_killed_while_tokenising_it_goes_on(open_pool, small, monkeypatch):
-    encode, calls = Trajectories._tokenise, []
+    encode, calls = TokenizedPool._tokenise, []
 
     def killed(self, start, stop):
         calls.append(start)
@@ -68,16 +68,16 @@ def test_killed_while_tokenising_it_goes_on(open_pool, small, monkeypatch):
         return encode(self, start, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trajectories, "_tokenise", killed)
+        patch.setattr(TokenizedPool, "_tokenise", killed)
         with pytest.raises(KillError):
             open_pool()
     assert calls == [0, 7, 14]
     calls.clear()
-    monkeypatch.setattr(Trajectories, "_tokenise", lambda *at: calls.append(at[1]) or encode(*at))
+    monkeypatch.setattr(TokenizedPool, "_tokenise", lambda *at: calls.append(at[1]) or encode(*at))
     pool = open_pool()
     assert calls == [14, 21, 28]
-    assert pool.encoded(np.arange(32)) == [pool.chat.encode([row["messages"]])[0] for row in rows_of_a_pool()]
-    monkeypatch.setattr(Trajectories, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    assert pool.read_tokens(np.arange(32)) == [pool.chat.encode([row["messages"]])[0] for row in rows_of_a_pool()]
+    monkeypatch.setattr(TokenizedPool, "_tokenise", lambda *_: pytest.fail("tokenised again"))
     np.testing.assert_array_equal(open_pool().length, pool.length)
 
 
@@ -164,5 +164,5 @@ def test_a_folder_of_shards_is_the_pool_of_one_file(ending, open_pool, tmp_path)
     assert [json.dumps(row | {"source": ""}) for row in many.read_rows(many.scored)] == [
         json.dumps(row | {"source": ""}) for row in one.read_rows(one.scored)
     ]
-    assert many.encoded(np.arange(32)) == one.encoded(np.arange(32))
+    assert many.read_tokens(np.arange(32)) == one.read_tokens(np.arange(32))
     assert len(list(tmp_path.glob("cache/tokens/*/manifest.json"))) == 1, "tokenised once"

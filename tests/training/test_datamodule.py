@@ -95,7 +95,7 @@ def test_held_out_loss_by_brute_force(make_data, make_trainer, tmp_path):
     pool, model = data.trajectories, data.student.load_model(torch.float32).double()
     by_problem, of_correct = {}, {}
     for row in np.flatnonzero(pool.is_held_out):
-        (encoded,) = pool.encoded(np.array([row]))
+        (encoded,) = pool.read_tokens(np.array([row]))
         ids = torch.tensor([encoded.input_ids])
         with torch.no_grad():
             log_p = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
@@ -161,7 +161,7 @@ def test_overlong_rows_are_cut_and_counted(make_data):
     cut = np.flatnonzero(whole.length > 70)
     assert pool.dropped["overlong"] == 0 and pool.truncated == len(cut)
     assert any(f"{len(cut)} cut to task.max_length" in line for line in said)
-    for short, full in zip(pool.encoded(cut), whole.encoded(cut), strict=True):
+    for short, full in zip(pool.read_tokens(cut), whole.read_tokens(cut), strict=True):
         assert short.input_ids == full.input_ids[:70] and short.end_of_turn == -1
 
 
@@ -293,7 +293,7 @@ def test_another_students_choice(max_length, make_data, other_student):
     step = mixed.set_active_arm("selector").step(0)
     np.testing.assert_array_equal(step.lengths, mixed.trajectories.length[step.rows])
     assert set(step.rows) <= set(row)
-    assert step.encoded == mixed.trajectories.encoded(step.rows)
+    assert step.encoded == mixed.trajectories.read_tokens(step.rows)
 
 
 def test_the_trained_students_tokens_are_what_is_matched(make_data, other_student):

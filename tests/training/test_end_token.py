@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
 from lark import config as configuration
-from lark.student.student import base_model, head_of, hidden_states, save_student
+from lark.student.student import compute_hidden_states, get_base_model, get_head, save_student
 from lark.student.token_statistics import Head
 from lark.training.end_token import ENOUGH, RECORD, EndTokenCheck, ceiling, look_at, span_ends, trains, warning
 
@@ -49,7 +49,7 @@ def pool_of(chat) -> Any:
 def untrained(student) -> Any:
     """The student, LoRA on top, with the head's row of its end token as pre-training leaves one that never occurs."""
     model = student.load_trainable(torch.float32)
-    output: Any = base_model(model).get_output_embeddings()
+    output: Any = get_base_model(model).get_output_embeddings()
     weight = output.weight.data
     alike = F.cosine_similarity(weight, weight[0][None]) > 0.9  # to another that never occurred
     assert alike.sum() > 100
@@ -100,11 +100,11 @@ def test_surprisal_alone_would_not_tell(make_student):
     model, chat = student.load_trainable(torch.float32), student.load_chat()
     row = chat.encode(sums(1))[0]
     with torch.no_grad():
-        logits = head_of(model).logits(hidden_states(model.eval(), torch.tensor([row.input_ids]), None))
+        logits = get_head(model).logits(compute_hidden_states(model.eval(), torch.tensor([row.input_ids]), None))
     surprisal = -logits[-2].log_softmax(0)
     word, unused = (chat.tokenizer.convert_tokens_to_ids(token) for token in ("StartĠ", UNUSED))
     assert surprisal[word] > math.log(len(surprisal)) and surprisal[unused] > math.log(len(surprisal))
-    assert ceiling(head_of(model), word, 17.0) > 0.99 > 0.01 > ceiling(head_of(model), unused, 17.0)
+    assert ceiling(get_head(model), word, 17.0) > 0.99 > 0.01 > ceiling(get_head(model), unused, 17.0)
 
 
 def test_a_student_whose_end_token_was_never_trained(make_student):
@@ -128,7 +128,7 @@ def trained_for(student, steps=25) -> tuple[float, float, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
     def surprisal(ids_RL):
-        logits_RLV = head_of(model).logits(hidden_states(model, ids_RL, None)).view(*ids_RL.shape, -1)
+        logits_RLV = get_head(model).logits(compute_hidden_states(model, ids_RL, None)).view(*ids_RL.shape, -1)
         return F.cross_entropy(logits_RLV[:, start - 1 : -1].transpose(1, 2), ids_RL[:, start:], reduction="none")
 
     def at_ends():
@@ -243,7 +243,7 @@ def test_trajectories_that_are_cut_have_no_end(make_data, tmp_path):
     data.prepare_data()
     data.setup("fit")
     pool = data.trajectories
-    cut = sum(pool.encoded(np.array([row]))[0].end_of_turn == -1 for row in range(len(pool.length)))
+    cut = sum(pool.read_tokens(np.array([row]))[0].end_of_turn == -1 for row in range(len(pool.length)))
     assert 0 < cut < len(pool.length)
     assert span_ends(pool, np.arange(len(pool.length))) == {"trajectories": len(pool.length), "without_end": cut}
     model = data.student.load_trainable(torch.float32)

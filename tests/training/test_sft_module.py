@@ -14,7 +14,7 @@ from torch import nn
 
 from lark.student import token_statistics as stats
 from lark.student.batching import collate
-from lark.student.token_statistics import Head, weighted_surprisal
+from lark.student.token_statistics import Head, compute_weighted_surprisal
 from lark.training.recipe import Recipe
 from lark.training.sft_module import SFTModule
 
@@ -72,7 +72,7 @@ def test_chunked_head_equals_dense_cross_entropy(softcap, bias, monkeypatch):
     target, coefficient = torch.randint(v, (n,)), torch.rand(2, n)
     ours = [t.clone().requires_grad_() for t in (hidden, weight, *([bias_V] if bias_V is not None else []))]
     head = Head(weight_VD=ours[1], bias_V=ours[2] if bias else None, softcap=softcap, scale=0.7)
-    value = weighted_surprisal(ours[0], target, coefficient, head)
+    value = compute_weighted_surprisal(ours[0], target, coefficient, head)
     dense = [t.detach().double().requires_grad_() for t in ours]
     logits = F.linear(dense[0], dense[1], dense[2] if bias else None) * 0.7
     if softcap is not None:
@@ -92,7 +92,7 @@ def test_autocast_rounds_neither_coefficients_nor_surprisals():
     target, coefficient = torch.randint(50, (40,)), torch.rand(1, 40)
     hidden, head = torch.randn(40, 8), Head(weight_VD=torch.randn(50, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = weighted_surprisal(hidden, target, coefficient, head)
+        value = compute_weighted_surprisal(hidden, target, coefficient, head)
         logits = head.logits(hidden)
     expected = coefficient.double() @ F.cross_entropy(logits.double(), target, reduction="none")
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
@@ -123,7 +123,7 @@ def test_weighted_loss_and_gradient_by_brute_force(average, ready, tmp_path):
     rows = batch.rows
     weight = dict(zip(selection.row.tolist(), selection.weight.tolist(), strict=True))
     sums, tokens = [], []
-    for row in data.trajectories.encoded(rows):
+    for row in data.trajectories.read_tokens(rows):
         ids = torch.tensor([row.input_ids])
         log_p = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
         span = log_p.gather(1, ids[0, 1:, None])[row.prompt_tokens - 1 :, 0]

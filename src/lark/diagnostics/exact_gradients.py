@@ -24,7 +24,7 @@ from lark.scoring.passes import Gradients, Pass
 from lark.scoring.statistics_pass import PassModule, Work, measure
 from lark.scoring.table_cache import read_columns, read_statistics
 from lark.student.batching import MicroBatch
-from lark.student.student import base_model
+from lark.student.student import get_base_model
 from lark.training.datamodule import MODULES, TrajectoryDataModule
 
 THIRDS = ("first third", "middle third", "last third")
@@ -83,7 +83,7 @@ def layer_groups(model: Any, parameters: Parameters) -> list[str]:
     """Of each parameter: embedding, first, middle or last third (of the decoder's layers), head, or other (norms
     outside the layers). A tied embedding and head are one.
     """
-    layers, base = decoder_layers(model), base_model(model)
+    layers, base = decoder_layers(model), get_base_model(model)
     of: dict[int, str] = {}
     for name, module in (("embedding", base.get_input_embeddings()), ("head", base.get_output_embeddings())):
         for p in module.parameters() if module is not None else ():

@@ -26,7 +26,7 @@ from lark.report import print_comparison
 from lark.scoring.passes import GradientMatches, Pass, Statistics
 from lark.scoring.progress import PassProgress
 from lark.selection.selection import Rule, speaking_of
-from lark.student.context_length import check_room
+from lark.student.context_length import check_answer_room
 from lark.student.sharding import check_sharded
 from lark.tasks.problems import read_problems
 from lark.tracking.logging_metrics import log_arm, log_choice, log_comparison, log_pass
@@ -107,7 +107,7 @@ class _Run:
             for name, path in self.data.trajectories.evaluation_files.items()
         }
         if self.problems and self.config.stop_after is None:
-            check_room(self.data.student, self.data.task.max_new_tokens)
+            check_answer_room(self.data.student, self.data.task.max_new_tokens)
         self.overlap = self.data.trajectories.overlaps
         self._score()
         if self.config.stop_after == "statistics":

@@ -18,7 +18,7 @@ from lark.evaluation.evaluate import describe_set, evaluate
 from lark.evaluation.evaluation_table import print_figures
 from lark.experiment.description import quiet_libraries
 from lark.generation.backends import record_of
-from lark.student.context_length import check_room
+from lark.student.context_length import check_answer_room
 from lark.student.student import Student
 from lark.tasks.problems import read_problems
 from lark.tasks.task import Task
@@ -56,7 +56,7 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     say(f"model       {_describe_student(student, arm)}")
     _check_base(student, arm)
     problems = _problems(task, cache)
-    check_room(student, task.max_new_tokens)
+    check_answer_room(student, task.max_new_tokens)
     device = trainer.strategy.root_device
     weights = student_weights(student, arm)
     dtype = str(student.resolve_dtype(device))

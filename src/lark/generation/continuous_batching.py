@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from lark.student.memory import token_budget
+from lark.student.memory import estimate_scoring_tokens
 
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 _GROWTH = 0.25  # of the columns in use: what is copied when a buffer is full was written once and copied four times
@@ -154,7 +154,7 @@ class Decoder:
         order = sorted(distinct, key=lambda sequence: -len(sequence))
         logits: list[Tensor | None] = [None] * len(sequences)
         while order:
-            count = max(1, token_budget(self.model, self.model.device) // len(order[0]))
+            count = max(1, estimate_scoring_tokens(self.model, self.model.device) // len(order[0]))
             batch, order = order[:count], order[count:]
             logits_PV, cache = self._read(batch)
             rows = [row for row, sequence in enumerate(batch) for _ in distinct[sequence]]

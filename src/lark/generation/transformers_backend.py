@@ -20,8 +20,8 @@ from lark.answers.extract import find_boxed
 from lark.common.errors import LarkError
 from lark.generation.continuous_batching import Decoder, cache_bytes, reason_against
 from lark.generation.sampling import draw, noise
-from lark.student.memory import free_bytes, is_out_of_memory, release_memory
-from lark.student.student import base_model
+from lark.student.memory import get_free_bytes, is_out_of_memory, release_memory
+from lark.student.student import get_base_model
 
 MOST_ROWS_OF_A_CPU = 64  # with more of them none gets cheaper
 MOST_ROWS = 256
@@ -131,7 +131,7 @@ def generate_samples(
         LarkError: a setting is out of its range, a prompt leaves no room for the new tokens, or one sample alone does
             not fit into memory.
     """
-    base: Any = base_model(model)
+    base: Any = get_base_model(model)
     check_sampling(samples, temperature, top_p, batch_size)
     longest = check_prompts(prompts, keys, max_new_tokens, stop_ids)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -217,7 +217,7 @@ def fitting_batch_size(model: Any, tokens: int, *, shares: bool = True, say: Cal
     """Rows of so many tokens whose keys, values and logits fit into half of the free memory of the model's device: a
     power of two, at most 256 (on a CPU 64). shares: as `reason_against` has it; otherwise a row's size is not known.
     """
-    base: Any = base_model(model)
+    base: Any = get_base_model(model)
     if not shares:
         say(f"generation  {ROWS_OF_UNKNOWN_SIZE} samples at once; evaluation.batch_size=<number> sets others")
         return ROWS_OF_UNKNOWN_SIZE
@@ -225,7 +225,7 @@ def fitting_batch_size(model: Any, tokens: int, *, shares: bool = True, say: Cal
         each = cache_bytes(base)
     release_memory(base.device)
     on_cpu = base.device.type == "cpu"
-    free = psutil.virtual_memory().available if on_cpu else free_bytes(base.device, "evaluation.batch_size")
+    free = psutil.virtual_memory().available if on_cpu else get_free_bytes(base.device, "evaluation.batch_size")
     vocabulary = base.get_input_embeddings().weight.shape[0]
     row_bytes = 1.25 * each * tokens + 16 * vocabulary  # buffers grow by a quarter; logits in two precisions, a copy
     most = MOST_ROWS_OF_A_CPU if on_cpu else MOST_ROWS
@@ -328,7 +328,7 @@ def _whole_batch(base: Any, size: int, waiting: deque[_Row], ended: list[_Row], 
 @contextmanager
 def _generating(model: Any) -> Iterator[None]:
     """The transformers model in eval mode and without generation settings of its own; restores both."""
-    generator: Any = base_model(model)
+    generator: Any = get_base_model(model)
     training = [module for module in model.modules() if module.training]
     settings = generator.generation_config
     # `generate` fills whatever a given GenerationConfig leaves open from the model's own one.

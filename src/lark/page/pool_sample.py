@@ -22,7 +22,7 @@ from lark.common.cache import finite, identity_hash, replacing
 from lark.common.groups import Groups
 
 if TYPE_CHECKING:
-    from lark.student.chat import Encoded
+    from lark.student.chat import TokenizedTrajectory
     from lark.training.datamodule import TrajectoryDataModule
 
 NAME = "candidates.jsonl.gz"
@@ -162,7 +162,7 @@ def _texts(data: "TrajectoryDataModule", row_n: np.ndarray) -> tuple[list[dict[s
 
     for start in range(0, len(row_n), BATCH):
         part = row_n[start : start + BATCH]
-        for row, encoded in zip(pool.read_rows(part), pool.encoded(part), strict=True):
+        for row, encoded in zip(pool.read_rows(part), pool.read_tokens(part), strict=True):
             *asked, trajectory = row["messages"]
             problem = problems.setdefault(row["problem_id"], {"problem_id": row["problem_id"], "texts": []})
             if not problem["texts"]:
@@ -183,7 +183,7 @@ def shortened(text: str) -> dict[str, Any]:
     return {"text": text[:HEAD], "left_out": len(text) - HEAD - TAIL, "tail": text[-TAIL:]}
 
 
-def _parts(content: str, encoded: "Encoded", decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _parts(content: str, encoded: "TokenizedTrajectory", decode: Callable[[list[int]], str]) -> dict[str, Any]:
     """The span is the content and its end of turn, unless the row was cut to task.max_length."""
     span = encoded.input_ids[encoded.prompt_tokens :]
     if encoded.end_of_turn >= 0:

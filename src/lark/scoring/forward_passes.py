@@ -14,11 +14,11 @@ import torch
 
 from lark.scoring.passes import LocalWindows, Pass
 from lark.scoring.statistics_pass import PassModule, Work
-from lark.student.batching import MicroBatch, collate, collate_shared, consecutive, plan_padded
-from lark.student.chat import Encoded
-from lark.student.context_length import rope_border
-from lark.student.student import head_of
-from lark.student.token_statistics import step_sums, token_statistics
+from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_consecutive, plan_padded
+from lark.student.chat import TokenizedTrajectory
+from lark.student.context_length import find_rope_border
+from lark.student.student import get_head
+from lark.student.token_statistics import compute_token_statistics, sum_by_step
 
 
 class LocalWindowsModule(PassModule):
@@ -36,10 +36,10 @@ class LocalWindowsModule(PassModule):
         return wanted.identity() | {"step_splitter": work.probe.step_splitter}
 
     def batch(self, rows: np.ndarray) -> Any:
-        return rows, self.work.pool.encoded(rows)
+        return rows, self.work.pool.read_tokens(rows)
 
     @torch.inference_mode()
-    def measure(self, batch: tuple[np.ndarray, list[Encoded]]) -> list[dict[str, Any]]:
+    def measure(self, batch: tuple[np.ndarray, list[TokenizedTrajectory]]) -> list[dict[str, Any]]:
         assert isinstance(self.wanted, LocalWindows)
         rows, encoded = batch
         windows = [local_windows(row, self.wanted.steps_before) for row in encoded]
@@ -53,16 +53,16 @@ class LocalWindowsModule(PassModule):
             for row, of_row in zip(rows.tolist(), windows, strict=True)
         ]
 
-    def _step_sums(self, windows: Sequence[Encoded]) -> list[np.ndarray]:
+    def _step_sums(self, windows: Sequence[TokenizedTrajectory]) -> list[np.ndarray]:
         """Summed surprisal (nats) of the scored steps of each window, [S] each."""
         surprisals = span_surprisals(self, windows)
         return [
-            step_sums(surprisal_T, window.steps, len(surprisal_T), skip=0)[1]
+            sum_by_step(surprisal_T, window.steps, len(surprisal_T), skip=0)[1]
             for window, surprisal_T in zip(windows, surprisals, strict=True)
         ]
 
 
-def local_windows(row: Encoded, steps_before: int) -> list[Encoded]:
+def local_windows(row: TokenizedTrajectory, steps_before: int) -> list[TokenizedTrajectory]:
     """Sequences whose spans, in order, hold each step of the row once, behind the prompt and at least the
     `steps_before` steps before it: exactly these, or all where there are fewer.
     """
@@ -72,14 +72,14 @@ def local_windows(row: Encoded, steps_before: int) -> list[Encoded]:
         return []
     borders = [*row.steps, end]
     first = min(steps_before + 1, len(row.steps))  # steps whose window is the whole prefix
-    together = Encoded(
+    together = TokenizedTrajectory(
         input_ids=prompt + span[: borders[first]],
         prompt_tokens=len(prompt),
         end_of_turn=-1,
         steps=row.steps[:first],
     )
     alone = [
-        Encoded(
+        TokenizedTrajectory(
             input_ids=prompt + span[borders[step - steps_before] : borders[step + 1]],
             prompt_tokens=len(prompt) + borders[step] - borders[step - steps_before],
             end_of_turn=-1,
@@ -107,15 +107,15 @@ class ContentAloneModule(PassModule):
         ids: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         alone = []
-        for content, row in zip(ids, pool.encoded(rows), strict=True):
+        for content, row in zip(ids, pool.read_tokens(rows), strict=True):
             was_cut = row.end_of_turn < 0
             content = content[: len(row.input_ids) - row.prompt_tokens] if was_cut else content
             kept = (start + content)[: pool.task.max_length]
-            alone.append(Encoded(input_ids=kept, prompt_tokens=1, end_of_turn=-1, steps=[0]))
+            alone.append(TokenizedTrajectory(input_ids=kept, prompt_tokens=1, end_of_turn=-1, steps=[0]))
         return rows, alone
 
     @torch.inference_mode()
-    def measure(self, batch: tuple[np.ndarray, list[Encoded]]) -> list[dict[str, Any]]:
+    def measure(self, batch: tuple[np.ndarray, list[TokenizedTrajectory]]) -> list[dict[str, Any]]:
         rows, alone = batch
         scored = [one for one in alone if len(one.input_ids) > 1]
         surprisals = iter(span_surprisals(self, scored))
@@ -140,26 +140,26 @@ class MeanHiddenModule(PassModule):
         return [
             {"row": row, "vector": hidden_TD.mean(0).cpu().numpy(), "forward_tokens": len(source.input_ids)}
             for row, hidden_TD, source in zip(
-                batch.rows, by_row, self.work.pool.encoded(np.array(batch.rows)), strict=True
+                batch.rows, by_row, self.work.pool.read_tokens(np.array(batch.rows)), strict=True
             )
         ]
 
 
-def span_surprisals(module: PassModule, sequences: Sequence[Encoded]) -> list[np.ndarray]:
+def span_surprisals(module: PassModule, sequences: Sequence[TokenizedTrajectory]) -> list[np.ndarray]:
     """Surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of the module's
     `batch_tokens`; sequences next to each other may begin alike.
     """
     surprisals: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
-    head, shared = head_of(module.student_model), not module.not_shared
-    long = lengths > rope_border(module.student_model)
+    head, shared = get_head(module.student_model), not module.not_shared
+    long = lengths > find_rope_border(module.student_model)
     others = np.flatnonzero(~long)
-    cut = consecutive if shared else plan_padded
+    cut = plan_consecutive if shared else plan_padded
     cuts = [others[piece] for piece in cut(lengths[others], budget=module.batch_tokens)]
     for piece in [*np.flatnonzero(long)[:, None], *cuts]:
-        micro = (collate_shared if shared else collate)([sequences[i] for i in piece], piece.tolist())
+        micro = (collate_prefix_tree if shared else collate)([sequences[i] for i in piece], piece.tolist())
         micro = micro.to(head.weight_VD.device)
-        surprisal_N = token_statistics(module.hidden(micro)[micro.predict_N], micro.target_N, head).surprisal_N
+        surprisal_N = compute_token_statistics(module.hidden(micro)[micro.predict_N], micro.target_N, head).surprisal_N
         counts = np.bincount(micro.row_N.cpu().numpy(), minlength=len(piece))
         pieces = np.split(surprisal_N.cpu().numpy().astype(np.float64), np.cumsum(counts)[:-1])
         for i, surprisal_T in zip(piece.tolist(), pieces, strict=True):

@@ -34,14 +34,14 @@ from lark.scoring.gradients import (
 )
 from lark.scoring.passes import GradientMatches, Gradients, HeadGradients, LossDrops, Pass, ProjectedGradients
 from lark.scoring.statistics_pass import PassModule, Work
-from lark.student.batching import MicroBatch, collate, collate_shared
-from lark.student.student import head_of
-from lark.student.tokenized_pool import Trajectories
+from lark.student.batching import MicroBatch, collate, collate_prefix_tree
+from lark.student.student import get_head
+from lark.student.tokenized_pool import TokenizedPool
 
 BUFFER_BYTES = 2**30  # of gradients that wait to be projected together
 
 
-def problem_units(pool: Trajectories, rows: np.ndarray) -> list[np.ndarray]:
+def problem_units(pool: TokenizedPool, rows: np.ndarray) -> list[np.ndarray]:
     """`rows` by problem, the one with most tokens first."""
     units = [rows[of_problem] for of_problem in Groups.from_ids(pool.problem_id[rows]).split()]
     return sorted(units, key=lambda unit: -int(pool.length[unit].sum()))
@@ -88,7 +88,7 @@ class GradientModule(PassModule):
         return problem_units(self.work.pool, self.work.rows)
 
     def batch(self, rows: np.ndarray) -> list[MicroBatch]:
-        encoded = self.work.pool.encoded(rows)
+        encoded = self.work.pool.read_tokens(rows)
         return [collate([one], [row]) for one, row in zip(encoded, rows.tolist(), strict=True)]
 
 
@@ -165,8 +165,8 @@ class HeadGradientsModule(PassModule):
         return problem_units(self.work.pool, self.work.rows)
 
     def batch(self, rows: np.ndarray) -> list[MicroBatch]:
-        lay_out = collate if self.not_shared else collate_shared
-        return [lay_out(self.work.pool.encoded(piece), piece.tolist()) for piece in self.cut(rows)]
+        lay_out = collate if self.not_shared else collate_prefix_tree
+        return [lay_out(self.work.pool.read_tokens(piece), piece.tolist()) for piece in self.cut(rows)]
 
     def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
         assert isinstance(self.wanted, HeadGradients)
@@ -177,7 +177,7 @@ class HeadGradientsModule(PassModule):
             hidden_ND,
             torch.cat([m.target_N for m in batch]),
             [count for m in batch for count in torch.bincount(m.row_N, minlength=len(m.rows)).tolist()],
-            head_of(model),
+            get_head(model),
             sketch=self.wanted.sketch,
             seed=self.wanted.projection_seed,
         ).numpy()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lark.common.errors import LarkError
 from lark.student.batching import MicroBatch
-from lark.student.student import base_model, head_of, hidden_states
-from lark.student.token_statistics import Head, token_statistics, weighted_surprisal
+from lark.student.student import compute_hidden_states, get_base_model, get_head
+from lark.student.token_statistics import Head, compute_token_statistics, compute_weighted_surprisal
 
 Parameters = list[tuple[str, nn.Parameter]]
 """Names and tensors; a tied tensor is there once."""
@@ -50,7 +50,7 @@ def choose_parameters(model: nn.Module, which: str) -> Parameters:
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder's layers, first to last: its longest list of modules."""
-    decoder: Any = base_model(model).get_decoder()
+    decoder: Any = get_base_model(model).get_decoder()
     return list(max((m for m in decoder.children() if isinstance(m, nn.ModuleList)), key=len, default=[]))
 
 
@@ -66,9 +66,9 @@ def trajectory_gradient(model: nn.Module, micro: MicroBatch, parameters: Paramet
     assert len(micro.rows) == 1
     tokens = len(micro.target_N)
     with torch.enable_grad():
-        hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
+        hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
         mean_1N = torch.full((1, tokens), 1 / tokens, device=hidden_XD.device)
-        loss = weighted_surprisal(hidden_XD[micro.predict_N], micro.target_N, mean_1N, head_of(model))[0]
+        loss = compute_weighted_surprisal(hidden_XD[micro.predict_N], micro.target_N, mean_1N, get_head(model))[0]
         tensors = [p for _, p in parameters]
         gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
     return loss.detach(), list(gradients)
@@ -88,8 +88,8 @@ def flat_gradients(model: nn.Module, batch: Sequence[MicroBatch], parameters: Pa
 @torch.no_grad()
 def mean_surprisal(model: nn.Module, micro: MicroBatch) -> float:
     """L (nats/token) of the one trajectory in `micro`, its tokens added up in float64."""
-    hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
-    tokens = token_statistics(hidden_XD[micro.predict_N], micro.target_N, head_of(model))
+    hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
+    tokens = compute_token_statistics(hidden_XD[micro.predict_N], micro.target_N, get_head(model))
     return tokens.surprisal_N.cpu().double().mean().item()
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lark.common.progress_line import bar
 from lark.scoring.passes import ContentAlone, LocalWindows, MeanHidden, Statistics
 from lark.scoring.throughput import distinct_tokens, gemm_seconds, of_the_limit
-from lark.student.student import base_model, head_of
+from lark.student.student import get_base_model, get_head
 
 LOGGER_SECONDS = 5.0  # between points that a logger gets of a pass
 LIMIT_AFTER = 3.0  # seconds of a pass after which its GEMM limit is measured: a shorter one needs none
@@ -83,8 +83,8 @@ class PassProgress(ProgressLine):
             return
         if not self.limit_tried and self.seconds > LIMIT_AFTER and self.products[0]:
             seconds = min(LIMIT_SHARE * self.seconds * self.total / self.done, LIMIT_SECONDS)
-            model = base_model(pl_module.student_model)
-            self.limit, self.limit_tried = gemm_seconds(model, head_of(model), seconds=seconds), True
+            model = get_base_model(pl_module.student_model)
+            self.limit, self.limit_tried = gemm_seconds(model, get_head(model), seconds=seconds), True
             self.start = time.monotonic() - self.seconds  # not the pass's time
         rates = self.rates()
         left = max(0.0, self.seconds * (self.total / self.done - 1))

@@ -24,22 +24,22 @@ from lark.common.errors import LarkError
 from lark.scoring.passes import HeadGradients, Pass
 from lark.scoring.progress import figures_of
 from lark.scoring.table_cache import merge, remove_shards, rows_done, write_shard
-from lark.student.attention import share_prefixes
-from lark.student.batching import MicroBatch, collate, collate_shared, plan_padded, prefix_units
-from lark.student.chat import SPANS, STEPS, Encoded
-from lark.student.context_length import rope_border
-from lark.student.memory import LEAST_TOKENS, is_out_of_memory, release_memory, token_budget
+from lark.student.attention import enable_prefix_sharing
+from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_padded, plan_prefix_units
+from lark.student.chat import SPANS, STEPS, TokenizedTrajectory
+from lark.student.context_length import find_rope_border
+from lark.student.memory import LEAST_TOKENS, estimate_scoring_tokens, is_out_of_memory, release_memory
 from lark.student.sharding import Lockstep, ShardedStrategy, check_forward_only
-from lark.student.student import Student, head_of, hidden_states
+from lark.student.student import Student, compute_hidden_states, get_head
 from lark.student.token_statistics import (
     VERSION,
     TokenStatistics,
-    can_compile,
-    step_sums,
-    token_statistics,
-    trajectory_sums,
+    compute_token_statistics,
+    find_compile_failure,
+    sum_by_step,
+    sum_by_trajectory,
 )
-from lark.student.tokenized_pool import Trajectories
+from lark.student.tokenized_pool import TokenizedPool
 
 COMPILE_FROM = {"cpu": 3e10, "cuda": 1e12}
 """Logits from which on compiling the statistics (15 s) pays: measured on a CPU (0.7 ns a logit), estimated for CUDA."""
@@ -103,7 +103,7 @@ class Work:
 
     student: Student
     probe: Probe
-    pool: Trajectories
+    pool: TokenizedPool
     rows: np.ndarray
     seed: int
     warmup: tuple[tuple[Path, float], ...] = ()
@@ -147,7 +147,7 @@ class PassModule(LightningModule):
     def batch_tokens(self) -> int:
         """Tokens of one forward pass; the same on every rank, as units are cut by them."""
         asked = self.work.probe.batch_tokens
-        own = token_budget(self.student_model, self.device) if asked is None else asked
+        own = estimate_scoring_tokens(self.student_model, self.device) if asked is None else asked
         return self.trainer.strategy.broadcast(own)
 
     @cached_property
@@ -157,19 +157,19 @@ class PassModule(LightningModule):
         """
         if not self.work.probe.share:
             return "probe.share=false"
-        return self.trainer.strategy.broadcast(share_prefixes(self.student_model, self.work.student.attention))
+        return self.trainer.strategy.broadcast(enable_prefix_sharing(self.student_model, self.work.student.attention))
 
     @cached_property
     def not_compiled(self) -> str | None:
         """None if the token statistics are compiled, else why not. Raises LarkError where it was asked for in vain."""
-        probe, head = self.work.probe, head_of(self.student_model)
+        probe, head = self.work.probe, get_head(self.student_model)
         scored = int(self.work.pool.span_tokens[self.work.rows].sum()) // self.trainer.world_size
         least = COMPILE_FROM.get(self.device.type, math.inf)
         if probe.top_k is not None or probe.compile is False:
             return "probe.compile=false" if probe.compile is False else "probe.top_k is set"
         if probe.compile is None and scored * head.weight_VD.shape[0] < least:
             return "it would take longer than it saves"
-        reason = can_compile(self.device)
+        reason = find_compile_failure(self.device)
         if reason and probe.compile:
             raise LarkError(f"probe.compile=true, but torch.compile fails here ({reason}); set it to null or false")
         return reason
@@ -193,7 +193,7 @@ class PassModule(LightningModule):
     def hidden(self, micro: MicroBatch) -> torch.Tensor:
         """Last hidden states [X, D] of a micro-batch, whose tokens are counted."""
         self.computed_tokens += micro.tokens
-        return hidden_states(self.student_model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
+        return compute_hidden_states(self.student_model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
 
     def units(self) -> list[np.ndarray]:
         """Rows that are computed together; a unit is never split over ranks or files. The worst for memory first."""
@@ -201,20 +201,20 @@ class PassModule(LightningModule):
 
     def cut(self, rows: np.ndarray) -> list[np.ndarray]:
         """`rows` in pieces of `batch_tokens`."""
-        pool, border = self.work.pool, rope_border(self.student_model)
+        pool, border = self.work.pool, find_rope_border(self.student_model)
         long = pool.length[rows] > border
         alone, rows = [np.array([row]) for row in rows[long].tolist()], rows[~long]
         if self.not_shared:
             cuts = plan_padded(pool.length[rows], budget=self.batch_tokens)
         else:
             ids, lengths, spans = pool.problem_id[rows], pool.length[rows], pool.span_tokens[rows]
-            cuts = prefix_units(ids, lengths, spans, budget=self.batch_tokens)
+            cuts = plan_prefix_units(ids, lengths, spans, budget=self.batch_tokens)
         return alone + [rows[piece] for piece in cuts if len(piece)]
 
     def batch(self, rows: np.ndarray) -> Any:
         """What `measure` gets for a unit."""
-        lay_out = collate if self.not_shared else collate_shared
-        return lay_out(self.work.pool.encoded(rows), rows.tolist())
+        lay_out = collate if self.not_shared else collate_prefix_tree
+        return lay_out(self.work.pool.read_tokens(rows), rows.tolist())
 
     def measure(self, batch: Any) -> list[dict[str, Any]]:
         """The columns of a batch, one dict a row with its number under "row"; arrays are lists in the file."""
@@ -334,21 +334,25 @@ class ProbeModule(PassModule):
     @torch.inference_mode()
     def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
         hidden_XD = self.hidden(batch)
-        tokens = token_statistics(
+        tokens = compute_token_statistics(
             hidden_XD[batch.predict_N],
             batch.target_N,
-            head_of(self.student_model),
+            get_head(self.student_model),
             top_k=self.work.probe.top_k,
             compiled=self.not_compiled is None,
         )
-        encoded = self.work.pool.encoded(np.array(batch.rows))
+        encoded = self.work.pool.read_tokens(np.array(batch.rows))
         ends = torch.tensor([row.end_of_turn for row in encoded], device=batch.target_N.device)
-        sums = trajectory_sums(tokens, batch.row_N, batch.position_N, ends, rows=len(encoded))
+        sums = sum_by_trajectory(tokens, batch.row_N, batch.position_N, ends, rows=len(encoded))
         return table_rows(batch, encoded, sums, tokens, self.work.probe)
 
 
 def table_rows(
-    batch: MicroBatch, encoded: list[Encoded], sums: dict[str, torch.Tensor], tokens: TokenStatistics, probe: Probe
+    batch: MicroBatch,
+    encoded: list[TokenizedTrajectory],
+    sums: dict[str, torch.Tensor],
+    tokens: TokenStatistics,
+    probe: Probe,
 ) -> list[dict[str, Any]]:
     columns = {name: values.tolist() for name, values in sums.items()}
     token_arrays = [
@@ -362,7 +366,7 @@ def table_rows(
         record |= {name: values[i] for name, values in columns.items()}
         surprisal_T = by_row[0][i]
         end = source.end_of_turn if source.end_of_turn >= 0 else len(surprisal_T)
-        record |= zip(STEP_COLUMNS, step_sums(surprisal_T, source.steps, end, skip=probe.skip), strict=True)
+        record |= zip(STEP_COLUMNS, sum_by_step(surprisal_T, source.steps, end, skip=probe.skip), strict=True)
         if probe.keep == "tokens":
             record |= {name: array[i] for name, array in zip(TOKEN_COLUMNS, by_row, strict=True)}
         rows.append(record)

@@ -49,7 +49,7 @@ class PrefixTree:
         )
 
 
-def prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, PrefixTree, list[np.ndarray]]:
+def build_prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, PrefixTree, list[np.ndarray]]:
     """Token ids and positions (depths) of the nodes [X], their tree, and the nodes of each sequence's tokens."""
     paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(sequences)
     ids, depths, nodes = [], [], 0
@@ -69,7 +69,7 @@ def prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Pre
     return ids_X, depths_X, PrefixTree(groups=tuple(_groups(paths, nodes))), paths
 
 
-def group_sizes(lengths: np.ndarray) -> list[int]:
+def plan_group_sizes(lengths: np.ndarray) -> list[int]:
     """How many sequences of `lengths` [R], the longest first, each group takes."""
     sizes, start, ordered = [], 0, -np.sort(-lengths)
     for stop in range(1, len(ordered) + 1):
@@ -86,7 +86,7 @@ def _groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
     order = np.argsort(-lengths, kind="stable")
     seen = np.zeros(nodes, bool)
     groups, start = [], 0
-    for size in group_sizes(lengths):
+    for size in plan_group_sizes(lengths):
         group = [paths[i] for i in order[start : start + size].tolist()]
         node_RL = np.zeros((len(group), len(group[0])), np.int64)
         new_RL = np.zeros(node_RL.shape, bool)
@@ -106,8 +106,8 @@ def _groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
     return groups
 
 
-def share_prefixes(model: Any, implementation: str) -> str | None:
-    """Make the student's attention understand prefix trees: from here on `hidden_states` takes them, and sequences
+def enable_prefix_sharing(model: Any, implementation: str) -> str | None:
+    """Make the student's attention understand prefix trees: from here on `compute_hidden_states` takes them, and sequences
     without one are right-padded rows. Returns None, or why this student cannot (it is then left as it was).
 
     Whether it can is tried: an attention of another kind, or a layer that mixes tokens without attention, gives other
@@ -125,7 +125,7 @@ def share_prefixes(model: Any, implementation: str) -> str | None:
     AttentionInterface.register(name, partial(_attention, inner, windows))
     sample = [[3, 1, 4, 1, 5], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 2, 6, 9]]
     device = next(model.parameters()).device
-    ids_X, depths_X, tree, paths = prefix_tree(sample)
+    ids_X, depths_X, tree, paths = build_prefix_tree(sample)
     padded_RL = torch.zeros(len(sample), max(map(len, sample)), dtype=torch.int64)
     for row, ids in enumerate(sample):
         padded_RL[row, : len(ids)] = torch.tensor(ids)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
-from lark.student.attention import PrefixTree, prefix_tree
-from lark.student.chat import Encoded
+from lark.student.attention import PrefixTree, build_prefix_tree
+from lark.student.chat import TokenizedTrajectory
 
 LEAST_SAVING = 0.05  # of the computed tokens, for which a prefix tree's gathering pays
 
@@ -52,7 +52,7 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-def collate(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatch:
+def collate(encoded: Sequence[TokenizedTrajectory], rows: Sequence[int]) -> MicroBatch:
     """Lay out `encoded`, whose ids are `rows`, as right-padded rows."""
     lengths = [len(row.input_ids) for row in encoded]
     input_ids_RL = torch.zeros(len(encoded), max(lengths), dtype=torch.int64)
@@ -76,9 +76,9 @@ def collate(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatch:
     )
 
 
-def collate_shared(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatch:
+def collate_prefix_tree(encoded: Sequence[TokenizedTrajectory], rows: Sequence[int]) -> MicroBatch:
     """Lay out `encoded` as one prefix tree, unless right-padded rows come to nearly as few tokens."""
-    ids_X, depths_X, tree, paths = prefix_tree([row.input_ids for row in encoded])
+    ids_X, depths_X, tree, paths = build_prefix_tree([row.input_ids for row in encoded])
     if len(ids_X) > (1 - LEAST_SAVING) * len(encoded) * max(len(path) for path in paths):
         return collate(encoded, rows)
     firsts = [max(row.prompt_tokens, 1) for row in encoded]
@@ -98,7 +98,7 @@ def collate_shared(encoded: Sequence[Encoded], rows: Sequence[int]) -> MicroBatc
     )
 
 
-def step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+def draw_step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
     """Row numbers of optimizer step `step`'s global batch: consecutive cuts of one permutation per epoch, seeded by
     `seed`.
     """
@@ -114,7 +114,7 @@ def step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.ndarray
     return batch
 
 
-def rank_share(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: int) -> np.ndarray:
+def take_rank_rows(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: int) -> np.ndarray:
     """This rank's part of a global batch: every world-th row by length, so that ranks get equal work and widths."""
     return batch[np.argsort(-lengths[batch], kind="stable")][rank::world]
 
@@ -152,7 +152,7 @@ def plan_packed(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
     return [np.array(rows) for rows in bins]
 
 
-def consecutive(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
+def plan_consecutive(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
     """Cut rows, in their order, into micro-batches of at most `budget` tokens (a longer row goes alone)."""
     cuts, start, tokens = [], 0, 0
     for i, length in enumerate(lengths.tolist()):
@@ -163,7 +163,9 @@ def consecutive(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
     return [*cuts, np.arange(start, len(lengths))] if len(lengths) else []
 
 
-def prefix_units(problem_id: np.ndarray, lengths: np.ndarray, spans: np.ndarray, *, budget: int) -> list[np.ndarray]:
+def plan_prefix_units(
+    problem_id: np.ndarray, lengths: np.ndarray, spans: np.ndarray, *, budget: int
+) -> list[np.ndarray]:
     """Cut rows into units of at most `budget` tokens, a prompt counted once for the rows of its problem (a longer row
     goes alone). Problems stay together where they fit, those of similar length next to each other, the longest first.
 
@@ -189,7 +191,7 @@ def prefix_units(problem_id: np.ndarray, lengths: np.ndarray, spans: np.ndarray,
     return [np.array(unit) for unit in units]
 
 
-def coefficients(
+def compute_loss_coefficients(
     row_tokens: np.ndarray, weights: np.ndarray, *, average: str, total_rows: int, total_weighted_tokens: float
 ) -> np.ndarray:
     """What each row's summed surprisal is multiplied by so that the products add up to the step's loss, [R].
@@ -205,7 +207,7 @@ def coefficients(
     raise LarkError(f"sft.average={average!r} is unknown; set it to trajectory or token")
 
 
-def problem_mean_coefficients(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def compute_problem_mean_coefficients(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Coefficients [R] that average a row's value over its problem's masked rows, then over problems."""
     _, problem, rows = np.unique(problem_id[mask].astype(str), return_inverse=True, return_counts=True)
     result = np.zeros(len(problem_id))

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from lark.common.errors import LarkError
-from lark.student.student import LOADING_ERRORS, Student, base_model
+from lark.student.student import LOADING_ERRORS, Student, get_base_model
 
 
-def positions_of(student: Student) -> float:
+def read_max_positions(student: Student) -> float:
     """Tokens of the longest row that the student was made for, by its config.json and `model.config` (infinite: it does
     not say). Reads no weights; infinite as well where nothing can be read, which loading the weights will report.
     """
@@ -21,9 +21,9 @@ def positions_of(student: Student) -> float:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def check_room(student: Student, max_new_tokens: int) -> None:
+def check_answer_room(student: Student, max_new_tokens: int) -> None:
     """LarkError if answers of so many tokens leave a prompt no room in the student's positions."""
-    positions = positions_of(student)
+    positions = read_max_positions(student)
     if max_new_tokens >= positions:
         raise LarkError(
             f"task.max_new_tokens={max_new_tokens} leaves a prompt no room in the {positions:,} positions of "
@@ -31,11 +31,11 @@ def check_room(student: Student, max_new_tokens: int) -> None:
         )
 
 
-def rope_border(model: Any) -> float:
+def find_rope_border(model: Any) -> float:
     """Tokens from which on rotary positions depend on the longest row of a forward pass (infinite: they never do): a
     longer row would change the others'.
     """
-    config = base_model(model).config.get_text_config()
+    config = get_base_model(model).config.get_text_config()
     found = math.inf
     for rope in _rope_settings(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)):
         if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):

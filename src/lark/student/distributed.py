@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lark.common.errors import LarkError
 from lark.scoring.gradients import decoder_layers
-from lark.student.student import base_model
+from lark.student.student import get_base_model
 
 SUM_BYTES = 64 * 2**20  # of gradients that are summed over ranks at a time
 
@@ -28,7 +28,7 @@ def shard_for_training(model: Any, mesh: DeviceMesh, precision: str) -> None:
     if precision == "bf16-mixed":
         kept = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**kept)
-    layers = decoder_layers(base_model(model))
+    layers = decoder_layers(get_base_model(model))
     if not layers:
         raise LarkError(
             f"trainer=fsdp divides a student's decoder layers, but {type(model).__name__} has none that are known; "

@@ -16,7 +16,7 @@ LEAST_TOKENS = 256
 SHARE_OF_FREE_MEMORY = 0.5  # the rest: logits in float32, what the allocator loses, other processes
 
 
-def token_budget(model: Any, device: torch.device) -> int:
+def estimate_scoring_tokens(model: Any, device: torch.device) -> int:
     """Tokens whose activations, in a forward pass without gradients, fit into the free memory of the `model`'s device.
 
     What is alive at a time is one layer's: the residual stream with its copies, and what its matrices give, some of it
@@ -31,13 +31,13 @@ def token_budget(model: Any, device: torch.device) -> int:
     hidden = model.get_input_embeddings().weight.shape[1]
     fitting = int(
         SHARE_OF_FREE_MEMORY
-        * free_bytes(device, "probe.batch_tokens")
+        * get_free_bytes(device, "probe.batch_tokens")
         / (model.dtype.itemsize * (8 * hidden + 3 * width))
     )
     return min(max(fitting, LEAST_TOKENS), MOST_TOKENS)
 
 
-def training_budget(model: Any, device: torch.device, *, checkpointed: bool) -> int:
+def estimate_training_tokens(model: Any, device: torch.device, *, checkpointed: bool) -> int:
     """Tokens whose activations, kept for the backward pass, fit into what the weights, their gradients and AdamW's
     moments leave free of the `model`'s device.
 
@@ -55,7 +55,7 @@ def training_budget(model: Any, device: torch.device, *, checkpointed: bool) -> 
     # Of what is trained the gradient, twice (ddp holds another copy), and two moments; autocast's bfloat16 copy.
     to_come = sum(4 * _own_bytes(p) for p in model.parameters() if p.requires_grad)
     to_come += sum(_own_bytes(p) // 2 for p in model.parameters() if p.dtype == torch.float32)
-    free = SHARE_OF_FREE_MEMORY * (free_bytes(device, "sft.micro_batch_tokens") - to_come)
+    free = SHARE_OF_FREE_MEMORY * (get_free_bytes(device, "sft.micro_batch_tokens") - to_come)
     return min(max(int(free / (ACTIVATION_BYTES * kept)), LEAST_TOKENS), MOST_TOKENS)
 
 
@@ -64,7 +64,7 @@ def _own_bytes(parameter: torch.Tensor) -> int:
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).nbytes
 
 
-def free_bytes(device: torch.device, setting: str) -> int:
+def get_free_bytes(device: torch.device, setting: str) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

@@ -37,7 +37,7 @@ from lark.common.errors import LarkError
 from lark.scoring.gradients import decoder_layers
 from lark.scoring.passes import GradientMatches, Gradients, LossDrops, Pass, ProjectedGradients
 from lark.selection.selection import Rule
-from lark.student.student import base_model
+from lark.student.student import get_base_model
 
 NEED_GRADIENTS = (Gradients, LossDrops, ProjectedGradients, GradientMatches)
 TRAINED = StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
@@ -98,7 +98,7 @@ class Lockstep:
 
     def __init__(self, model: Any, mesh: DeviceMesh):
         """Divides the layers of `model` over `mesh` [W], in place. Raises LarkError for a student without layers."""
-        self.decoder: Any = base_model(model).get_decoder()
+        self.decoder: Any = get_base_model(model).get_decoder()
         self.mesh, self.running, self._hooks = mesh, False, []
         layers = decoder_layers(model)
         if not layers:

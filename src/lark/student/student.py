@@ -221,7 +221,9 @@ class Student:
             model.set_attn_implementation("sdpa")
         with torch.inference_mode():
             expected = model(input_ids=tokens_RL, use_cache=False).logits[0].float()
-            difference = (head_of(model).logits(hidden_states(model, tokens_RL, None)) - expected).abs().max().item()
+            difference = (
+                (get_head(model).logits(compute_hidden_states(model, tokens_RL, None)) - expected).abs().max().item()
+            )
         if is_on_gpus_only:
             model.set_attn_implementation(self.attention)
         if not difference <= 0.02 * max(1.0, expected.abs().max().item()):
@@ -245,7 +247,9 @@ class Student:
             from peft import get_peft_model
 
             model = get_peft_model(model, self.lora_config())
-            if hasattr(base_model(model).get_output_embeddings(), "lora_A"):  # its weight alone is what we multiply by
+            if hasattr(
+                get_base_model(model).get_output_embeddings(), "lora_A"
+            ):  # its weight alone is what we multiply by
                 raise LarkError(
                     f"model.lora.target_modules={self.lora.get('target_modules')} puts LoRA on the head, where it "
                     "would not be trained; take the head out, or name it in +model.lora.modules_to_save=[lm_head]"
@@ -269,7 +273,7 @@ class Student:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(self.load_model(dtype), str(folder))
-        base_model(model).generation_config = GenerationConfig.from_pretrained(folder)
+        get_base_model(model).generation_config = GenerationConfig.from_pretrained(folder)
         return model
 
     def base(self) -> dict[str, str | None]:
@@ -294,7 +298,7 @@ class Student:
         )
 
 
-def base_model(model: Any) -> PreTrainedModel:
+def get_base_model(model: Any) -> PreTrainedModel:
     """The transformers model under a LoRA wrapper (its layers are changed in place)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -307,9 +311,9 @@ def count_decoder_weights(model: Any) -> int:
     return sum(p.numel() for p in matrices if id(p) not in embedding)
 
 
-def head_of(model: Any) -> Head:
+def get_head(model: Any) -> Head:
     """The LM head with what the architecture does to its logits (`load_model` checks that this is all it does)."""
-    base = base_model(model)
+    base = get_base_model(model)
     linear: Any = base.get_output_embeddings()
     config = base.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -323,16 +327,16 @@ def head_of(model: Any) -> Head:
     )
 
 
-def hidden_states(
+def compute_hidden_states(
     model: Any, input_ids_RL: torch.Tensor, position_ids_RL: torch.Tensor | None, tree: PrefixTree | None = None
 ) -> torch.Tensor:
     """Last hidden states [R * L, D] of right-padded rows, of one packed row with restarting positions, or of the nodes
-    of a prefix tree (once `lark.student.attention.share_prefixes` has made the student understand one).
+    of a prefix tree (once `lark.student.attention.enable_prefix_sharing` has made the student understand one).
 
     No attention mask is passed: right padding needs none, and transformers keeps packed documents apart only when
     the mask is absent, positions restart and no cache is used.
     """
-    decoder: Any = base_model(model).get_decoder()
+    decoder: Any = get_base_model(model).get_decoder()
     shared = {} if tree is None else {"prefix_tree": tree}
     output = decoder(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False, **shared)
     return output.last_hidden_state.flatten(0, 1)
@@ -347,7 +351,7 @@ def save_student(
     student: whose adapter it is; adapter_config.json then names the base so that a reader can load it: the hub's id
     and commit, a folder or a .gguf file. state: the state dict of a model that is divided over ranks.
     """
-    base: Any = base_model(model)
+    base: Any = get_base_model(model)
     if getattr(base.config, "quantization_config", None) is not None:
         delattr(base.config, "quantization_config")  # a dequantised GGUF student is an ordinary one from here on
         base.hf_quantizer = None  # transformers would refuse to save it

@@ -66,7 +66,7 @@ class TokenStatistics:
 
 
 @torch.no_grad()
-def token_statistics(
+def compute_token_statistics(
     hidden_ND: Tensor, target_N: Tensor, head: Head, *, top_k: int | None = None, compiled: bool = False
 ) -> TokenStatistics:
     """Statistics of the observed tokens `target_N` under the student whose hidden states predict them.
@@ -74,7 +74,7 @@ def token_statistics(
     `top_k` computes the Brier score as LARK's released code does: from the k largest logits, softmax renormalised
     over them, p(y) = 0 when y is outside. It is biased; None is exact.
     `compiled` fuses the passes over the logits by torch.compile, which takes it a quarter of a minute once a process
-    (and a compiler: see `can_compile`); the values are equal to 1e-6. It does nothing for `top_k`.
+    (and a compiler: see `find_compile_failure`); the values are equal to 1e-6. It does nothing for `top_k`.
     """
     of_logits = _fused_statistics() if compiled and top_k is None else partial(_statistics, top_k=top_k)
     chunk = head.chunk()
@@ -140,7 +140,7 @@ def _fused_statistics() -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
 
 
 @cache
-def can_compile(device: torch.device) -> str | None:
+def find_compile_failure(device: torch.device) -> str | None:
     """None if `token_statistics` can be compiled for `device`, else why not (most often: no C++ compiler)."""
     logits_NV, target_N = torch.zeros(3, 5, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     try:
@@ -175,7 +175,7 @@ def _brier_top_k(logits_NV: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
     return error_NK.square().sum(1) + (~inside_N1).squeeze(1)
 
 
-def weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tensor, head: Head) -> Tensor:
+def compute_weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tensor, head: Head) -> Tensor:
     """sum_N coefficient_CN * -ln p(target_N), [C] in float32 (nats), in chunks whose logits are recomputed in the
     backward pass: memory is one chunk's logits, whatever N and the vocabulary.
     """
@@ -194,7 +194,7 @@ def weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tens
     return total_C
 
 
-def trajectory_sums(
+def sum_by_trajectory(
     tokens: TokenStatistics, row_N: Tensor, position_N: Tensor, end_of_turn_R: Tensor, *, rows: int
 ) -> dict[str, Tensor]:
     """Sums over each trajectory's span, float64 [R] (counts int64).
@@ -229,7 +229,7 @@ def trajectory_sums(
     return sums
 
 
-def step_sums(
+def sum_by_step(
     surprisal_T: np.ndarray, steps: list[int], end: int, *, skip: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per step of one trajectory: its tokens, its summed surprisal (nats), and that of its first `skip` tokens alone.

@@ -1,6 +1,6 @@
 """The pool as the student sees it: rows, tokens, verdicts, which of them are held out, which fit.
 
-Everything is memory-mapped Arrow but for a few numbers a row: the arrays of `Trajectories` take 50 bytes a row, and the
+Everything is memory-mapped Arrow but for a few numbers a row: the arrays of `TokenizedPool` take 50 bytes a row, and the
 ids some 60 bytes for each distinct one. Rules, batches and the held-out split address rows by these at random.
 """
 
@@ -25,14 +25,14 @@ from lark.common.versions import CHECKING_LIBRARIES, formula_versions
 from lark.pool.contamination import find_overlap, repeated_problems
 from lark.pool.pool import arrow_column, extra_column, held_out, read_pool, text_column
 from lark.pool.rows import find_files
-from lark.student.chat import Chat, Encoded, truncated
+from lark.student.chat import Chat, TokenizedTrajectory, truncate_trajectory
 from lark.tasks.problems import read_problems
 from lark.tasks.task import Say, Task
 
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2**19  # tokenised at once: as Python lists a token takes some 100 bytes
 
 
-class Trajectories:
+class TokenizedPool:
     """Reads, checks and tokenises the task's pool, or finds that done in `cache`.
 
     Arrays over the pool's rows: problem_id, candidate_id, length (tokens of the whole row), span_tokens (T, the
@@ -90,7 +90,7 @@ class Trajectories:
             + (f"; {single:,} problems with one candidate" if single else "")
         )
         if len(self.scored):
-            sample = self.chat.marked(self.encoded(self.scored[:1])[0], limit=24)
+            sample = self.chat.preview(self.read_tokens(self.scored[:1])[0], limit=24)
             say("sample      " + sample.replace("\n", "⏎") + "   («trained tokens»)")
 
     @property
@@ -142,7 +142,7 @@ class Trajectories:
             )
         full_length = [len(row.input_ids) for row in rows]
         if self.task.overlong == "truncate":
-            rows = [truncated(row, limit) if len(row.input_ids) > limit else row for row in rows]
+            rows = [truncate_trajectory(row, limit) if len(row.input_ids) > limit else row for row in rows]
         columns = {
             "input_ids": [row.input_ids for row in rows],
             "prompt_tokens": [row.prompt_tokens for row in rows],
@@ -156,12 +156,12 @@ class Trajectories:
     def _number(self, name: str) -> np.ndarray:
         return arrow_column(self.tokens, name).to_numpy().astype(np.int64)
 
-    def encoded(self, rows: np.ndarray) -> list[Encoded]:
+    def read_tokens(self, rows: np.ndarray) -> list[TokenizedTrajectory]:
         """The rows' tokens, read from the memory-mapped file."""
         batch = self.tokens[rows.tolist()]
         columns = (batch["input_ids"], batch["prompt_tokens"], batch["end_of_turn"], batch["steps"])
         return [
-            Encoded(input_ids=list(ids), prompt_tokens=prompt, end_of_turn=end, steps=list(steps))
+            TokenizedTrajectory(input_ids=list(ids), prompt_tokens=prompt, end_of_turn=end, steps=list(steps))
             for ids, prompt, end, steps in zip(*columns, strict=True)
         ]
 

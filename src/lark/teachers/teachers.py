@@ -261,9 +261,9 @@ class LocalTeacher:
         folder: for what vLLM leaves, if it is the engine.
         Prompts that leave the model no room for max_new_tokens are left out: the caller counts what is missing.
         """
-        from lark.student.context_length import positions_of
+        from lark.student.context_length import read_max_positions
 
-        teacher, limit = self.teacher, positions_of(self.student)
+        teacher, limit = self.teacher, read_max_positions(self.student)
         ids = {problem: self.chat.encode_prompt(messages) for problem, messages in prompts.items()}
         fitting = {problem: row for problem, row in ids.items() if len(row) + teacher.max_new_tokens <= limit}
         if len(fitting) < len(ids):

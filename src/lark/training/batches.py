@@ -11,9 +11,14 @@ import numpy as np
 import torch
 
 from lark.selection.selection import Selection
-from lark.student.batching import coefficients, problem_mean_coefficients, rank_share, step_rows
-from lark.student.chat import Encoded
-from lark.student.tokenized_pool import Trajectories
+from lark.student.batching import (
+    compute_loss_coefficients,
+    compute_problem_mean_coefficients,
+    draw_step_rows,
+    take_rank_rows,
+)
+from lark.student.chat import TokenizedTrajectory
+from lark.student.tokenized_pool import TokenizedPool
 from lark.training.recipe import Recipe
 
 HELD_OUT_ROWS = 64  # a rank reads at a time
@@ -31,7 +36,7 @@ class Step:
     """
 
     rows: np.ndarray
-    encoded: list[Encoded]
+    encoded: list[TokenizedTrajectory]
     coefficient_CR: np.ndarray
     names: tuple[str, ...]
     lengths_by_rank: tuple[np.ndarray, ...]
@@ -52,7 +57,7 @@ class Step:
 
 
 def training_step(
-    pool: Trajectories,
+    pool: TokenizedPool,
     selection: Selection,
     recipe: Recipe,
     *,
@@ -63,12 +68,12 @@ def training_step(
 ) -> Step:
     """Compute optimizer step `number` (from 0) of this rank."""
     weights = selection.weight if recipe.weighted else np.ones(len(selection.row))
-    batch = step_rows(len(selection.row), recipe.batch_size, seed=seed, step=number)
+    batch = draw_step_rows(len(selection.row), recipe.batch_size, seed=seed, step=number)
     trained = pool.span_tokens[selection.row].astype(np.float64)
     lengths = pool.length[selection.row]
-    shares = [rank_share(batch, lengths, rank=i, world=world) for i in range(world)]
+    shares = [take_rank_rows(batch, lengths, rank=i, world=world) for i in range(world)]
     mine = shares[rank]
-    coefficient_R = coefficients(
+    coefficient_R = compute_loss_coefficients(
         trained[mine],
         weights[mine],
         average=recipe.average,
@@ -86,7 +91,7 @@ def training_step(
 
 
 def _step(
-    pool: Trajectories,
+    pool: TokenizedPool,
     rows: np.ndarray,
     coefficient_CR: np.ndarray,
     lengths_by_rank: tuple[np.ndarray, ...],
@@ -94,7 +99,7 @@ def _step(
 ) -> Step:
     return Step(
         rows=rows,
-        encoded=pool.encoded(rows) if len(rows) else [],
+        encoded=pool.read_tokens(rows) if len(rows) else [],
         coefficient_CR=coefficient_CR,
         names=tuple(f"{pool.problem_id[row]}/{pool.candidate_id[row]}" for row in rows.tolist()),
         lengths_by_rank=lengths_by_rank,
@@ -102,19 +107,19 @@ def _step(
     )
 
 
-def held_out_coefficients(pool: Trajectories) -> tuple[np.ndarray, np.ndarray]:
+def held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.ndarray]:
     """Held-out rows [R] that fit, and coefficients [C, R] whose sums of coefficient * surprisal are the held-out
     losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over their
     correct candidates (zeros when none is known to be correct).
     """
     row = np.flatnonzero(pool.fits & pool.is_held_out)
     sets = [np.ones(len(row), bool), pool.correct[row] == 1]
-    means = [problem_mean_coefficients(pool.problem_id[row], mask) for mask in sets]
+    means = [compute_problem_mean_coefficients(pool.problem_id[row], mask) for mask in sets]
     return row, np.array(means) / pool.span_tokens[row]
 
 
 def held_out_steps(
-    pool: Trajectories, row: np.ndarray, coefficients_CR: np.ndarray, *, rank: int, world: int
+    pool: TokenizedPool, row: np.ndarray, coefficients_CR: np.ndarray, *, rank: int, world: int
 ) -> Iterator[Step]:
     """This rank's batches of the held-out rows; as many as every other rank's."""
     order = np.argsort(-pool.length[row], kind="stable")

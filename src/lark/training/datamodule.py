@@ -42,9 +42,9 @@ from lark.selection.candidates import Candidates, meant
 from lark.selection.scores.statistics import STATISTICS, DropFirst
 from lark.selection.scores.text import TeacherMatched
 from lark.selection.selection import Rule, Selection, select, speaking_of
-from lark.student.context_length import positions_of
+from lark.student.context_length import read_max_positions
 from lark.student.student import Student
-from lark.student.tokenized_pool import Say, Trajectories
+from lark.student.tokenized_pool import Say, TokenizedPool
 from lark.tasks.task import Task
 from lark.training.batches import Step, held_out_coefficients, held_out_steps, training_step
 from lark.training.loaders import HeldOutSteps, TrainingSteps
@@ -107,7 +107,7 @@ class TrajectoryDataModule(LightningDataModule):
         self.selections: dict[str, Selection] = {}
         self.costs: dict[Pass, dict[str, Any]] = {}
         self.set_active_arm("selector")
-        self._pools: dict[str, Trajectories] = {}
+        self._pools: dict[str, TokenizedPool] = {}
         self._check_rules()
 
     def _check_rules(self) -> None:
@@ -131,20 +131,20 @@ class TrajectoryDataModule(LightningDataModule):
             )
 
     @property
-    def trajectories(self) -> Trajectories:
+    def trajectories(self) -> TokenizedPool:
         """The pool as the student that is trained sees it; opened once a process."""
         return self._pool("student", self.student)
 
     @property
-    def scored_trajectories(self) -> Trajectories:
+    def scored_trajectories(self) -> TokenizedPool:
         """The pool as the student that is asked sees it."""
         return self.trajectories if self.scorer is self.student else self._pool("scorer", self.scorer)
 
-    def _pool(self, name: str, student: Student) -> Trajectories:
+    def _pool(self, name: str, student: Student) -> TokenizedPool:
         if name not in self._pools:
             chat = student.load_chat(span=self.probe.span, step_splitter=self.probe.step_splitter)
             say = self.say if student is self.student else lambda text: None  # it is the same pool
-            self._pools[name] = Trajectories(self.task, chat, cache=self.cache, say=say)
+            self._pools[name] = TokenizedPool(self.task, chat, cache=self.cache, say=say)
         return self._pools[name]
 
     def prepare_data(self) -> None:
@@ -155,7 +155,7 @@ class TrajectoryDataModule(LightningDataModule):
                 f"warning     the pool's columns {', '.join(sorted(hidden))} are hidden by the student's statistics of "
                 "that name; rename them to use them"
             )
-        positions = positions_of(self.student)
+        positions = read_max_positions(self.student)
         if beyond := int((self.trajectories.length[self.trajectories.fits] > positions).sum()):
             self.say(
                 f"warning     {beyond:,} trajectories are longer than the {positions:,} positions of "

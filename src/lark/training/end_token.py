@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from lark.common.cache import write_json
 from lark.common.ranks import is_main
 from lark.pool.pool import arrow_column
-from lark.student.student import base_model, head_of, hidden_states
+from lark.student.student import compute_hidden_states, get_base_model, get_head
 from lark.student.token_statistics import Head
-from lark.student.tokenized_pool import Trajectories
+from lark.student.tokenized_pool import TokenizedPool
 from lark.training.datamodule import TrajectoryDataModule
 
 ENOUGH = 0.9
@@ -71,7 +71,7 @@ class EndTokenCheck(Callback):
             write_json(folder / RECORD, {**self.found, **counts})
 
 
-def span_ends(pool: Trajectories, row: np.ndarray) -> dict[str, int]:
+def span_ends(pool: TokenizedPool, row: np.ndarray) -> dict[str, int]:
     """How many trajectories there are, and how many have their end-of-turn token cut off: all others end their span
     with it (with span=authors, what the template prints after it may follow).
     """
@@ -81,11 +81,11 @@ def span_ends(pool: Trajectories, row: np.ndarray) -> dict[str, int]:
     return {"trajectories": len(row), "without_end": int((~inside).sum())}
 
 
-def _column(pool: Trajectories, name: str) -> np.ndarray:
+def _column(pool: TokenizedPool, name: str) -> np.ndarray:
     return arrow_column(pool.tokens, name).to_numpy()
 
 
-def look_at(model: Any, pool: Trajectories, row: np.ndarray) -> dict[str, Any]:
+def look_at(model: Any, pool: TokenizedPool, row: np.ndarray) -> dict[str, Any]:
     """What the student to be trained makes of its end token.
 
     token, head_trained: whether training reaches the token's row of the head. If it does not, further: ceiling (of the
@@ -99,14 +99,16 @@ def look_at(model: Any, pool: Trajectories, row: np.ndarray) -> dict[str, Any]:
     asked = _short(pool, row)
     if found["head_trained"] or not len(asked):
         return found
-    head = _whole(head_of(model))
+    head = _whole(get_head(model))
     hidden_ND, longest = _at_ends(model, pool, asked)
     found |= {
         "ceiling": ceiling(head, token, longest),
         "surprisal": float(torch.stack([-_log_p(head, hidden_D)[token] for hidden_D in hidden_ND]).mean()),
         "vocabulary": len(head.weight_VD),
         "trajectories_asked": len(asked),
-        "head": next(name for name, part in base_model(model).named_modules() if part is _output(model)).split(".")[-1],
+        "head": next(name for name, part in get_base_model(model).named_modules() if part is _output(model)).split(".")[
+            -1
+        ],
     }
     if isinstance(eos, int) and eos != token:
         found |= {"eos": chat.tokenizer.eos_token, "eos_ceiling": ceiling(head, eos, longest)}
@@ -130,12 +132,12 @@ def warning(found: dict[str, Any]) -> str | None:
 
 def trains(model: Any, token: int) -> bool:
     """Whether training changes the head's row for `token`."""
-    weight_VD = head_of(model).weight_VD
+    weight_VD = get_head(model).weight_VD
     if not weight_VD.requires_grad or weight_VD.is_leaf:
         return weight_VD.requires_grad
     with torch.enable_grad():  # some rows alone: peft's trainable_token_indices
         trained = [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(head_of(model).weight_VD[token].sum(), trained, allow_unused=True)
+        gradients = torch.autograd.grad(get_head(model).weight_VD[token].sum(), trained, allow_unused=True)
     return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
@@ -194,7 +196,7 @@ def _log_p(head: Head, hidden_D: Tensor) -> Tensor:
 
 
 def _output(model: Any) -> Any:
-    return base_model(model).get_output_embeddings()
+    return get_base_model(model).get_output_embeddings()
 
 
 def _whole(head: Head) -> Head:
@@ -207,7 +209,7 @@ def _whole(head: Head) -> Head:
     return replace(head, **whole)
 
 
-def _short(pool: Trajectories, row: np.ndarray) -> np.ndarray:
+def _short(pool: TokenizedPool, row: np.ndarray) -> np.ndarray:
     """A few of the trajectories that have an end, of the shorter half, the same on every rank."""
     row = row[_column(pool, "end_of_turn")[row] >= 0]
     row = row[np.argsort(pool.length[row], kind="stable")][: max(_ROWS, len(row) // 2)]
@@ -215,7 +217,7 @@ def _short(pool: Trajectories, row: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def _at_ends(model: Any, pool: Trajectories, row: np.ndarray) -> tuple[Tensor, float]:
+def _at_ends(model: Any, pool: TokenizedPool, row: np.ndarray) -> tuple[Tensor, float]:
     """Hidden states [N, D] that predict the ends, and the length of the longest in a trajectory; float32."""
     compute = partial(_hidden_states, model)
     if FSDPModule in type(model).__mro__:  # it gathers its embedding for its own methods only
@@ -226,7 +228,7 @@ def _at_ends(model: Any, pool: Trajectories, row: np.ndarray) -> tuple[Tensor, f
     training = [module for module in model.modules() if module.training]
     model.eval()
     device = next(model.parameters()).device
-    for encoded in pool.encoded(row):
+    for encoded in pool.read_tokens(row):
         hidden_LD = compute(torch.tensor([encoded.input_ids], device=device)).float()
         ends.append(hidden_LD[encoded.prompt_tokens + encoded.end_of_turn - 1])
         longest = max(longest, float(hidden_LD[encoded.prompt_tokens - 1 :].norm(dim=1).max()))
@@ -236,4 +238,4 @@ def _at_ends(model: Any, pool: Trajectories, row: np.ndarray) -> tuple[Tensor, f
 
 
 def _hidden_states(model: Any, input_ids_1L: Tensor) -> Tensor:
-    return hidden_states(model, input_ids_1L, None)
+    return compute_hidden_states(model, input_ids_1L, None)

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from lark.common.cache import write_text
 from lark.common.errors import LarkError
-from lark.student.attention import share_prefixes
-from lark.student.batching import MicroBatch, collate, collate_shared, plan_packed, plan_padded
-from lark.student.chat import Encoded
+from lark.student.attention import enable_prefix_sharing
+from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_packed, plan_padded
+from lark.student.chat import TokenizedTrajectory
 from lark.student.distributed import clip_gradients, shard_for_training, sum_over_ranks
-from lark.student.memory import is_out_of_memory, release_memory, training_budget
+from lark.student.memory import estimate_training_tokens, is_out_of_memory, release_memory
 from lark.student.sharding import ShardedStrategy
-from lark.student.student import Student, base_model, head_of, hidden_states
-from lark.student.token_statistics import weighted_surprisal
+from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
+from lark.student.token_statistics import compute_weighted_surprisal
 from lark.training.batches import Step
 from lark.training.divergence import DivergedError, Losses
 from lark.training.recipe import Recipe
@@ -85,17 +85,19 @@ class SFTModule(LightningModule):
     def open(self, dtype: torch.dtype) -> None:
         """Load the student into `student_model`."""
         self.student_model = self.student.load_trainable(dtype)
-        base: Any = base_model(self.student_model)
+        base: Any = get_base_model(self.student_model)
         base.eval()
-        self.unpacked_reason = share_prefixes(base, self.student.attention)
+        self.unpacked_reason = enable_prefix_sharing(base, self.student.attention)
         base.train()
         self.student_model.weighted_surprisal = MethodType(_weighted_surprisal, self.student_model)
 
     def on_fit_start(self) -> None:
         """Once the student is on its device: what a micro-batch may take there."""
         if not self.budget:
-            model, checkpointed = base_model(self.student_model), self.student.gradient_checkpointing
-            own = torch.tensor(training_budget(model, self.device, checkpointed=checkpointed), device=self.device)
+            model, checkpointed = get_base_model(self.student_model), self.student.gradient_checkpointing
+            own = torch.tensor(
+                estimate_training_tokens(model, self.device, checkpointed=checkpointed), device=self.device
+            )
             self.budget = int(self.trainer.strategy.reduce(own, reduce_op="min"))
 
     def configure_optimizers(self) -> Any:
@@ -116,7 +118,7 @@ class SFTModule(LightningModule):
 
     def micro_batches(self, batch: Step) -> Iterator[tuple[MicroBatch, Tensor]]:
         """The rank's part of a step, cut and laid out; each with the coefficients [C, R] of its rows."""
-        lay_out = collate_shared if self.unpacked_reason is None else collate
+        lay_out = collate_prefix_tree if self.unpacked_reason is None else collate
         plan = self._plan(batch.lengths)
         for part in plan:
             micro = lay_out([batch.encoded[i] for i in part.tolist()], batch.rows[part].tolist())
@@ -124,7 +126,9 @@ class SFTModule(LightningModule):
         if self.sharded:  # every forward pass takes all ranks
             most = max(len(self._plan(lengths)) for lengths in batch.lengths_by_rank)
             for _ in range(most - len(plan)):
-                nothing = collate([Encoded(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])], [-1])
+                nothing = collate(
+                    [TokenizedTrajectory(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])], [-1]
+                )
                 yield self._moved(nothing, np.zeros((len(batch.coefficient_CR), 1)))
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
@@ -278,9 +282,9 @@ class SFTModule(LightningModule):
 
 def _weighted_surprisal(model: Any, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
     """A method of the student, as a divided one gathers its head for its own methods only."""
-    hidden_XD = hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
-    return weighted_surprisal(
-        hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], head_of(model)
+    hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
+    return compute_weighted_surprisal(
+        hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], get_head(model)
     )
 
 

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.throughput import Throughput
 from lark.common.progress_line import bar
 from lark.scoring.progress import LIMIT_AFTER, LIMIT_SECONDS, LIMIT_SHARE, ProgressLine
 from lark.scoring.throughput import gemm_seconds, of_the_limit
-from lark.student.student import base_model, count_decoder_weights, head_of
+from lark.student.student import count_decoder_weights, get_base_model, get_head
 
 WINDOW = 5  # optimizer steps that rates are taken over
 
@@ -95,21 +95,21 @@ class TrainingProgress(ProgressLine):
     @staticmethod
     def _products(module: Any, tokens: int, trained_tokens: int) -> tuple[float, float]:
         """Multiply-adds in the decoder's matrices and in the head."""
-        head_VD = head_of(module.student_model).weight_VD
+        head_VD = get_head(module.student_model).weight_VD
         passes = 3 if module.student.lora is None else 2
-        return passes * count_decoder_weights(base_model(module.student_model)) * tokens, (
+        return passes * count_decoder_weights(get_base_model(module.student_model)) * tokens, (
             3 if head_VD.requires_grad else 2
         ) * head_VD.numel() * trained_tokens
 
     def _limit(self, trainer: Trainer, module: Any, totals: dict[str, int], seconds: float) -> float | None:
         """FLOP/s of the products alone, in the proportion in which this training needs those of decoder and head."""
-        model = base_model(module.student_model)
+        model = get_base_model(module.student_model)
         with trainer.precision_plugin.forward_context():
-            limit = gemm_seconds(model, head_of(model), seconds=seconds)
+            limit = gemm_seconds(model, get_head(model), seconds=seconds)
         if limit is None:
             return None
         decoder, head = self._products(module, totals["row_tokens"], totals["trained_tokens"])
-        head_elements = head_of(model).weight_VD.numel()
+        head_elements = get_head(model).weight_VD.numel()
         needed = decoder / count_decoder_weights(model) * limit[0] + head / head_elements * limit[1]
         return 2 * (decoder + head) / needed
 

@@ -30,7 +30,7 @@ from lark.selection.scores.statistics import (
     imported,
 )
 from lark.selection.selection import Between, Rule, select
-from lark.student.token_statistics import TokenStatistics, step_sums, trajectory_sums
+from lark.student.token_statistics import TokenStatistics, sum_by_step, sum_by_trajectory
 
 
 def candidates(problem_id, candidate_id=None, **statistics) -> Candidates:
@@ -55,7 +55,7 @@ def from_tokens(problem_id, surprisal, rank, end_of_turn=None) -> Candidates:
         surprisal_N=surprisal_N, brier_N=surprisal_N, entropy_N=surprisal_N, rank_N=rank_N, log_sum_p2_N=surprisal_N
     )
     end_R = [len(values) - 1 for values in surprisal] if end_of_turn is None else end_of_turn
-    sums = trajectory_sums(tokens, row_N, position_N, torch.tensor(end_R), rows=len(surprisal))
+    sums = sum_by_trajectory(tokens, row_N, position_N, torch.tensor(end_R), rows=len(surprisal))
     return candidates(problem_id, **{name: values.numpy() for name, values in sums.items()})
 
 
@@ -80,7 +80,7 @@ def from_steps(rows, *, skip=0, after_end=()) -> Candidates:
     starts = [np.cumsum([0, *map(len, steps[:-1])]).tolist() for steps, _ in rows]
     columns = zip(
         *(
-            step_sums(np.array(values, np.float32), start, len(content), skip=skip)
+            sum_by_step(np.array(values, np.float32), start, len(content), skip=skip)
             for values, start, content in zip(surprisal, starts, contents, strict=True)
         ),
         strict=True,
