@@ -14,7 +14,7 @@ from lightning import Trainer
 
 from lark.common.ranks import claim_alone
 from lark.diagnostics.diagnostics import Diagnosis, Diagnostics
-from lark.student.sharding import ShardedStrategy
+from lark.student.distributed import ShardedStrategy
 from lark.training.arms import make_arm, train
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.divergence import DivergedError
@@ -140,8 +140,8 @@ def test_more_bins_than_candidates_are_said_and_not_trained(run):
 
 def test_gradients_are_refused_under_sharding_before_anything_is_computed(run, monkeypatch):
     diagnosis, *_ = run(name="cheap")
-    sharded = ShardedStrategy.__new__(ShardedStrategy)
-    monkeypatch.setattr(diagnosis.data, "make_trainer", lambda label: type("T", (), {"strategy": sharded})())
+    sharded = Trainer(strategy=ShardedStrategy(), accelerator="cpu", devices=1, logger=False)
+    monkeypatch.setattr(diagnosis.data, "make_trainer", lambda label: sharded)
     with pytest.raises(ValueError, match="diagnostics=full needs the student's gradients"):
         Diagnosis(Diagnostics(name="full"), diagnosis.data, diagnosis.folder)
 

@@ -7,8 +7,9 @@ from conftest import rows_of_a_pool
 
 from lark.common.ranks import claim_alone
 from lark.diagnostics.exact_gradients import ExactGradients, layer_groups, measured
-from lark.scoring.gradients import choose_parameters, decoder_layers
+from lark.scoring.gradients import choose_parameters
 from lark.scoring.passes import Gradients, LossDrops, Statistics
+from lark.student.student import decoder_layers
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 

@@ -17,8 +17,7 @@ from lark.scoring.statistics_pass import Probe
 from lark.selection.policies import Policy
 from lark.selection.scores.statistics import Lark
 from lark.selection.selection import Rule
-from lark.student.distributed import whole_state
-from lark.student.sharding import ShardedStrategy
+from lark.student.distributed import ShardedStrategy
 from lark.student.student import Student, save_student
 from lark.tasks.task import Task
 from lark.training.recipe import Recipe
@@ -74,12 +73,13 @@ def train(folder: Path, results: Path, words: dict[str, Any], *, devices: int = 
     if "fails" in words:
         _fail(module, **words["fails"])
     trainer.fit(module, datamodule=data)
-    state = whole_state(module.student_model) if module.sharded else module.student_model.state_dict()
+    state = module.parallelism.collect_state(module.student_model)
+    kept = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.student_model.parameters())
     if trainer.is_global_zero:
-        torch.save(dict(state), results / "weights.pt")
-        whole = dict(state) if module.sharded else None
-        save_student(module.student_model, data.trajectories.chat, results / "student", state=whole)
-        facts = {"curve": module.curve, "totals": module.totals, "sharded": module.sharded, "budget": module.budget}
+        weights = module.student_model.state_dict() if state is None else state
+        torch.save(dict(weights), results / "weights.pt")
+        save_student(module.student_model, data.trajectories.chat, results / "student", state=state)
+        facts = {"curve": module.curve, "totals": module.totals, "kept": kept, "budget": module.budget}
         (results / "facts.json").write_text(json.dumps(facts))
 
 
@@ -152,8 +152,9 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("trains", ["full", "lora"])
 def test_two_ranks_of_two_micro_batches_equal_one_of_four(strategy, trains, trained):
     two = trained(f"{trains}-{strategy}")
-    assert two[1]["sharded"] == (strategy == "fsdp")
-    assert_same(two, trained(trains))
+    one = trained(trains)
+    assert two[1]["kept"] == one[1]["kept"] / (2 if strategy == "fsdp" else 1)
+    assert_same(two, one)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

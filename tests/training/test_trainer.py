@@ -4,7 +4,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lark.config import folder
-from lark.student.sharding import ShardedStrategy
+from lark.student.distributed import ShardedStrategy
 from lark.training.trainer import trainer_of
 
 

@@ -30,7 +30,7 @@ from lark.diagnostics.selection_diagnostics import of_choice
 from lark.evaluation.arm_evaluation import action_of
 from lark.evaluation.summary import read_figures
 from lark.scoring.passes import check_parameters
-from lark.student.sharding import ShardedStrategy
+from lark.student.distributed import Parallelism
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.divergence import DivergedError
@@ -85,11 +85,8 @@ class Diagnosis:
     def __init__(self, settings: Diagnostics, data: TrajectoryDataModule, folder: Path):
         self.settings, self.data, self.folder = settings, data, folder
         self.found: dict[str, Any] = {"settings": asdict(settings)}
-        if settings.name == "full" and isinstance(data.make_trainer("").strategy, ShardedStrategy):
-            raise LarkError(
-                "diagnostics=full needs the student's gradients, which trainer=fsdp does not give; set "
-                "diagnostics=cheap, or trainer=ddp"
-            )
+        if settings.name == "full":
+            Parallelism(data.make_trainer("")).check_gradients("diagnostics=full")
 
     def callbacks(self, arm: Arm) -> list[Callback]:
         """What watches an arm's training."""

@@ -19,12 +19,12 @@ from lark.common.cache import complete, identity_hash, read_json
 from lark.common.ranks import Claim
 from lark.scoring.columns import Columns
 from lark.scoring.gradient_passes import GradientModule
-from lark.scoring.gradients import Parameters, _stepped, decoder_layers, flat_gradients, gram, mean_surprisal
+from lark.scoring.gradients import Parameters, _stepped, flat_gradients, gram, mean_surprisal
 from lark.scoring.passes import Gradients, Pass
 from lark.scoring.statistics_pass import PassModule, Work, measure
 from lark.scoring.table_cache import read_columns, read_statistics
 from lark.student.batching import MicroBatch
-from lark.student.student import get_base_model
+from lark.student.student import decoder_layers, get_base_model
 from lark.training.datamodule import MODULES, TrajectoryDataModule
 
 THIRDS = ("first third", "middle third", "last third")

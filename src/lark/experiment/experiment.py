@@ -27,7 +27,7 @@ from lark.scoring.passes import GradientMatches, Pass, Statistics
 from lark.scoring.progress import PassProgress
 from lark.selection.selection import Rule, speaking_of
 from lark.student.context_length import check_answer_room
-from lark.student.sharding import check_sharded
+from lark.student.distributed import Parallelism
 from lark.tasks.problems import read_problems
 from lark.tracking.logging_metrics import log_arm, log_choice, log_comparison, log_pass
 from lark.tracking.tracking import opened
@@ -96,8 +96,11 @@ class _Run:
         return self.trainer(callbacks=[PassProgress(label)], precision="32-true", inference_mode=False)
 
     def go(self) -> float:
-        check_sharded(self.trainer().strategy, rules=self.rules)
-        check_ranks(self.trainer().world_size, self.config.trainer.name)
+        trainer = self.trainer()
+        for name, rule in self.rules.items():
+            if any(need.needs_gradients for need in rule.needs):
+                Parallelism(trainer).check_gradients(f"{name}={rule.name}")
+        check_ranks(trainer.world_size, self.config.trainer.name)
         say(f"run         {self.folder}")
         say(f"logging     {self.tracker.describe()}")
         self.data.prepare_data()

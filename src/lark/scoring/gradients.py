@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lark.common.errors import LarkError
 from lark.student.batching import MicroBatch
-from lark.student.student import compute_hidden_states, get_base_model, get_head
+from lark.student.student import compute_hidden_states, decoder_layers, get_head
 from lark.student.token_statistics import Head, compute_token_statistics, compute_weighted_surprisal
 
 Parameters = list[tuple[str, nn.Parameter]]
@@ -46,12 +46,6 @@ def choose_parameters(model: nn.Module, which: str) -> Parameters:
         )
     inside = {id(p) for layer in layers[len(layers) - count :] for p in layer.parameters()}
     return [(name, p) for name, p in named if id(p) in inside]
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder's layers, first to last: its longest list of modules."""
-    decoder: Any = get_base_model(model).get_decoder()
-    return list(max((m for m in decoder.children() if isinstance(m, nn.ModuleList)), key=len, default=[]))
 
 
 # ---- exact

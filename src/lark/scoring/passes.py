@@ -8,7 +8,7 @@ Shapes: T span tokens of a trajectory, K scored candidates of its problem, D hid
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lark.common.errors import LarkError
 
@@ -18,6 +18,9 @@ PARAMETERS = ("trained", "all")
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """A pass over every candidate."""
+
+    needs_gradients: ClassVar[bool] = False
+    """Whether it takes gradients of the student, which one divided over ranks (trainer=fsdp) does not give."""
 
     @property
     def name(self) -> str:
@@ -82,6 +85,8 @@ class Gradients(Pass):
     the pool rows these are).
     """
 
+    needs_gradients = True
+
     parameters: str = "trained"
 
 
@@ -91,6 +96,8 @@ class LossDrops(Pass):
 
     Columns: drop (nats/token per unit of eta), loss_before (L, nats/token).
     """
+
+    needs_gradients = True
 
     parameters: str = "trained"
     eta: float = 1e-3
@@ -102,6 +109,8 @@ class ProjectedGradients(Pass):
 
     Columns: vector (float32 [dimensions], an array a row).
     """
+
+    needs_gradients = True
 
     parameters: str = "trained"
     dimensions: int = 512
@@ -119,6 +128,8 @@ class GradientMatches(Pass):
     projects the gradients first, as `ProjectedGradients` does (null: not).
     Columns: match (the largest over sub-tasks).
     """
+
+    needs_gradients = True
 
     warmup_share: float = 0.05
     epochs: int = 4

@@ -28,8 +28,8 @@ from lark.student.attention import enable_prefix_sharing
 from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_padded, plan_prefix_units
 from lark.student.chat import SPANS, STEPS, TokenizedTrajectory
 from lark.student.context_length import find_rope_border
+from lark.student.distributed import Parallelism
 from lark.student.memory import LEAST_TOKENS, estimate_scoring_tokens, is_out_of_memory, release_memory
-from lark.student.sharding import Lockstep, ShardedStrategy, check_forward_only
 from lark.student.student import Student, compute_hidden_states, get_head
 from lark.student.token_statistics import (
     VERSION,
@@ -122,13 +122,12 @@ class PassModule(LightningModule):
     """Whether a unit that does not fit into memory may be measured in parts."""
     CUTS_INSIDE: ClassVar[bool] = False
     """Whether a unit is cut by `batch_tokens` once more, inside."""
-    lockstep: Lockstep | None = None
-    """What keeps the ranks in step, where the student's layers are divided over them."""
 
     def __init__(self, *, wanted: Pass, work: Work, folder: Path):
         super().__init__()
         self.wanted, self.work, self.folder = wanted, work, folder
         self.student_model: Any = None
+        self.parallelism = Parallelism()
         self.buffer: list[dict[str, Any]] = []
         self.computed_tokens = 0  # of the unit at work
         self.lowered = False  # batch_tokens, since memory ran out
@@ -222,21 +221,18 @@ class PassModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.student_model is None:
-            strategy = self.trainer.strategy
-            if isinstance(strategy, ShardedStrategy):
-                check_forward_only(self.wanted, self.wanted.name)
-            self.student_model = self.load(strategy.root_device)
-            if isinstance(strategy, ShardedStrategy):
+            self.parallelism = Parallelism(self.trainer)
+            if self.wanted.needs_gradients:
+                self.parallelism.check_gradients(self.wanted.name)
+            self.student_model = self.load(self.trainer.strategy.root_device)
+            if self.parallelism.is_divided:
                 if type(self).units is PassModule.units or isinstance(self.wanted, HeadGradients):
                     _ = self.not_shared  # tried while the student is whole: sharded, no forward pass may fail
-                self.lockstep = Lockstep(self.student_model, strategy.device_mesh["data_parallel"])
-                self.print(self.lockstep.describe())
+                self.parallelism.divide_layers(self.student_model)
 
     def teardown(self, stage: str) -> None:
         """After the last unit: under sharding a rank that is done takes part in the forward passes of the others."""
-        if self.lockstep is not None:
-            self.lockstep.finish()
-            self.lockstep = None  # it holds the student
+        self.parallelism.finish_forward_passes()
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's units that no shard holds yet."""

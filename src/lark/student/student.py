@@ -303,6 +303,12 @@ def get_base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_layers(model: Any) -> list[torch.nn.Module]:
+    """List the decoder's layers, first to last: its longest list of modules."""
+    decoder: Any = get_base_model(model).get_decoder()
+    return list(max((m for m in decoder.children() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]))
+
+
 def count_decoder_weights(model: Any) -> int:
     """Count the weights a token is multiplied by in the decoder: its matrices but for embeddings and adapters."""
     decoder = model.get_decoder()

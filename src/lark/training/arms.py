@@ -24,7 +24,6 @@ from lark.common.cache import complete, identity_hash, read_json, write_json
 from lark.common.ranks import barrier, is_main
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.selection.selection import Selection, export
-from lark.student.distributed import whole_state
 from lark.student.memory import release_memory
 from lark.student.student import save_student
 from lark.training import training_progress
@@ -183,7 +182,7 @@ def train(
     went = training_progress.facts_of(trainer, module)
     if went["steps"]:
         data.say(f"{arm.name:<11} {training_progress.describe(went)}")
-    state = whole_state(module.student_model) if module.sharded else None
+    state = module.parallelism.collect_state(module.student_model)
     if is_main():
         save_student(module.student_model, data.trajectories.chat, arm.checkpoint, student=data.student, state=state)
     barrier()

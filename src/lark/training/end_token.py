@@ -9,10 +9,7 @@ Shapes: V vocabulary, D hidden size, N positions.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -20,12 +17,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from lark.common.cache import write_json
 from lark.common.ranks import is_main
 from lark.pool.pool import arrow_column
+from lark.student.distributed import call_as_method, gather_head
 from lark.student.student import compute_hidden_states, get_base_model, get_head
 from lark.student.token_statistics import Head
 from lark.student.tokenized_pool import TokenizedPool
@@ -99,7 +95,7 @@ def look_at(model: Any, pool: TokenizedPool, row: np.ndarray) -> dict[str, Any]:
     asked = _short(pool, row)
     if found["head_trained"] or not len(asked):
         return found
-    head = _whole(get_head(model))
+    head = gather_head(get_head(model))
     hidden_ND, longest = _at_ends(model, pool, asked)
     found |= {
         "ceiling": ceiling(head, token, longest),
@@ -199,16 +195,6 @@ def _output(model: Any) -> Any:
     return get_base_model(model).get_output_embeddings()
 
 
-def _whole(head: Head) -> Head:
-    """The head of a student that is divided over ranks, put together; all ranks take part."""
-    whole = {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-        for name, tensor in (("weight_VD", head.weight_VD), ("bias_V", head.bias_V))
-        if tensor is not None
-    }
-    return replace(head, **whole)
-
-
 def _short(pool: TokenizedPool, row: np.ndarray) -> np.ndarray:
     """A few of the trajectories that have an end, of the shorter half, the same on every rank."""
     row = row[_column(pool, "end_of_turn")[row] >= 0]
@@ -219,17 +205,13 @@ def _short(pool: TokenizedPool, row: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def _at_ends(model: Any, pool: TokenizedPool, row: np.ndarray) -> tuple[Tensor, float]:
     """Hidden states [N, D] that predict the ends, and the length of the longest in a trajectory; float32."""
-    compute = partial(_hidden_states, model)
-    if FSDPModule in type(model).__mro__:  # it gathers its embedding for its own methods only
-        model.last_hidden_states = MethodType(_hidden_states, model)
-        register_fsdp_forward_method(model, "last_hidden_states")
-        compute = model.last_hidden_states
     ends, longest = [], 0.0
     training = [module for module in model.modules() if module.training]
     model.eval()
     device = next(model.parameters()).device
     for encoded in pool.read_tokens(row):
-        hidden_LD = compute(torch.tensor([encoded.input_ids], device=device)).float()
+        ids_1L = torch.tensor([encoded.input_ids], device=device)
+        hidden_LD = call_as_method(model, _last_hidden_states, ids_1L).float()
         ends.append(hidden_LD[encoded.prompt_tokens + encoded.end_of_turn - 1])
         longest = max(longest, float(hidden_LD[encoded.prompt_tokens - 1 :].norm(dim=1).max()))
     for module in training:
@@ -237,5 +219,5 @@ def _at_ends(model: Any, pool: TokenizedPool, row: np.ndarray) -> tuple[Tensor, 
     return torch.stack(ends), longest
 
 
-def _hidden_states(model: Any, input_ids_1L: Tensor) -> Tensor:
+def _last_hidden_states(model: Any, input_ids_1L: Tensor) -> Tensor:
     return compute_hidden_states(model, input_ids_1L, None)

@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from types import MethodType
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from lark.common.cache import write_text
@@ -28,9 +26,8 @@ from lark.common.errors import LarkError
 from lark.student.attention import enable_prefix_sharing
 from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_packed, plan_padded
 from lark.student.chat import TokenizedTrajectory
-from lark.student.distributed import clip_gradients, shard_for_training, sum_over_ranks
+from lark.student.distributed import Parallelism, clip_gradients
 from lark.student.memory import estimate_training_tokens, is_out_of_memory, release_memory
-from lark.student.sharding import ShardedStrategy
 from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
 from lark.student.token_statistics import compute_weighted_surprisal
 from lark.training.batches import Step
@@ -53,7 +50,7 @@ class SFTModule(LightningModule):
         self.strict_loading = False  # LoRA checkpoints hold the trained parameters only
         self.student, self.recipe, self.steps, self.seed, self.folder = student, recipe, steps, seed, folder
         self.student_model: Any = None
-        self.sharded = False
+        self.parallelism = Parallelism()
         self.unpacked_reason: str | None = None
         """Why a micro-batch is padded rows; None: it is one packed row."""
         self.budget = recipe.micro_batch_tokens or 0
@@ -74,13 +71,11 @@ class SFTModule(LightningModule):
                 f"{' or '.join(PRECISIONS)}"
             )
         torch.manual_seed(self.seed)  # LoRA's first factor is random: the same for every arm and rank
-        device = self.trainer.strategy.root_device
+        self.parallelism, device = Parallelism(self.trainer), self.trainer.strategy.root_device
         # Full fine-tuning keeps float32 master weights; trainer.precision decides what the products run in.
         dtype = torch.float32 if self.student.lora is None else self.student.resolve_dtype(device)
         self.open(dtype)
-        if isinstance(self.trainer.strategy, ShardedStrategy) and self.trainer.world_size > 1:
-            shard_for_training(self.student_model, self.trainer.strategy.device_mesh, self.trainer.precision)
-            self.sharded = True
+        self.parallelism.divide_for_training(self.student_model, "weighted_surprisal")
 
     def open(self, dtype: torch.dtype) -> None:
         """Load the student into `student_model`."""
@@ -123,7 +118,7 @@ class SFTModule(LightningModule):
         for part in plan:
             micro = lay_out([batch.encoded[i] for i in part.tolist()], batch.rows[part].tolist())
             yield self._moved(micro, batch.coefficient_CR[:, part])
-        if self.sharded:  # every forward pass takes all ranks
+        if self.parallelism.is_divided:  # every forward pass takes all ranks
             most = max(len(self._plan(lengths)) for lengths in batch.lengths_by_rank)
             for _ in range(most - len(plan)):
                 nothing = collate(
@@ -181,7 +176,8 @@ class SFTModule(LightningModule):
                     loss += self._backward(micro, coefficient_CR)
                     computed += micro.tokens
             except RuntimeError as error:
-                if self.sharded or not is_out_of_memory(error):  # the other ranks wait inside the pass it left
+                # under fsdp the other ranks wait inside the pass it left
+                if self.parallelism.is_divided or not is_out_of_memory(error):
                     raise
                 failure = str(error).partition("\n")[0]
             found = torch.stack([loss, loss.new_tensor(float(failure is not None))])
@@ -189,8 +185,7 @@ class SFTModule(LightningModule):
             if not failures:
                 break
             self._shrink(batch, failure)
-        if not self.sharded and self.trainer.world_size > 1:
-            sum_over_ranks(self._trained())
+        self.parallelism.sum_gradients(self._trained())
         self.totals["steps"] += 1
         self.totals["row_tokens"] += int(batch.lengths.sum())
         self.totals["computed_tokens"] += computed
@@ -199,10 +194,9 @@ class SFTModule(LightningModule):
 
     def _backward(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
         """A micro-batch's loss. Where it fails, nothing of its graph outlives the call."""
-        with self._kept_local():
+        with self.parallelism.keep_gradients_local():
             value = self.loss(micro, coefficient_CR).sum()
-            # FSDP takes the mean over ranks, and the coefficients already are the global batch's
-            self.manual_backward(value * (self.trainer.world_size if self.sharded else 1))
+            self.manual_backward(value * self.parallelism.loss_factor)
         return value.detach().float()
 
     def _shrink(self, batch: Step, failure: str | None) -> None:
@@ -221,22 +215,14 @@ class SFTModule(LightningModule):
         self.budget = max(min(self.budget, largest) // 2, longest)
         self.totals["halvings"] += 1
 
-    def _kept_local(self) -> AbstractContextManager[None]:
-        """Without a data-parallel wrapper's own synchronisation of gradients at every micro-batch."""
-        strategy: Any = self.trainer.strategy
-        is_wrapped = isinstance(strategy, ParallelStrategy) and not isinstance(strategy, ShardedStrategy)
-        return strategy.block_backward_sync() if is_wrapped else nullcontext()
-
     def _worst(self, batch: Step) -> str:
         """The step's trajectories, of all ranks: what has no number for a loss first, then the highest."""
         # ranks that share a student cannot look at one trajectory each
-        losses = [math.nan if self.sharded else self._loss_of(batch, i) for i in range(len(batch.names))]
-        found: list[Any] = [list(zip(losses, batch.names, strict=True))]
-        if self.trainer.world_size > 1:
-            found = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(found, list(zip(losses, batch.names, strict=True)))
+        is_divided = self.parallelism.is_divided
+        losses = [math.nan if is_divided else self._loss_of(batch, i) for i in range(len(batch.names))]
+        found = self.parallelism.gather_objects(list(zip(losses, batch.names, strict=True)))
         worst = sorted(chain(*found), key=lambda one: (math.isfinite(one[0]), -one[0]))
-        shown = ", ".join(name if self.sharded else f"{name}: {loss:.3g}" for loss, name in worst[:NAMED])
+        shown = ", ".join(name if is_divided else f"{name}: {loss:.3g}" for loss, name in worst[:NAMED])
         return shown + (f" and {len(worst) - NAMED} more" if len(worst) > NAMED else "")
 
     @torch.no_grad()

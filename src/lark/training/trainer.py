@@ -12,7 +12,7 @@ from lark.common.errors import LarkError
 from lark.common.ranks import environment
 from lark.common.signals import Signals
 from lark.config import build
-from lark.student.sharding import ShardedStrategy
+from lark.student.distributed import make_strategy
 from lark.training.training_progress import TrainingProgress
 
 SETTINGS = {"_target_", "_partial_", "accelerator", "devices", "num_nodes", "strategy", "precision"}
@@ -42,9 +42,8 @@ def trainer_of(node: DictConfig, folder: Path) -> tuple[str, Any]:
             "enable_progress_bar": False,
             "default_root_dir": folder,
             "use_distributed_sampler": False,
+            "strategy": make_strategy(settings["strategy"]),
         }
-        if settings["strategy"] == "fsdp":  # not Lightning's of that name, which is FSDP's first version
-            common["strategy"] = ShardedStrategy()  # one a Trainer: it keeps what it has set up
         measured = [TrainingProgress(progress)] if progress is not None else []  # ahead of what saves checkpoints
         callbacks = [Signals(), *measured, *keywords.pop("callbacks", [])]
         if (cluster := environment()) is not None:
