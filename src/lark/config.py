@@ -223,8 +223,15 @@ def _whole_group(group: str) -> str:
 
 
 def model_option(name: str) -> Any:
-    """The student that `model=<name>` would be."""
-    return build(OmegaConf.load(folder() / "model" / f"{name}.yaml")["model"])  # type: ignore[index]
+    """Build the student that `model=<name>` would be."""
+    return build(_load_option("model", name)["model"])
+
+
+def _load_option(group: str, name: str) -> Any:
+    """Load a group's option over those that its defaults list names."""
+    own: Any = OmegaConf.load(folder() / group / f"{name}.yaml")
+    bases = [_load_option(group, base) for base in own.pop("defaults", []) if base != "_self_"]
+    return OmegaConf.merge(*bases, own)
 
 
 def options(group: str) -> list[str]:
