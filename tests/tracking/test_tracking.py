@@ -162,7 +162,7 @@ def test_summary_tables_and_datasets(tmp_path: Path) -> None:
     assert "WANDB_DATA_DIR" not in os.environ
     (path,) = wandb_files(tmp_path)
     run = read_wandb(path)
-    assert (run.summary["decisions/engine"], run.summary["decisions/lr"]) == ("packed", 0.5)
+    assert (run.summary["decisions/engine"], run.summary["decisions/lr"]) == ("vllm", 0.5)
     table = media(run, "tables/teachers")
     assert (table["columns"], table["data"]) == (["teacher", "share"], [["a", 0.25], ["b", 0.75]])
     files = run.artifacts["dataset/choice"]
