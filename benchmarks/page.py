@@ -20,6 +20,7 @@ from typing import Any
 
 from sweeps import RULES, write_sweep
 
+from lark.comparison.summaries import read_summaries
 from lark.page.write import NAME, PLOTLY, write_page
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -49,7 +50,7 @@ def main() -> None:
         rules, characters = RULES[: arguments.arms], arguments.characters
         write_sweep(folder, rules=rules, problems=arguments.problems, characters=characters)
         start = time.perf_counter()
-        page = write_page([folder], folder / NAME)
+        page = write_page(read_summaries([folder]), folder / NAME)
         print(f"written in {time.perf_counter() - start:.1f} s from {(arguments.arms - 1) * 3} runs")
         size = page.stat().st_size / 1e6
         print(f"{size:.2f} MB beside {PLOTLY} of {(folder / PLOTLY).stat().st_size / 1e6:.2f} MB")

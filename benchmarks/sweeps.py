@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lark.common.cache import write_json
-from lark.comparison.inference import paired_difference, smallest_detectable_difference
+from lark.comparison.inference import compute_paired_difference, compute_smallest_detectable
 from lark.page.pool_sample import NAME, shortened
 
 RULES = ("lark", "random", "longest", "shortest", "likelihood", "rsr", "entropy", "lark_length")
@@ -180,8 +180,8 @@ def _summary(rules: dict[str, str], seed: int, records: dict[str, Any]) -> dict[
             "per_problem": {"eval": {str(i): float(x) for i, x in enumerate(correct)}},
         }
     a, b = (np.array([list(arms[role]["per_problem"]["eval"].values())]) for role in ("selector", "baseline"))
-    interval = paired_difference(a, b, resamples=200)
-    smallest = smallest_detectable_difference(interval.standard_error, df=interval.df)
+    interval = compute_paired_difference(a, b, resamples=200)
+    smallest = compute_smallest_detectable(interval.standard_error, df=interval.df)
     return {
         "status": "finished",
         "task": "made_up",

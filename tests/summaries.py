@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from lark.comparison.inference import paired_difference, smallest_detectable_difference
-
 Accuracies = dict[str, dict[str, float | None]]
 """By evaluation set and problem."""
 
@@ -53,16 +51,7 @@ def run(
     sets = selector["per_problem"]
     untrained = arm("before", f"before-{seed}", {name: dict.fromkeys(of_set, 0.0) for name, of_set in sets.items()})
     arms = {"before": before or untrained, **({"baseline": baseline} if baseline else {}), "selector": selector}
-    other = arms["baseline" if baseline else "before"]["per_problem"]
-    compared = {}
-    for name, of_set in sets.items():
-        common = [key for key in of_set if of_set[key] is not None and other[name].get(key) is not None]
-        interval = paired_difference(
-            *(np.array([[x[name][key] for key in common]], float) for x in (sets, other)), resamples=200
-        )
-        smallest = smallest_detectable_difference(interval.standard_error)
-        difference = vars(interval) | {"smallest_detectable": smallest}
-        compared[name] = {"metrics": ["avg@4", "pass@4"], "difference": difference}
+    compared = {name: {"metrics": ["avg@4", "pass@4"]} for name in sets}
     return {
         "status": "finished",
         "folder": "logs/runs/one",
@@ -75,3 +64,32 @@ def run(
         "sets": compared,
         **more,
     }
+
+
+def sweep(
+    *,
+    sets: Sequence[str] = ("eval",),
+    baselines: Sequence[str] = ("random", "rsr"),
+    budgets: Sequence[int] = (2,),
+    seeds: Sequence[int] = (0, 1, 2),
+    problems: int = 40,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Runs in which lark is ahead by a quarter on every problem."""
+
+    def of_sets(value: float) -> Accuracies:
+        return {name: accuracies([value] * problems)["eval"] for name in sets}
+
+    cost = {"forward_tokens": 12345678, "backward_tokens": 0, "seconds": 76.5}
+    return [
+        run(
+            selector=arm("lark", f"a{budget}{seed}", of_sets(0.5), cost=cost, held_out_loss=1.5),
+            baseline=arm(rule, f"{rule}{budget}{seed}", of_sets(0.25)),
+            seed=seed,
+            settings={"budget": budget, "sft.lr": 1e-4},
+            **more,
+        )
+        for seed in seeds
+        for budget in budgets
+        for rule in baselines
+    ]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lark.common.errors import LarkError
-from lark.comparison.tables import new_console, new_table, number
+from lark.comparison.printing import make_console, make_table
+from lark.comparison.tables import format_number
 from lark.teachers.teachers import ENGINES, read_teachers
 
 _COMMON = (
@@ -74,14 +75,14 @@ def print_table(manifest: dict[str, Any]) -> None:
     """Every teacher's trajectories, and what they took: requests and tokens in all, seconds and speed of this time."""
     teachers = manifest["teachers"]
     cells = {name: _cells(teacher) for name, teacher in teachers.items()}
-    table = new_table("trajectories")
+    table = make_table("trajectories")
     table.add_column("teacher", no_wrap=True)
     shown = [column for column in next(iter(cells.values())) if any(row[column] for row in cells.values())]
     for column in shown:
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in cells.items():
         table.add_row(name, *(row[column] for column in shown))
-    console = new_console()
+    console = make_console()
     console.print(table)
     for name, teacher in teachers.items():
         if failures := teacher["figures"]["failures"]:
@@ -100,7 +101,7 @@ def _cells(teacher: dict[str, Any]) -> dict[str, str]:
     seconds = now["seconds"]
 
     def share(figure: str) -> str:
-        return number(figures[figure] / count, "{:.1%}") if count else ""
+        return format_number(figures[figure] / count, "{:.1%}") if count else ""
 
     return {
         "trajec-\ntories": f"{count:,}",

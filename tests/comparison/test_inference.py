@@ -9,11 +9,11 @@ from scipy.special import expit
 
 from lark.comparison.inference import (
     Interval,
-    holm,
-    mean_interval,
-    paired_difference,
-    sign_flip_p,
-    smallest_detectable_difference,
+    adjust_holm,
+    compute_mean_interval,
+    compute_paired_difference,
+    compute_sign_flip_p,
+    compute_smallest_detectable,
 )
 
 
@@ -34,7 +34,7 @@ def simulated_accuracies(
 
 
 def intervals(accuracy_T2SP: np.ndarray) -> list[Interval]:
-    return [paired_difference(a, b, resamples=400, seed=i) for i, (a, b) in enumerate(accuracy_T2SP)]
+    return [compute_paired_difference(a, b, resamples=400, seed=i) for i, (a, b) in enumerate(accuracy_T2SP)]
 
 
 def coverage(found: list[Interval], truth: float = 0.0) -> float:
@@ -51,7 +51,7 @@ def nested_interval(difference_SP: np.ndarray, rng: np.random.Generator) -> np.n
 
 def test_estimate_is_the_mean_difference():
     a_SP, b_SP = np.array([[1.0, 0.5, 0.0]] * 3), np.array([[0.5, 0.5, 0.25]] * 3)
-    interval = paired_difference(a_SP, b_SP, resamples=200)
+    interval = compute_paired_difference(a_SP, b_SP, resamples=200)
     assert interval.estimate == pytest.approx(0.25 / 3)
     assert interval.low <= interval.estimate <= interval.high
     assert (interval.seeds, interval.problems, interval.level, interval.label) == (3, 3, 0.95, "")
@@ -62,7 +62,7 @@ def test_resampling_is_crossed():
     rng = np.random.default_rng(0)
     seed_S, problem_P = rng.normal(size=8), rng.normal(size=40)
     a_SP = seed_S[:, None] + problem_P
-    interval = paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
+    interval = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
     of_seeds, of_problems = seed_S.var(ddof=1) / 8, problem_P.var(ddof=1) / 40
     assert interval.standard_error == pytest.approx(np.sqrt(of_seeds + of_problems))
     df = (of_seeds + of_problems) ** 2 / (of_seeds**2 / 7 + of_problems**2 / 39)  # Welch and Satterthwaite
@@ -75,8 +75,8 @@ def test_the_interval_is_the_bootstrap_s_and_not_only_its_standard_error_s():
     """The resampled means have the variance stated, and their skewness reaches the interval."""
     rng = np.random.default_rng(7)
     a_SP = rng.exponential(size=(1, 30)) ** 2 + 0.3 * rng.normal(size=(6, 30)) + 0.3 * rng.normal(size=(6, 1))
-    narrow = paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000, level=0.02)
-    wide = paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
+    narrow = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000, level=0.02)
+    wide = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
     assert wide.high - wide.estimate > 1.15 * (wide.estimate - wide.low)
     for one in (narrow, wide):
         half = stats.t.ppf((1 + one.level) / 2, one.df) * one.standard_error
@@ -87,17 +87,17 @@ def test_standard_error_is_unbiased():
     """Its square against the variance of the mean over trials; seeds, problems and residuals all matter here."""
     rng = np.random.default_rng(8)
     accuracy = simulated_accuracies(rng, trials=1200, seeds=6, problems=40, seed_sd=0.25)
-    found = [paired_difference(a, b, resamples=100) for a, b in accuracy]
+    found = [compute_paired_difference(a, b, resamples=100) for a, b in accuracy]
     variance = np.var([one.estimate for one in found])
     assert np.mean([one.standard_error**2 for one in found]) == pytest.approx(variance, rel=0.12)
 
 
 def test_the_same_seed_gives_the_same_interval():
     a_SP, b_SP = np.random.default_rng(1).random((2, 4, 30))
-    first = paired_difference(a_SP, b_SP, resamples=500, seed=3)
-    assert paired_difference(a_SP, b_SP, resamples=500, seed=3) == first
-    assert paired_difference(a_SP, b_SP, resamples=500, seed=4) != first
-    wider = paired_difference(a_SP, b_SP, resamples=500, seed=3, level=0.99)
+    first = compute_paired_difference(a_SP, b_SP, resamples=500, seed=3)
+    assert compute_paired_difference(a_SP, b_SP, resamples=500, seed=3) == first
+    assert compute_paired_difference(a_SP, b_SP, resamples=500, seed=4) != first
+    wider = compute_paired_difference(a_SP, b_SP, resamples=500, seed=3, level=0.99)
     assert wider.low < first.low and wider.high > first.high
 
 
@@ -106,14 +106,14 @@ def test_fewer_than_three_seeds_resample_problems_only(seeds):
     rng = np.random.default_rng(2)
     problem_P, seed_S = rng.normal(size=50), 100.0 * np.arange(seeds)
     a_SP = problem_P + seed_S[:, None]
-    interval = paired_difference(a_SP, np.zeros_like(a_SP), resamples=20_000)
+    interval = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=20_000)
     assert interval.label == "seed variance not estimated"
     assert interval.standard_error == pytest.approx(stats.sem(problem_P))
     assert interval.df == 49
 
 
 def test_one_problem_gives_no_interval():
-    interval = paired_difference(np.ones((3, 1)), np.zeros((3, 1)))
+    interval = compute_paired_difference(np.ones((3, 1)), np.zeros((3, 1)))
     assert interval.estimate == 1
     assert np.isnan([interval.low, interval.high, interval.standard_error, interval.df]).all()
     assert interval.label == "one problem, no interval"
@@ -164,17 +164,21 @@ def test_sign_flip_equals_enumeration(problems):
     flips = np.array(list(itertools.product([-1, 1], repeat=problems)))
     mean_F = (flips * difference_P).mean(1)
     expected = (np.abs(mean_F) >= abs(difference_P.mean()) - 1e-12).mean()
-    assert sign_flip_p(difference_P) == pytest.approx(expected)
+    assert compute_sign_flip_p(difference_P) == pytest.approx(expected)
 
 
 def test_sign_flip_of_many_problems():
     rng = np.random.default_rng(5)
-    assert sign_flip_p(np.zeros(40)) == 1
+    assert compute_sign_flip_p(np.zeros(40)) == 1
     difference_P = rng.normal(0.3, 1, 60)
     normal = 2 * stats.norm.sf(abs(difference_P.sum()) / np.sqrt((difference_P**2).sum()))
-    assert sign_flip_p(difference_P) == pytest.approx(normal, abs=0.02)
-    assert sign_flip_p(np.ones(40), resamples=999) == 1 / 1000  # never 0
-    assert sign_flip_p(difference_P, seed=1) == sign_flip_p(difference_P, seed=1) != sign_flip_p(difference_P, seed=2)
+    assert compute_sign_flip_p(difference_P) == pytest.approx(normal, abs=0.02)
+    assert compute_sign_flip_p(np.ones(40), resamples=999) == 1 / 1000  # never 0
+    assert (
+        compute_sign_flip_p(difference_P, seed=1)
+        == compute_sign_flip_p(difference_P, seed=1)
+        != compute_sign_flip_p(difference_P, seed=2)
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 3, 12])
@@ -186,45 +190,45 @@ def test_sums_that_are_equal_but_for_rounding_are_ties(samples):
         null = (np.pad(null, (0, 2 * count)) + np.pad(null, (2 * count, 0))) / 2
     total = np.abs(count_P).sum()
     exact = null[np.abs(np.arange(-total, total + 1)) >= abs(count_P.sum())].sum()
-    p = sign_flip_p(count_P / samples, resamples=99_999)
+    p = compute_sign_flip_p(count_P / samples, resamples=99_999)
     assert p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 99_999))
-    assert p == sign_flip_p(count_P.astype(float), resamples=99_999)
+    assert p == compute_sign_flip_p(count_P.astype(float), resamples=99_999)
 
 
 def test_all_sign_flips_are_as_far_from_a_mean_of_0_as_rounding_puts_it():
     difference_P = np.array([0.1, 0.2, -0.3])
     assert difference_P.sum() != 0
-    assert sign_flip_p(difference_P) == sign_flip_p(np.repeat(difference_P, 10)) == 1
+    assert compute_sign_flip_p(difference_P) == compute_sign_flip_p(np.repeat(difference_P, 10)) == 1
 
 
 def test_blocks_of_sign_flips_are_all_counted(monkeypatch):
     """Of 12 problems every flip by itself, of 40 at least one in each of many blocks."""
     difference_P = np.random.default_rng(13).normal(0.2, 1, 40)
-    exact, drawn = sign_flip_p(difference_P[:12]), sign_flip_p(difference_P)
+    exact, drawn = compute_sign_flip_p(difference_P[:12]), compute_sign_flip_p(difference_P)
     monkeypatch.setattr("lark.common.bootstrap._CELLS", 1000)
-    assert sign_flip_p(difference_P[:12]) == exact
-    assert sign_flip_p(difference_P) == pytest.approx(drawn, abs=0.02)
+    assert compute_sign_flip_p(difference_P[:12]) == exact
+    assert compute_sign_flip_p(difference_P) == pytest.approx(drawn, abs=0.02)
 
 
 def test_problems_without_a_difference_do_not_change_the_sign_flip_p():
     difference_P = np.array([0.25, -0.5, 0.75, 0.25, 0.5])
-    assert sign_flip_p(np.concatenate([difference_P, np.zeros(100)])) == sign_flip_p(difference_P)
-    assert sign_flip_p(np.array([0.25, *np.zeros(20)])) == 1
+    assert compute_sign_flip_p(np.concatenate([difference_P, np.zeros(100)])) == compute_sign_flip_p(difference_P)
+    assert compute_sign_flip_p(np.array([0.25, *np.zeros(20)])) == 1
     rounded_P = np.full(100, 0.1 + 0.2 - 0.3)  # not 0
-    assert sign_flip_p(np.concatenate([difference_P, rounded_P])) == sign_flip_p(difference_P)
+    assert compute_sign_flip_p(np.concatenate([difference_P, rounded_P])) == compute_sign_flip_p(difference_P)
 
 
 def test_holm_by_hand():
-    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(holm([0.2, 0.5, 0.9]), [0.6, 1, 1])
-    np.testing.assert_allclose(holm([0.3]), [0.3])
-    assert holm([]).size == 0
+    np.testing.assert_allclose(adjust_holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(adjust_holm([0.2, 0.5, 0.9]), [0.6, 1, 1])
+    np.testing.assert_allclose(adjust_holm([0.3]), [0.3])
+    assert adjust_holm([]).size == 0
 
 
 def test_smallest_detectable_difference_is_found_with_its_power():
-    assert smallest_detectable_difference(1.0) == pytest.approx(1.959964 + 0.841621, abs=1e-6)
+    assert compute_smallest_detectable(1.0) == pytest.approx(1.959964 + 0.841621, abs=1e-6)
     rng = np.random.default_rng(6)
-    difference = smallest_detectable_difference(0.25, power=0.7, alpha=0.1)
+    difference = compute_smallest_detectable(0.25, power=0.7, alpha=0.1)
     found = np.abs(rng.normal(difference, 0.25, 40_000)) > stats.norm.ppf(0.95) * 0.25
     assert found.mean() == pytest.approx(0.7, abs=0.01)
 
@@ -232,7 +236,7 @@ def test_smallest_detectable_difference_is_found_with_its_power():
 @pytest.mark.parametrize("df", [4.0, 12.5])
 def test_smallest_detectable_difference_of_a_t_test(df):
     """Against the exact power, which the non-central t distribution gives."""
-    difference = smallest_detectable_difference(1.0, df=df)
+    difference = compute_smallest_detectable(1.0, df=df)
     critical = stats.t.ppf(0.975, df)
     power = stats.nct.sf(critical, df, difference) + stats.nct.cdf(-critical, df, difference)
     assert power == pytest.approx(0.8, abs=0.015)
@@ -247,7 +251,7 @@ def test_the_interval_excludes_0_at_the_smallest_detectable_difference(seeds, se
     less often: how seeds differ is then known too roughly."""
     rng = np.random.default_rng(11)
     found = intervals(simulated_accuracies(rng, trials=400, seeds=seeds, problems=100, seed_sd=seed_sd))
-    true = np.mean([smallest_detectable_difference(one.standard_error, df=one.df) for one in found])
+    true = np.mean([compute_smallest_detectable(one.standard_error, df=one.df) for one in found])
     detected = np.mean([one.low + true > 0 or one.high + true < 0 for one in found])  # all values shift by `true`
     assert least <= detected <= most
 
@@ -265,37 +269,37 @@ def test_the_interval_excludes_0_at_the_smallest_detectable_difference(seeds, se
 )
 def test_bad_input_of_paired_difference(a, b, settings, message):
     with pytest.raises(ValueError, match=message):
-        paired_difference(a, b, **settings)
+        compute_paired_difference(a, b, **settings)
 
 
 def test_bad_input_of_the_tests():
     with pytest.raises(ValueError, match="1 of 2 differences are NaN"):
-        sign_flip_p(np.array([np.nan, 1.0]))
+        compute_sign_flip_p(np.array([np.nan, 1.0]))
     with pytest.raises(ValueError, match=r"shape \(2, 2\); average over seeds first"):
-        sign_flip_p(np.zeros((2, 2)))
+        compute_sign_flip_p(np.zeros((2, 2)))
     for wrong in ([0.5, 1.5], [np.nan], [[0.1]]):
         with pytest.raises(ValueError, match="p-values between 0 and 1"):
-            holm(wrong)  # type: ignore[arg-type]
+            adjust_holm(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"power=1\.0"):
-        smallest_detectable_difference(1.0, power=1.0)
+        compute_smallest_detectable(1.0, power=1.0)
 
 
 def test_interval_of_a_mean_is_that_of_a_difference_from_0_within_0_and_1():
     rng = np.random.default_rng(0)
     value_P = rng.binomial(4, rng.beta(0.3, 0.3, 60)) / 4
-    found, difference = mean_interval(value_P), paired_difference(value_P[None], np.zeros((1, 60)))
+    found, difference = compute_mean_interval(value_P), compute_paired_difference(value_P[None], np.zeros((1, 60)))
     assert (found.estimate, found.low, found.high) == (value_P.mean(), difference.low, difference.high)
     assert found.label == ""
     rare = np.zeros(40)
     rare[0] = 0.25
-    assert mean_interval(rare).low == 0 < mean_interval(rare).high
-    assert mean_interval(1 - rare).high == 1
-    assert mean_interval(np.ones(5)).low == mean_interval(np.ones(5)).high == 1
-    assert mean_interval(np.ones(1)).label == "one problem, no interval"
+    assert compute_mean_interval(rare).low == 0 < compute_mean_interval(rare).high
+    assert compute_mean_interval(1 - rare).high == 1
+    assert compute_mean_interval(np.ones(5)).low == compute_mean_interval(np.ones(5)).high == 1
+    assert compute_mean_interval(np.ones(1)).label == "one problem, no interval"
 
 
 @pytest.mark.parametrize(("a", "b", "least"), [(0.3, 0.3, 0.92), (0.3, 2.7, 0.89)])
 def test_coverage_of_the_mean_of_30_problems(a, b, least):
     rng, trials = np.random.default_rng(1), 300
-    found = [mean_interval(rng.binomial(4, rng.beta(a, b, 30)) / 4, resamples=500) for _ in range(trials)]
+    found = [compute_mean_interval(rng.binomial(4, rng.beta(a, b, 30)) / 4, resamples=500) for _ in range(trials)]
     assert np.mean([one.low <= a / (a + b) <= one.high for one in found]) >= least

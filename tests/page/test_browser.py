@@ -8,6 +8,7 @@ import pytest
 from browser import DESKTOP, PHONE, Opened
 from page_folders import HOSTILE, RULES, small_sweep
 
+from lark.comparison.summaries import read_summaries
 from lark.page.write import NAME, PLOTLY, write_page
 
 TEXTS = [
@@ -32,7 +33,7 @@ OVERLAPPING = """() => {
 def path(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     small_sweep(folder, texts=TEXTS, problems=120)
-    return write_page([folder], folder / NAME)
+    return write_page(read_summaries([folder]), folder / NAME)
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def test_what_is_trained_is_marked_and_what_is_not_is_not(browser, path):
 
 def test_names_and_texts_are_shown_as_they_are_and_do_nothing(browser, tmp_path):
     small_sweep(tmp_path, names=HOSTILE, texts=TEXTS)
-    with opened(browser, write_page([tmp_path], tmp_path / NAME), "drawn") as one:
+    with opened(browser, write_page(read_summaries([tmp_path]), tmp_path / NAME), "drawn") as one:
         page = one.page
         assert page.evaluate("window.hurt") is None
         assert page.locator("main script, main img, main b").count() == 0
@@ -260,7 +261,7 @@ def test_a_choice_above_a_plot_shows_another_view(browser, path):
 def test_pools_are_browsed_one_at_a_time(browser, tmp_path):
     small_sweep(tmp_path / "a", seeds=(0,))
     small_sweep(tmp_path / "b", seeds=(0,), problems=5, names=("one", "two", "three"))
-    with opened(browser, write_page([tmp_path], tmp_path / NAME)) as one:
+    with opened(browser, write_page(read_summaries([tmp_path]), tmp_path / NAME)) as one:
         page = one.page
         page.select_option("#teacher", label="phi-4")
         page.select_option("#pool", index=1)

@@ -6,9 +6,9 @@ from pathlib import Path
 from page_folders import RULES, small_sweep
 
 from lark.common.cache import read_json, write_json
+from lark.comparison.summaries import read_summaries
 from lark.page.contents import gather
 from lark.page.pool_sample import NAME, read_sample
-from lark.report import read_summaries
 
 STOPPED = {"status": "finished", "stopped_after": "selection"}
 

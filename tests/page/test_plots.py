@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from page_folders import HOSTILE, RULES, small_sweep
 
+from lark.comparison.summaries import read_summaries
 from lark.page import arm_plots, diagnostic_plots, pool_plots
 from lark.page.contents import gather
 from lark.page.plots import Plot, looks_of, plain
-from lark.report import read_summaries
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import json
 import pytest
 from page_folders import RULES, small_sweep
 
+from lark.comparison.summaries import read_summaries
 from lark.page import trajectories
 from lark.page.contents import gather
 from lark.page.trajectories import pack
-from lark.report import read_summaries
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from page_folders import HOSTILE, RULES, small_sweep
 
 from lark import report
 from lark.common.cache import write_json
+from lark.comparison.summaries import read_summaries
 from lark.page import write
 from lark.page.write import NAME, PLOTLY, sorted_by, write_own_page, write_page
 
@@ -51,7 +52,7 @@ class Parsed(HTMLParser):
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     small_sweep(folder)
-    write_page([folder], folder / NAME)
+    write_page(read_summaries([folder]), folder / NAME)
     return folder
 
 
@@ -73,7 +74,7 @@ def test_tables_have_captions_headers_and_every_figure(page, folder, capsys):
     assert f"{content['arms']['selector']['trajectories']:,}" in cells
     rows = [text for text in page.text("bdi") if text in RULES]
     assert rows == ["random", "lark", "longest"]  # as the printed table has them
-    report.report([folder], form="table", output=None)
+    report.report([folder])
     printed = capsys.readouterr().out
     for cell in cells:
         if re.fullmatch(r"[-+.\d,%]+", cell):
@@ -102,7 +103,7 @@ def test_names_and_texts_cannot_leave_their_place(tmp_path):
         content["arms"]["baseline"]["rule"] = HOSTILE[1]
         content["settings"]["baseline.name"] = HOSTILE[1]
         write_json(run / "summary.json", content)
-    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    parsed = Parsed(write_page(read_summaries([tmp_path]), tmp_path / NAME))
     assert not parsed.open
     assert len(parsed.of("script")) == 4 and not parsed.of("img") and not parsed.of("b")
     for text in parsed.text("script"):
@@ -118,7 +119,7 @@ def test_what_is_missing_is_named(tmp_path):
     for run in runs:
         for name in ("diagnostics.json", "diagnostics-candidates.csv", "candidates.jsonl.gz"):
             (run / name).unlink()
-    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    parsed = Parsed(write_page(read_summaries([tmp_path]), tmp_path / NAME))
     missing = [p for p in parsed.of("p") if p.get("class") == "missing"]
     assert len(missing) == 6 + 1 + 1  # diagnostics, trajectories, noscript
     text = " ".join(text for _, text in parsed.texts)
@@ -130,24 +131,22 @@ def test_stopped_and_failed_runs_have_a_page(tmp_path):
     runs = small_sweep(tmp_path)
     for run in runs:
         write_json(run / "summary.json", {"status": "finished", "stopped_after": "selection"})
-    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    parsed = Parsed(write_page(read_summaries([tmp_path]), tmp_path / NAME))
     assert "overlap" in " ".join(embedded(parsed)["plots"])
     assert "stopped after selection, as it was told to" in parsed.text("td")
     for run in runs:
         write_json(run / "summary.json", {"status": "failed", "error": "<out> of memory"})
-    parsed = Parsed(write_page([tmp_path], tmp_path / NAME))
+    parsed = Parsed(write_page(read_summaries([tmp_path]), tmp_path / NAME))
     assert "failed: <out> of memory" in parsed.text("td")
 
 
 def test_a_sweep_has_one_library_and_its_page_links_to_its_runs(folder):
-    said: list[str] = []
     runs = [folder / "0", folder / "1"]
     for run in runs:
-        write_own_page(run, said.append)
+        assert write_own_page(run) == run / NAME
         assert embedded(Parsed(run / NAME))["plotly"] == f"../{PLOTLY}"
-    write_own_page(folder, said.append)
+    assert write_own_page(folder) == folder / NAME
     assert [path.parent for path in folder.rglob(PLOTLY)] == [folder]
-    assert said == [f"page        {place / NAME}" for place in (*runs, folder)]
     links = {a["href"] for a in Parsed(folder / NAME).of("a")}
     assert {"0/report.html", "1/report.html"} <= links
 
@@ -156,29 +155,17 @@ def test_a_run_of_its_own_has_the_library_beside_it(tmp_path):
     (run,) = small_sweep(tmp_path / "elsewhere", rules=RULES[:2], seeds=(0,))
     alone = tmp_path / "alone"
     run.rename(alone)
-    write_own_page(alone, lambda text: None)
+    write_own_page(alone)
     assert (alone / PLOTLY).stat().st_size > 10**6
 
 
-def test_a_page_that_cannot_be_written_is_no_reason_to_fail(folder, monkeypatch):
+def test_a_page_that_cannot_be_written_is_a_warning(folder, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write, "write_text", full)
-    said: list[str] = []
-    write_own_page(folder / "0", said.append)
-    (line,) = said
-    assert line.startswith("warning") and "No space left on device" in line
-
-
-def test_the_command_line_writes_it(folder, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "new" / "page.html"
-    monkeypatch.setattr("sys.argv", ["lark.report", str(folder), "--format", "json", "--page", str(path)])
-    report.main()
-    out, err = capsys.readouterr()
-    assert json.loads(out)["runs"] == 4
-    assert err.endswith(f"page        {path}\n")
-    assert path.is_file() and (path.parent / PLOTLY).is_file()
+    assert write_own_page(folder / "0") is None
+    assert "No space left on device" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Many runs as one comparison: arms pooled over seeds, their differences with intervals, a grid over tasks and models.
+"""Compare many runs: arms pooled over seeds, their differences with intervals, a grid over tasks and models.
 
 An arm is one student: one selection, recipe and seed. It may serve many runs and counts once; arms of one label
-(lark.comparison.labels) are pooled over seeds. A figure that is missing is NaN. Accuracies and their differences are fractions
-here, and points where they are shown.
+(lark.comparison.labels) are pooled over seeds. A figure that is missing is NaN. Accuracies and their differences are
+fractions here, and points where they are shown.
 
 Shapes: S seeds, P problems.
 """
@@ -13,13 +13,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lark.comparison.inference import Interval, holm, paired_difference, sign_flip_p, smallest_detectable_difference
+from lark.comparison.inference import (
+    Interval,
+    adjust_holm,
+    compute_paired_difference,
+    compute_sign_flip_p,
+    compute_smallest_detectable,
+)
 from lark.comparison.labels import Figures, Summary, label_arms
 
 
 @dataclass(frozen=True, kw_only=True)
 class PooledArm:
-    """The arms of one label. Figures are means over the seeds that have them."""
+    """Pool the arms of one label: figures are means over the seeds that have them."""
 
     label: str
     trained: bool
@@ -49,7 +55,7 @@ class PooledArm:
 
 @dataclass(frozen=True, kw_only=True)
 class SetDifference:
-    """The difference of two labels on one evaluation set."""
+    """Hold the difference of two labels on one evaluation set."""
 
     metric: str
     interval: Interval
@@ -65,7 +71,7 @@ class SetDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The selector's label minus the baseline's, or minus the student before training."""
+    """Hold the selector's label minus the baseline's, or minus the student before training."""
 
     selector: str
     baseline: str
@@ -83,7 +89,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The runs of one task and model."""
+    """Compare the runs of one task and model."""
 
     task: str
     model: str
@@ -113,7 +119,7 @@ class GridRow:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     runs: int
-    """Runs that were compared."""
+    """Finished runs, which are compared."""
     groups: tuple[Group, ...]
     columns: tuple[tuple[str, str, str], ...]
     """Task, model and evaluation set of the grid's columns; empty if there is but one."""
@@ -125,13 +131,13 @@ class Comparison:
 
 
 def compare(summaries: Sequence[Summary]) -> Comparison:
-    """What the runs' summary.json say together; each has its `folder` besides."""
+    """Compare runs by what their summary.json say; each has its `folder` besides."""
     groups: dict[tuple[str, str], list[Summary]] = {}
     for summary in summaries:
         if "arms" in summary:
             groups.setdefault((summary["task"], summary["model"]), []).append(summary)
-    compared = tuple(_group(task, model, runs) for (task, model), runs in groups.items())
-    columns, grid = _grid(compared)
+    compared = tuple(_compare_group(task, model, runs) for (task, model), runs in groups.items())
+    columns, grid = _build_grid(compared)
     return Comparison(
         runs=sum(map(len, groups.values())),
         groups=compared,
@@ -142,7 +148,7 @@ def compare(summaries: Sequence[Summary]) -> Comparison:
     )
 
 
-def _group(task: str, model: str, runs: Sequence[Summary]) -> Group:
+def _compare_group(task: str, model: str, runs: Sequence[Summary]) -> Group:
     labelled = label_arms(runs)
     untrained = {labels["before"] for labels in labelled.runs}
     sets: dict[str, tuple[str, ...]] = {}
@@ -158,40 +164,43 @@ def _group(task: str, model: str, runs: Sequence[Summary]) -> Group:
         model=model,
         sets=sets,
         arms=tuple(
-            _pooled(label, labelled.arms[label], trained=label not in untrained)
+            _pool_arm(label, labelled.arms[label], trained=label not in untrained)
             for label in sorted(labelled.arms, key=lambda label: label not in untrained)
         ),
-        differences=_adjusted(
+        differences=_adjust_p(
             [
-                _difference(pair, labelled.arms[pair[0]], labelled.arms[pair[1]], metrics)
+                _compare_labels(pair, labelled.arms[pair[0]], labelled.arms[pair[1]], metrics)
                 for pair, metrics in pairs.items()
             ],
             sets=list(sets),
         ),
-        notes=labelled.notes,
+        notes=tuple(dict.fromkeys((*labelled.notes, *(note for run in runs for note in run.get("notes", ()))))),
     )
 
 
-def curve_mean(curve: Sequence[Summary]) -> float:
-    """Mean held-out loss over training, nats/token: the area under the curve by trapezoids, divided by its steps."""
-    points = [(point["step"], _number(point.get("held_out/loss"))) for point in curve if "step" in point]
+def compute_curve_mean(curve: Sequence[Summary]) -> float:
+    """Compute the mean held-out loss over training, nats/token.
+
+    The area under the curve by trapezoids, divided by its steps.
+    """
+    points = [(point["step"], _read_number(point.get("held_out/loss"))) for point in curve if "step" in point]
     step, loss = np.array([point for point in points if math.isfinite(point[1])]).reshape(-1, 2).T
     if len(step) < 2 or step[-1] == step[0]:
         return math.nan
     return float(np.trapezoid(loss, step) / (step[-1] - step[0]))
 
 
-def _number(value: float | None) -> float:
-    """JSON has no NaN: summary.json says null."""
+def _read_number(value: float | None) -> float:
+    """Read a figure: JSON has no NaN, summary.json says null."""
     return math.nan if value is None else float(value)
 
 
-def _mean(values: Iterable[float | None]) -> float:
-    present = [x for x in map(_number, values) if math.isfinite(x)]
+def _compute_mean(values: Iterable[float | None]) -> float:
+    present = [x for x in map(_read_number, values) if math.isfinite(x)]
     return float(np.mean(present)) if present else math.nan
 
 
-def _pooled(label: str, by_seed: Mapping[int, Figures], *, trained: bool) -> PooledArm:
+def _pool_arm(label: str, by_seed: Mapping[int, Figures], *, trained: bool) -> PooledArm:
     arms = list(by_seed.values())
     metrics = {
         name: dict.fromkeys(metric for arm in arms for metric in arm["metrics"].get(name, {}))
@@ -204,21 +213,21 @@ def _pooled(label: str, by_seed: Mapping[int, Figures], *, trained: bool) -> Poo
         trained=trained,
         matched=all(arm["matched"] for arm in arms),
         seeds=tuple(sorted(by_seed)),
-        **{key: _mean(arm[key] for arm in arms) for key in sizes},
-        mean_loss=_mean(curve_mean(arm["curve"]) for arm in arms),
+        **{key: _compute_mean(arm[key] for arm in arms) for key in sizes},
+        mean_loss=_compute_mean(compute_curve_mean(arm["curve"]) for arm in arms),
         lr=tuple(sorted({arm["lr"] for arm in arms if arm["lr"] is not None})),
         metrics={
-            name: {metric: _mean(arm["metrics"].get(name, {}).get(metric) for arm in arms) for metric in of_set}
+            name: {metric: _compute_mean(arm["metrics"].get(name, {}).get(metric) for arm in arms) for metric in of_set}
             for name, of_set in metrics.items()
         },
-        **{key: _mean(arm["cost"][key] for arm in arms) for key in costs},
+        **{key: _compute_mean(arm["cost"][key] for arm in arms) for key in costs},
     )
 
 
-def _difference(
+def _compare_labels(
     pair: tuple[str, str], a: Mapping[int, Figures], b: Mapping[int, Figures], metrics: Mapping[str, str]
 ) -> Difference:
-    """Of two labels' arms by seed; `metrics` names what is compared on each evaluation set."""
+    """Compare two labels' arms by seed; `metrics` names what is compared on each evaluation set."""
     seeds = sorted(a.keys() & b.keys())
     accuracies = {
         name: [{s: arm["per_problem"][name] for s, arm in x.items() if name in arm["per_problem"]} for x in (a, b)]
@@ -228,19 +237,21 @@ def _difference(
         selector=pair[0],
         baseline=pair[1],
         seeds=tuple(seeds),
-        held_out_loss=_mean(_number(a[s]["held_out_loss"]) - _number(b[s]["held_out_loss"]) for s in seeds),
-        mean_loss=_mean(curve_mean(a[s]["curve"]) - curve_mean(b[s]["curve"]) for s in seeds),
-        sets={name: _set_difference(metric, *accuracies[name]) for name, metric in metrics.items()},
+        held_out_loss=_compute_mean(
+            _read_number(a[s]["held_out_loss"]) - _read_number(b[s]["held_out_loss"]) for s in seeds
+        ),
+        mean_loss=_compute_mean(compute_curve_mean(a[s]["curve"]) - compute_curve_mean(b[s]["curve"]) for s in seeds),
+        sets={name: _compare_on_set(metric, *accuracies[name]) for name, metric in metrics.items()},
     )
 
 
-def _set_difference(
+def _compare_on_set(
     metric: str, a: Mapping[int, Mapping[str, float | None]], b: Mapping[int, Mapping[str, float | None]]
 ) -> SetDifference:
-    """From accuracies by seed and problem: over the seeds of both, and the problems that all of these have."""
+    """Compare accuracies by seed and problem, over the seeds of both and the problems that all of these have."""
     seeds = sorted(a.keys() & b.keys())
     answered = [
-        {problem for problem, value in x[seed].items() if math.isfinite(_number(value))}
+        {problem for problem, value in x[seed].items() if math.isfinite(_read_number(value))}
         for x in (a, b)
         for seed in seeds
     ]
@@ -254,29 +265,29 @@ def _set_difference(
         p = math.nan
     else:
         a_SP, b_SP = (np.array([[x[seed][problem] for problem in problems] for seed in seeds], float) for x in (a, b))
-        interval = paired_difference(a_SP, b_SP)
-        p = sign_flip_p((a_SP - b_SP).mean(0))
+        interval = compute_paired_difference(a_SP, b_SP)
+        p = compute_sign_flip_p((a_SP - b_SP).mean(0))
     return SetDifference(
         metric=metric,
         interval=interval,
         p=p,
         p_holm=math.nan,
-        smallest_detectable=smallest_detectable_difference(interval.standard_error, df=interval.df),
+        smallest_detectable=compute_smallest_detectable(interval.standard_error, df=interval.df),
         left_out=", ".join(left_out),
     )
 
 
-def _adjusted(differences: Sequence[Difference], *, sets: Sequence[str]) -> tuple[Difference, ...]:
-    """With p_holm, each set a family."""
+def _adjust_p(differences: Sequence[Difference], *, sets: Sequence[str]) -> tuple[Difference, ...]:
+    """Fill in p_holm, each set a family."""
     adjusted = [dict(one.sets) for one in differences]
     for name in sets:
         family = [of_sets for of_sets in adjusted if name in of_sets and math.isfinite(of_sets[name].p)]
-        for of_sets, p in zip(family, holm([of_sets[name].p for of_sets in family]), strict=True):
+        for of_sets, p in zip(family, adjust_holm([of_sets[name].p for of_sets in family]), strict=True):
             of_sets[name] = replace(of_sets[name], p_holm=float(p))
     return tuple(replace(one, sets=of_sets) for one, of_sets in zip(differences, adjusted, strict=True))
 
 
-def _grid(groups: Sequence[Group]) -> tuple[tuple[tuple[str, str, str], ...], tuple[GridRow, ...]]:
+def _build_grid(groups: Sequence[Group]) -> tuple[tuple[tuple[str, str, str], ...], tuple[GridRow, ...]]:
     columns = [(group.task, group.model, name) for group in groups for name in group.sets]
     if len(columns) < 2:
         return (), ()
@@ -286,17 +297,17 @@ def _grid(groups: Sequence[Group]) -> tuple[tuple[tuple[str, str, str], ...], tu
             for name, difference in one.sets.items():
                 cells.setdefault(one.label, {})[group.task, group.model, name] = difference.interval
     return tuple(columns), tuple(
-        _grid_row(label, [row.get(column) for column in columns]) for label, row in cells.items()
+        _count_wins(label, [row.get(column) for column in columns]) for label, row in cells.items()
     )
 
 
-def _grid_row(label: str, cells: Sequence[Interval | None]) -> GridRow:
+def _count_wins(label: str, cells: Sequence[Interval | None]) -> GridRow:
     judged = [cell for cell in cells if cell is not None and math.isfinite(cell.low)]
     wins, losses = sum(cell.low > 0 for cell in judged), sum(cell.high < 0 for cell in judged)
     return GridRow(
         label=label,
         cells=tuple(cells),
-        average=_mean(cell.estimate for cell in cells if cell is not None),
+        average=_compute_mean(cell.estimate for cell in cells if cell is not None),
         wins=wins,
         ties=len(judged) - wins - losses,
         losses=losses,

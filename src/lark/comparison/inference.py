@@ -1,4 +1,4 @@
-"""Statistical inference about the difference between two arms, from accuracies per seed and problem.
+"""Infer the difference between two arms from accuracies per seed and problem.
 
 Shapes: S seeds, P problems, R resamples, F sign flips.
 """
@@ -15,6 +15,7 @@ from lark.common.errors import LarkError
 
 MIN_SEEDS = 3
 """With fewer seeds their variance is not estimated."""
+FEW_SEEDS = "seed variance not estimated"
 
 _ROUNDING = 1e-12  # means over seeds of equal accuracies may differ by as much
 _TIE = 1e-10  # sums of as much, relative to the sum of magnitudes, are equal: rounding again
@@ -22,7 +23,7 @@ _TIE = 1e-10  # sums of as much, relative to the sum of magnitudes, are equal: r
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean difference with its confidence interval, in the units of the input."""
+    """Hold a mean difference with its confidence interval, in the units of the input."""
 
     estimate: float
     low: float
@@ -39,10 +40,10 @@ class Interval:
     """What the interval does not cover; empty if it covers problems and seeds."""
 
 
-def paired_difference(
+def compute_paired_difference(
     a_SP: np.ndarray, b_SP: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Mean of a - b over seeds and problems with a crossed bootstrap interval.
+    """Compute the mean of a - b over seeds and problems with a crossed bootstrap interval.
 
     Row s of both arrays is the same seed, column p the same problem; values are avg@k per problem. Problems and seeds
     are resampled independently, the same problems in every seed, since all seeds answer the same problems (the
@@ -55,8 +56,8 @@ def paired_difference(
     And the percentiles are widened about the estimate by t / z at the degrees of freedom of the standard error (the
     expanded percentile interval; Hesterberg 2015, The American Statistician 69, 371-386), since three seeds tell little
     about how seeds vary. Simulated coverage of nominal 95 % intervals (avg@4 of 200 problems, 2,000 trials, the model
-    of tests/comparison/test_inference.py), beside that of plain percentiles and of nested resampling, and the mean width relative
-    to an interval that knows the true variance:
+    of tests/comparison/test_inference.py), beside that of plain percentiles and of nested resampling, and the mean
+    width relative to an interval that knows the true variance:
 
         seeds differ by (points, s.d.)  seeds  coverage  width  plain  nested
                    0                      3      .97     1.31    .99    .94
@@ -77,26 +78,26 @@ def paired_difference(
     a_SP, b_SP = np.asarray(a_SP, np.float64), np.asarray(b_SP, np.float64)
     if a_SP.ndim != 2 or a_SP.shape != b_SP.shape or a_SP.size == 0:
         raise LarkError(
-            f"paired_difference needs two arrays [seeds, problems] of one shape, got {a_SP.shape} and {b_SP.shape}; "
+            f"compute_paired_difference needs two arrays [seeds, problems] of one shape, got {a_SP.shape} and {b_SP.shape}; "
             "evaluate both arms with the same seeds on the same problems."
         )
     difference_SP = a_SP - b_SP
-    _require_finite("paired_difference", difference_SP)
+    _require_finite("compute_paired_difference", difference_SP)
     if not 0 < level < 1:
-        raise LarkError(f"paired_difference: level={level} is not between 0 and 1; set 0.95, say.")
+        raise LarkError(f"compute_paired_difference: level={level} is not between 0 and 1; set 0.95, say.")
     if resamples < 100:
-        raise LarkError(f"paired_difference: resamples={resamples} is too few for quantiles; set at least 100.")
+        raise LarkError(f"compute_paired_difference: resamples={resamples} is too few for quantiles; set at least 100.")
 
     seeds, problems = difference_SP.shape
     estimate = float(difference_SP.mean())
-    label = "" if seeds >= MIN_SEEDS else "seed variance not estimated"
+    label = "" if seeds >= MIN_SEEDS else FEW_SEEDS
     low = high = standard_error = df = float("nan")
     if problems == 1:
         label = "one problem, no interval"
     else:
         rows_SP = difference_SP if seeds >= MIN_SEEDS else difference_SP.mean(0, keepdims=True)
-        deviation_SP, standard_error, df = _reflated(rows_SP)
-        mean_R = _bootstrap_means(deviation_SP, resamples, np.random.default_rng(seed))
+        deviation_SP, standard_error, df = _reflate(rows_SP)
+        mean_R = _resample_means(deviation_SP, resamples, np.random.default_rng(seed))
         low, high = expand_percentiles(mean_R, estimate, around=0.0, df=df, level=level)
     return Interval(
         estimate=estimate,
@@ -111,10 +112,12 @@ def paired_difference(
     )
 
 
-def mean_interval(value_P: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean over problems of values from 0 to 1, such as avg@k, with its bootstrap interval, cut to [0, 1].
+def compute_mean_interval(
+    value_P: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Compute the mean over problems of values from 0 to 1, such as avg@k, with its interval, cut to [0, 1].
 
-    The bootstrap is that of `paired_difference` over problems, against 0. Problems are resampled with the samples that
+    The bootstrap is that of `compute_paired_difference` over problems, against 0. Problems are resampled with the samples that
     were drawn for them, so the interval covers which problems were asked and the noise of sampling. Where all values
     are equal it has no width. Simulated coverage of nominal 95 % intervals, and half their mean width in points, for
     problems whose chances are Beta(0.3, 0.3), Beta(0.3, 2.7) and Beta(0.1, 3) distributed (600 trials each):
@@ -126,22 +129,22 @@ def mean_interval(value_P: np.ndarray, *, level: float = 0.95, resamples: int = 
           500     4   .95 (3.7)     .96 (1.7)    .94 (1.0)
 
     Raises:
-        LarkError: as `paired_difference`.
+        LarkError: as `compute_paired_difference`.
     """
     value_1P = np.asarray(value_P, np.float64)[None]
-    found = paired_difference(value_1P, np.zeros_like(value_1P), level=level, resamples=resamples, seed=seed)
+    found = compute_paired_difference(value_1P, np.zeros_like(value_1P), level=level, resamples=resamples, seed=seed)
     low, high = (float(np.clip(end, 0, 1)) for end in (found.low, found.high))
     label = found.label if found.problems == 1 else ""
     return replace(found, low=low, high=high, label=label)
 
 
-def _reflated(x_SP: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Deviations of x from its mean, rescaled so that their crossed bootstrap means have the variance of the mean of x.
+def _reflate(x_SP: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Rescale deviations of x from its mean so that their crossed bootstrap means vary as the mean of x does.
 
     x_sp = mean + a_s + b_p + r_sp with random seed and problem effects; the expected mean squares of seeds, problems
     and residual are P var_a + var_r, S var_b + var_r and var_r, and the variance of the mean is
     var_a / S + var_b / P + var_r / (S P) (Searle, Casella and McCulloch 1992, Variance Components, chapter 4).
-    A variance estimated below 0 is 0. Returns also the root of that variance and its degrees of freedom.
+    A variance estimated below 0 is 0. Returns the deviations, the root of that variance and its degrees of freedom.
     """
     seeds, problems = x_SP.shape
     deviation_SP = x_SP - x_SP.mean()
@@ -171,8 +174,8 @@ def _reflated(x_SP: np.ndarray) -> tuple[np.ndarray, float, float]:
     return reflated_SP, float(np.sqrt(total / x_SP.size)), float(df)
 
 
-def _bootstrap_means(x_SP: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of x over resampled seeds and resampled problems, the same problems in every seed, [R]."""
+def _resample_means(x_SP: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Compute means of x over resampled seeds and resampled problems, the same problems in every seed, [R]."""
     seeds, problems = x_SP.shape
     parts = []
     for block in split_blocks(resamples, problems):
@@ -182,8 +185,8 @@ def _bootstrap_means(x_SP: np.ndarray, resamples: int, rng: np.random.Generator)
     return np.concatenate(parts)
 
 
-def sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int = 0) -> float:
-    """Two-sided p-value of a mean difference of 0, by flipping the sign of each problem's difference.
+def compute_sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int = 0) -> float:
+    """Compute the two-sided p-value of a mean difference of 0 by flipping the sign of each problem's difference.
 
     difference_P is a - b per problem, averaged over seeds: the test is about further problems, for the seeds at hand.
     The share of sign flips whose mean is at least as far from 0 as the observed one: of all 2^P where these are at most
@@ -196,9 +199,9 @@ def sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int =
     difference_P = np.asarray(difference_P, np.float64)
     if difference_P.ndim != 1 or difference_P.size == 0:
         raise LarkError(
-            f"sign_flip_p needs one difference per problem, got shape {difference_P.shape}; average over seeds first."
+            f"compute_sign_flip_p needs one difference per problem, got shape {difference_P.shape}; average over seeds first."
         )
-    _require_finite("sign_flip_p", difference_P)
+    _require_finite("compute_sign_flip_p", difference_P)
     difference_P = difference_P[np.abs(difference_P) > _ROUNDING]  # the others are the same under both signs
     problems = difference_P.size
     observed, tie = abs(difference_P.sum()), _TIE * np.abs(difference_P).sum()
@@ -216,29 +219,31 @@ def sign_flip_p(difference_P: np.ndarray, *, resamples: int = 9_999, seed: int =
     return as_far / flips if exact else (as_far + 1) / (flips + 1)
 
 
-def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Holm's step-down adjusted p-values [M], in the order given; family-wise error control (Holm 1979).
+def adjust_holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Adjust p-values [M] by Holm's step-down method, in the order given; family-wise error control (Holm 1979).
 
     Raises:
         LarkError: not a list of numbers between 0 and 1.
     """
     p_M = np.asarray(p_values, np.float64)
     if p_M.ndim != 1 or not ((p_M >= 0) & (p_M <= 1)).all():
-        raise LarkError(f"holm needs a list of p-values between 0 and 1, got {p_values}; leave failed tests out.")
+        raise LarkError(
+            f"adjust_holm needs a list of p-values between 0 and 1, got {p_values}; leave failed tests out."
+        )
     order_M = np.argsort(p_M, kind="stable")
     adjusted_M = np.empty_like(p_M)
     adjusted_M[order_M] = np.maximum.accumulate(p_M[order_M] * np.arange(p_M.size, 0, -1))
     return np.minimum(adjusted_M, 1.0)
 
 
-def smallest_detectable_difference(
+def compute_smallest_detectable(
     standard_error: float, *, df: float = math.inf, power: float = 0.8, alpha: float = 0.05
 ) -> float:
-    """The true difference that a two-sided test at level alpha finds with the given power.
+    """Compute the true difference that a two-sided test at level alpha finds with the given power.
 
     (t_(1 - alpha/2) + t_power) standard errors at `df` degrees of freedom (Bloom 1995, Evaluation Review 19, 547-556).
     standard_error and df are an Interval's; the result has the standard error's units. Simulated power of the interval
-    to exclude 0 at the mean of this figure, .80 wanted (as in paired_difference): .78 to .81 with 10 seeds, .76 to .80
+    to exclude 0 at the mean of this figure, .80 wanted (as in compute_paired_difference): .78 to .81 with 10 seeds, .76 to .80
     with 5, .72 to .78 with 3, whose standard errors are themselves uncertain.
 
     Raises:

@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lark.common.cache import write_text
-from lark.comparison.comparison import curve_mean
+from lark.comparison.comparison import compute_curve_mean
 
 OWN_LOSS = "training_loss.csv"
 
@@ -36,7 +36,7 @@ def steps_to(loss: float, curve: Curve) -> float:
 
 
 def against_baseline(curve: Curve, baseline: Curve) -> dict[str, float]:
-    """area_ratio: mean held-out loss over training (`comparison.curve_mean`) relative to the baseline's, below 1 =
+    """area_ratio: mean held-out loss over training (`comparison.compute_curve_mean`) relative to the baseline's, below 1 =
     faster; final_ratio: the same of the losses at the end; steps_to_baseline: optimizer steps to the baseline's final
     held-out loss (NaN: never), and steps_ratio, that over the steps the baseline took; points: of the curve. One seed:
     its variance is not estimated.
@@ -48,7 +48,7 @@ def against_baseline(curve: Curve, baseline: Curve) -> dict[str, float]:
     reached = steps_to(float(theirs[-1]), curve)
     steps = float(_points(baseline)[0][-1])
     return {
-        "area_ratio": curve_mean(curve) / curve_mean(baseline),
+        "area_ratio": compute_curve_mean(curve) / compute_curve_mean(baseline),
         "final_ratio": float(ours[-1] / theirs[-1]),
         "steps_to_baseline": reached,
         "steps_ratio": reached / steps if steps else math.nan,

@@ -14,8 +14,8 @@ from scipy import stats
 
 from lark.common.cache import complete, read_json
 from lark.common.groups import tie_hash, unit_hash
-from lark.comparison.comparison import curve_mean
-from lark.comparison.inference import paired_difference
+from lark.comparison.comparison import compute_curve_mean
+from lark.comparison.inference import compute_paired_difference
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
 from lark.selection.selection import Rule, Selection, select
@@ -79,7 +79,7 @@ def figures_of(
                 "tokens": arm.selection.record["tokens"],
                 "mean_score": float(score_N[bin_N == number].mean()),
                 "held_out_loss": math.nan if loss is None else float(loss),
-                "mean_loss": curve_mean(curve),
+                "mean_loss": compute_curve_mean(curve),
                 "accuracy": {name: float(np.mean(list(x.values()))) for name, x in figure["per_problem"].items() if x},
             }
         )
@@ -99,7 +99,7 @@ def trends(rows: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any
         problems = sorted(high)
         x, y = (np.array([[of[problem] for problem in problems]]) for of in (high, low))
         found[name] = _trend(number, [row["accuracy"][name] for row in rows]) | {
-            "highest_minus_lowest": vars(paired_difference(x, y))
+            "highest_minus_lowest": vars(compute_paired_difference(x, y))
         }
     return found
 

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lark.answers.answer_clusters import votes
 from lark.common.cache import write_json
-from lark.comparison.inference import mean_interval
+from lark.comparison.inference import compute_mean_interval
 from lark.evaluation.metrics import AverageAtK, MajorityAtK, PassAtK, ProblemMean
 from lark.tasks.problems import level_of
 
@@ -123,7 +123,7 @@ def _interval(records: Sequence[Record]) -> dict[str, Any]:
     """Of avg@k, as metrics.json has it."""
     num_problems, num_samples = _shape(records)
     correct_PN = np.array([record["correct"] for record in records], np.float64).reshape(num_problems, num_samples)
-    interval = mean_interval(correct_PN.mean(1))
+    interval = compute_mean_interval(correct_PN.mean(1))
     return {"metric": f"avg@{num_samples}"} | {key: getattr(interval, key) for key in _INTERVAL}
 
 

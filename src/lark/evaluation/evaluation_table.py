@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lark.comparison.tables import FEW_PROBLEMS, TOO_FEW, form_of_samples, new_console, new_table, number
+from lark.comparison.printing import make_console, make_table
+from lark.comparison.tables import FEW_PROBLEMS, TOO_FEW, describe_samples, format_number
 
 LEGEND = (
     "Shares in percent; avg with its 95% bootstrap interval over problems, which covers the choice of problems and the "
@@ -14,21 +15,21 @@ LEGEND = (
 
 def print_figures(title: str, figures: Mapping[str, Any]) -> None:
     """What metrics.json says, a row a set, and one for each of its levels."""
-    console, table = new_console(), new_table(title)
+    console, table = make_console(), make_table(title)
     first = next(iter(figures["sets"].values()))
     metrics = [name for name in first if "@" in name and name != "pass@1"]  # pass@1 is avg@k
     table.add_column("set")
     for header in ("problems", *metrics, "boxed", "stop", "trunc.", "time-\nouts", "tokens"):
         table.add_column(header, justify="right", no_wrap=True)
     for label, of_set, interval, ends in _rows(figures):
-        shares = [number(of_set[name], "{:.1%}") for name in (*metrics, "boxed", "stop", "truncated")]
+        shares = [format_number(of_set[name], "{:.1%}") for name in (*metrics, "boxed", "stop", "truncated")]
         shares[0] += _ends(interval)
         table.add_row(
             label,
             f"{of_set['problems']:,}",
             *shares,
             f"{of_set['timeouts']:,}",
-            number(of_set["tokens"], "{:,.0f}"),
+            format_number(of_set["tokens"], "{:,.0f}"),
             end_section=ends,
         )
     console.print(table)
@@ -46,7 +47,7 @@ def _rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]
 
 
 def _ends(interval: Mapping[str, Any]) -> str:
-    low, high = (number(_value(interval[end]) * 100, "{:.1f}") for end in ("low", "high"))
+    low, high = (format_number(_value(interval[end]) * 100, "{:.1f}") for end in ("low", "high"))
     return f" [{low}, {high}]" if low else ""
 
 
@@ -54,7 +55,7 @@ def _notes(figures: Mapping[str, Any]) -> Iterator[str]:
     """What the figures do not say by themselves."""
     for name, metrics in figures["sets"].items():
         interval = figures["intervals"][name]
-        if text := form_of_samples(metrics):
+        for text in describe_samples([metrics]):
             yield f"{name}: {text}"
         if interval["low"] == interval["high"] and interval["low"] is not None:
             yield f"{name}: every problem came out alike, so that the interval has no width and says nothing"

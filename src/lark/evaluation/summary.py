@@ -7,7 +7,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from lark.common.cache import read_json
-from lark.comparison.inference import paired_difference, smallest_detectable_difference
+from lark.comparison.inference import compute_paired_difference, compute_smallest_detectable
 from lark.evaluation.samples import per_problem
 from lark.scoring.table_cache import COST_COLUMNS
 from lark.training.arms import Arm, held_out_at_start
@@ -104,9 +104,9 @@ def summarise_run(
         summary["sets"][name]["metrics"] = shown
         a, b = (summary["arms"][arm]["per_problem"][name] for arm in (first, second))
         keys = sorted(a)
-        interval = paired_difference(np.array([[a[k] for k in keys]]), np.array([[b[k] for k in keys]]))
+        interval = compute_paired_difference(np.array([[a[k] for k in keys]]), np.array([[b[k] for k in keys]]))
         summary["sets"][name]["difference"] = {
             **vars(interval),
-            "smallest_detectable": smallest_detectable_difference(interval.standard_error, df=interval.df),
+            "smallest_detectable": compute_smallest_detectable(interval.standard_error, df=interval.df),
         }
     return summary

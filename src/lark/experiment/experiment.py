@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lark.answers.checker import Checker
 from lark.common.cache import complete, freed, lock, writable, write_json
 from lark.common.ranks import Plan, barrier, check_ranks, in_ranks, is_main, say, world_size
+from lark.comparison.printing import print_run
 from lark.config import build, model_option
 from lark.diagnostics.diagnostics import Diagnosis
 from lark.evaluation.arm_evaluation import action_of, evaluate_arm, evaluation_identity
@@ -22,7 +23,6 @@ from lark.evaluation.summary import read_figures, settings, summarise_run
 from lark.experiment.description import describe_recipe, describe_selections, quiet_libraries, write_statistics
 from lark.page.pool_sample import write_sample
 from lark.page.write import write_own_page
-from lark.report import print_comparison
 from lark.scoring.passes import GradientMatches, Pass, Statistics
 from lark.scoring.progress import PassProgress
 from lark.selection.selection import Rule, speaking_of
@@ -298,7 +298,7 @@ class _Run:
         if is_main():
             stopped = {"status": "finished", "stopped_after": self.config.stop_after}
             write_json(self.folder / "summary.json", stopped)
-            write_own_page(self.folder, say)
+            self._write_page()
         say(text)
         return float("nan")
 
@@ -313,11 +313,15 @@ class _Run:
         write_json(self.folder / "summary.json", summary)
         with self._logged(f"comparison-seed{self.data.seed}", "comparison") as logger:
             log_comparison(logger, self.tracker, summary, self.data, self.diagnosis.found, self._taken)
-        print_comparison(summary)
+        print_run(summary)
         say(f"summary     {self.folder / 'summary.json'}")
-        write_own_page(self.folder, say)
+        self._write_page()
         first = next(iter(summary["sets"].values()), {}).get("difference")
         return first["estimate"] if first else float("nan")
+
+    def _write_page(self) -> None:
+        if path := write_own_page(self.folder):
+            say(f"page        {path}")
 
     def _logged(self, title: str, job_type: str, **config: Any) -> AbstractContextManager[Logger]:
         config |= _plain(self.config)

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,10 +15,12 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from lark.common.cache import file_hash, replacing, write_text
+from lark.common.log import logger
 from lark.comparison import tables
+from lark.comparison.conclusions import list_conclusions
+from lark.comparison.summaries import read_summaries
 from lark.page import arm_plots, diagnostic_plots, pool_plots
 from lark.page.contents import Contents, Diagnosis, GroupContents, PoolContents, gather
-from lark.page.headline import readings
 from lark.page.plots import Look, Plot, looks_of
 from lark.page.trajectories import pack
 
@@ -60,36 +62,35 @@ class Section:
     """Sentences before all else."""
 
 
-def write_page(folders: Sequence[Path], path: Path, *, shared: Path | None = None) -> Path:
-    """The page of the runs in or below the folders; returns `path`.
+def write_page(summaries: Sequence[Mapping[str, Any]], path: Path, *, shared: Path | None = None) -> Path:
+    """Write the page of runs, whose summaries `read_summaries` has read; returns `path`.
 
     shared: the folder that holds plotly.min.js for several pages; by default the page's own.
-    Raises ValueError where there is no summary.json.
     """
-    from lark.report import read_summaries
-
     path = path.absolute()
     library = (shared or path.parent).absolute() / PLOTLY
-    contents = gather(read_summaries(folders))
+    contents = gather(summaries)
     write_text(path, render(contents, path=path, plotly=os.path.relpath(library, path.parent)))
     _put_plotly(library)
     return path
 
 
-def write_own_page(folder: Path, say: Callable[[str], None]) -> None:
-    """The page of a run or a sweep, in its folder; the pages of a sweep's runs share the sweep's plotly.min.js.
+def write_own_page(folder: Path) -> Path | None:
+    """Write the page of a run or a sweep into its folder; pages of a sweep's runs share the sweep's plotly.min.js.
 
-    A page that cannot be written (a full disk) is said and no reason to fail for a run that is over.
+    A page that cannot be written (a full disk) is a warning and None: the run is over and did not fail.
     """
     in_sweep = (folder.parent / "multirun.yaml").is_file()  # Hydra's
     try:
-        path = write_page([folder], folder / NAME, shared=folder.parent if in_sweep else None)
+        return write_page(read_summaries([folder]), folder / NAME, shared=folder.parent if in_sweep else None)
     except OSError as error:
-        say(
-            f"warning     {folder / NAME} could not be written ({error.strerror}); python -m lark.report --page does it"
+        logger.warning(
+            "%s could not be written (%s); write it with python -m lark.report %s --page <file>",
+            folder / NAME,
+            error.strerror,
+            folder,
         )
-    else:
-        say(f"page        {path}")
+        return None
 
 
 def render(contents: Contents, *, path: Path, plotly: str = PLOTLY) -> str:
@@ -101,7 +102,7 @@ def render(contents: Contents, *, path: Path, plotly: str = PLOTLY) -> str:
     early = (own / "theme.js").read_text(encoding="utf-8")
     parts = "\n".join((own / name).read_text(encoding="utf-8") for name in SCRIPTS)
     script = f'"use strict";\n(() => {{\n{parts}\nstart();\n}})();\n'
-    printed = list(tables.sheets(contents.comparison))
+    printed = list(tables.build_tables(contents.comparison))
     sections = [section for group in contents.groups for section in _sections(group, _own(printed, group, contents))]
     pools = [pool for group in contents.groups for pool in group.pools]
     heads, packed = pack(pools)
@@ -176,7 +177,7 @@ def _without_pools(contents: Contents, pools: Sequence[PoolContents]) -> str:
     return "No run left candidates.jsonl.gz, as an older version wrote them; run them again to see their candidates."
 
 
-def _own(printed: Sequence[tables.Sheet], group: GroupContents, contents: Contents) -> Sequence[tables.Sheet]:
+def _own(printed: Sequence[tables.TextTable], group: GroupContents, contents: Contents) -> Sequence[tables.TextTable]:
     """The group's sheets of those of the comparison: its arms and their differences; none if nothing was compared."""
     if group.compared is None:
         return ()
@@ -184,7 +185,7 @@ def _own(printed: Sequence[tables.Sheet], group: GroupContents, contents: Conten
     return printed[2 * number : 2 * number + 2]
 
 
-def _sections(group: GroupContents, printed: Sequence[tables.Sheet]) -> list[Section]:
+def _sections(group: GroupContents, printed: Sequence[tables.TextTable]) -> list[Section]:
     key = re.sub(r"[^a-z0-9]+", "-", f"{group.task}-{group.model}".lower()).strip("-") or "runs"
     key += f"-{hashlib.sha256(f'{group.task}|{group.model}'.encode()).hexdigest()[:6]}"
     looks = looks_of(list(group.curves))
@@ -194,9 +195,9 @@ def _sections(group: GroupContents, printed: Sequence[tables.Sheet]) -> list[Sec
         key=key,
         title=f"{group.task} · {group.model}",
         sheets=_sheets(group, printed, looks),
-        notes=[*(tables.notes(group.compared) if group.compared else ()), *group.left_out],
+        notes=[*(tables.list_notes(group.compared) if group.compared else ()), *group.left_out],
         plots=plots,
-        readings=[] if group.compared is None else list(readings(group.compared)),
+        readings=[] if group.compared is None else list(list_conclusions(group.compared)),
     )
     rest = [_pool_section(f"{key}-pool{i}", pool, group, looks) for i, pool in enumerate(group.pools)]
     shown = group.diagnoses[:SEVERAL_DIAGNOSES] or (None,)
@@ -245,7 +246,7 @@ def _embedded(plot: Plot) -> dict[str, Any] | None:
     return plot.figure and {"figure": plot.figure, "remarks": [remark for _, remark in plot.choices]}
 
 
-def _sheets(group: GroupContents, printed: Sequence[tables.Sheet], looks: Mapping[str, Look]) -> list[Sheet]:
+def _sheets(group: GroupContents, printed: Sequence[tables.TextTable], looks: Mapping[str, Look]) -> list[Sheet]:
     if group.compared is None:
         return []
     arms, pairs = printed
@@ -256,13 +257,12 @@ def _sheets(group: GroupContents, printed: Sequence[tables.Sheet], looks: Mappin
     ]
 
 
-def _sheet(sheet: tables.Sheet, caption: str, looks: Sequence[str] = ()) -> Sheet:
-    columns = [column for block in sheet.blocks for column in block.items()]
-    rows = zip(sheet.labels, looks or [""] * len(sheet.labels), *(cells for _, cells in columns), strict=True)
+def _sheet(sheet: tables.TextTable, caption: str, looks: Sequence[str] = ()) -> Sheet:
+    rows = zip(sheet.labels, looks or [""] * len(sheet.labels), *(cells for _, cells in sheet.columns), strict=True)
     return Sheet(
         caption=caption,
         header=sheet.header,
-        columns=[" ".join(tables.UNHYPHENATED.get(header, header).split()) for header, _ in columns],
+        columns=[header for header, _ in sheet.columns],
         rows=[
             (label, look, [Cell(text=text.strip(), value=sorted_by(text)) for text in cells])
             for label, look, *cells in rows
