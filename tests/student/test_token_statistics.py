@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,9 +258,26 @@ def test_bfloat16_weights_give_float32_statistics():
     hidden_ND, target_N, head = random_case()
     low = Head(weight_VD=head.weight_VD.bfloat16())
     tokens = compute_token_statistics(hidden_ND.bfloat16(), target_N, low)
-    logits_NV = (hidden_ND.bfloat16() @ low.weight_VD.T).double().numpy()
+    logits_NV = (hidden_ND.bfloat16().double() @ low.weight_VD.T.double()).numpy()  # not rounded to bfloat16
     assert tokens.surprisal_N.dtype == torch.float32
     np.testing.assert_allclose(tokens.surprisal_N, brute_force(logits_NV, target_N)["surprisal_N"], rtol=1e-5)
+
+
+def test_bfloat16_weights_have_the_gradients_of_a_plain_product(monkeypatch):
+    monkeypatch.setattr(lark.student.token_statistics, "CHUNK_BYTES", 3000)  # the weights are cast in blocks
+    hidden_ND, target_N, head = random_case()
+    hidden_ND, weight_VD = hidden_ND.bfloat16().requires_grad_(), head.weight_VD.bfloat16().requires_grad_()
+    bias_V = torch.randn(len(weight_VD))
+
+    def gradients(logits_NV):
+        loss = F.cross_entropy(logits_NV, target_N, reduction="sum")
+        return torch.autograd.grad(loss, (hidden_ND, weight_VD))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = gradients(Head(weight_VD=weight_VD, bias_V=bias_V).logits(hidden_ND))
+    for a, b in zip(ours, gradients(F.linear(hidden_ND.float(), weight_VD.float(), bias_V)), strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
 # --- sums

@@ -16,8 +16,8 @@ FORMULAS = {
     "overlap": 1,  # which problems count as the same
     "tokens": 1,  # rendering, spans and steps (lark.student.chat)
     "verdicts": 1,  # whether an answer is right (lark.answers)
-    "forward": 1,  # hidden states, and how rows share a forward pass
-    "training": 1,  # batches, loss, optimizer, held-out loss
+    "forward": 2,  # hidden states, and how rows share a forward pass
+    "training": 2,  # batches, loss, optimizer, held-out loss
     "samples": 1,  # prompts, noise and decoding
     "metrics": 1,  # what samples and verdicts come to
 }

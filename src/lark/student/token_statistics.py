@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,13 @@ class Head:
     scale: float = 1.0
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """float32 logits [N, V] (the product itself runs in the weights' dtype)."""
-        logits_NV = F.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        """Compute float32 logits [N, V]; weights of half precision are multiplied as such, but no logit is rounded."""
+        hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+        if self.weight_VD.dtype in (torch.bfloat16, torch.float16):
+            logits_NV = _Float32Product.apply(hidden_ND, self.weight_VD)
+            logits_NV = logits_NV if self.bias_V is None else logits_NV + self.bias_V.float()
+        else:
+            logits_NV = F.linear(hidden_ND, self.weight_VD, self.bias_V).float()  # bfloat16 under autocast
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
@@ -52,6 +58,31 @@ class Head:
             return max(1, ACCELERATOR_CHUNK_BYTES // row_bytes)
         in_cache = PIECE_BYTES // row_bytes
         return max(1, min(CHUNK_BYTES // row_bytes, max(in_cache, self.weight_VD.shape[1])))
+
+
+class _Float32Product(torch.autograd.Function):
+    """hidden_ND @ weight_VD.T of two half-precision matrices, accumulated and returned in float32 [N, V].
+
+    A plain product would round the logits to the weights' dtype: in bfloat16 to 3 digits, by which choices change.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        if hidden_ND.device.type == "cuda":
+            return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
+        # Elsewhere no kernel returns float32: cast the weights, a few rows at a time so that no copy is whole.
+        rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[1]))
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            hidden_ND = hidden_ND.float()
+            return torch.cat([F.linear(hidden_ND, block_vD.float()) for block_vD in weight_VD.split(rows)], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden_ND, weight_VD = ctx.saved_tensors
+        gradient_NV = gradients[0].to(weight_VD.dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad
+        return gradient_NV @ weight_VD if needs_hidden else None, gradient_NV.T @ hidden_ND if needs_weight else None
 
 
 @dataclass(frozen=True, kw_only=True)
