@@ -29,10 +29,10 @@ from typing import Any
 
 import torch
 from profiles import forget_peak, peak_bytes
+from throughput import gemm_seconds
 
 from lark.generation.backends import stop_ids
 from lark.generation.transformers_backend import Sample, fitting_batch_size, generate_samples
-from lark.scoring.throughput import gemm_seconds
 from lark.student.student import Student, get_head
 from lark.tasks.arithmetic import generate
 from lark.tasks.problems import prompt_messages, read_problems

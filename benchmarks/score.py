@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from inputs import add_arguments, open_data
 from profiles import operations, part_of, peak_bytes, profiler, shares
+from throughput import gemm_seconds, peak_rate
 
 from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import Probe, ProbeModule, Work, measure
 from lark.scoring.table_cache import read_statistics
-from lark.scoring.throughput import gemm_seconds, peak_rate
 from lark.student.attention import build_prefix_tree
 from lark.student.student import get_head
 from lark.student.tokenized_pool import TokenizedPool

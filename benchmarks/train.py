@@ -45,8 +45,8 @@ from contenders import (
 )
 from inputs import add_arguments, open_data
 from profiles import OTHER, operations, part_of, profiler, shares
+from throughput import gemm_seconds
 
-from lark.scoring.throughput import gemm_seconds
 from lark.selection.selection import Selection
 from lark.student.attention import build_prefix_tree
 from lark.student.batching import draw_step_rows

@@ -25,7 +25,7 @@ from lark.tracking.logging_metrics import selection_metrics, trajectory_rows
 TINY = ["task.limit=24", "task.eval_limit=4", "task.max_new_tokens=16", "sft.steps=3", "evaluation.samples=2"]
 ARMS = ("before", "baseline", "selector")
 SETS = {"eval", "shifted", "mine"}
-BY_TIME = {"scoring/share_of_gemm_limit", "train/share_of_gemm_limit", "train/trained_tokens_per_s"}
+BY_TIME = {"train/trained_tokens_per_s"}
 """Logged where there was time to measure them."""
 
 Runs = dict[str, WandbRun]

@@ -112,7 +112,6 @@ def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PassProgress, "on_predict_batch_end", counted)
         patch.setattr(progress, "LOGGER_SECONDS", -1.0)
-        patch.setattr(progress, "LIMIT_AFTER", -1.0)
         logger = tracker.open(title="statistics-small", group="sweep", job_type="scoring", config={}, folder=folder)
         data.run_pass(Statistics(), cached=False, logger=logger)
         tracker.finish()
@@ -125,7 +124,7 @@ def test_a_pass_in_wandb(make_data, tmp_path: Path) -> None:
     run = read_wandb(path)
     assert (run.name, run.group, run.job_type) == ("statistics-small", "sweep", "scoring")
     assert len(done) > 3 and run.series("scoring/trajectories") == [*done, done[-1]]
-    for name in ("trajectories_per_s", "tokens_per_s", "share_of_gemm_limit"):
+    for name in ("trajectories_per_s", "tokens_per_s"):
         series = run.series(f"scoring/{name}")
         assert len(series) == len(done) + 1 and min(series) > 0
         assert series[-1] == pytest.approx(figures[name])

@@ -8,7 +8,7 @@ from tqdm import tqdm
 LOG_SECONDS = 10.0  # between lines when the output is a file
 
 
-def bar(label: str, total: float, unit: str, *, initial: int = 0, layout: str | None = None) -> tqdm:
+def bar(label: str, total: float, unit: str, *, initial: int = 0) -> tqdm:
     """A progress line on stderr that vanishes at its end; in a log file, nothing for 10 s, then a line every 10 s."""
     terminal = sys.stderr.isatty()
     return tqdm(
@@ -23,5 +23,4 @@ def bar(label: str, total: float, unit: str, *, initial: int = 0, layout: str | 
         mininterval=0.2 if terminal else LOG_SECONDS,
         miniters=1,
         dynamic_ncols=terminal,
-        bar_format=layout,
     )

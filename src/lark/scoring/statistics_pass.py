@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lark.common.cache import write_json
 from lark.common.errors import LarkError
 from lark.scoring.passes import HeadGradients, Pass
-from lark.scoring.progress import figures_of
+from lark.scoring.progress import total_progress
 from lark.scoring.table_cache import merge, remove_shards, rows_done, write_shard
 from lark.student.attention import enable_prefix_sharing
 from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_padded, plan_prefix_units
@@ -250,7 +250,6 @@ class PassModule(LightningModule):
         return rows, _moved(content, device)
 
     def predict_step(self, batch: tuple[np.ndarray, Any], batch_idx: int) -> int:
-        """Returns the tokens of the batch that went through the student."""
         start = time.monotonic()
         # The student's own dtype decides, and is what the cache is keyed by; the Trainer's precision is for training.
         with torch.autocast(self.device.type, enabled=False):
@@ -263,7 +262,7 @@ class PassModule(LightningModule):
             self.buffer.append({"backward_tokens": 0, "computed_tokens": computed, "seconds": seconds} | row)
         if len(self.buffer) >= self.work.probe.shard_rows:
             self._write()
-        return sum(row.get("forward_tokens", 0) for row in measured)
+        return len(measured)  # Lightning warns of a step that returns nothing
 
     def _within_memory(self, rows: np.ndarray, batch: Any = None) -> list[dict[str, Any]]:
         """`measure`; where memory runs out, again with half as many tokens at a time, as all units from then on."""
@@ -382,7 +381,7 @@ def measure(
     resumed = len(np.unique(rows_done(module.folder)))
     trainer.predict(module, return_predictions=False)
     trainer.strategy.barrier("probe-written")
-    throughput = figures_of(trainer)
+    throughput = total_progress(trainer)
     if trainer.is_global_zero:
         cost = merge(module.folder, module.work.rows)
         cost = {name: value + (before or {}).get(name, 0) for name, value in cost.items()}

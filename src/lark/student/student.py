@@ -309,14 +309,6 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
     return list(max((m for m in decoder.children() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]))
 
 
-def count_decoder_weights(model: Any) -> int:
-    """Count the weights a token is multiplied by in the decoder: its matrices but for embeddings and adapters."""
-    decoder = model.get_decoder()
-    embedding = {id(p) for m in decoder.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    matrices = (p for name, p in decoder.named_parameters() if p.ndim >= 2 and "lora_" not in name)
-    return sum(p.numel() for p in matrices if id(p) not in embedding)
-
-
 def get_head(model: Any) -> Head:
     """The LM head with what the architecture does to its logits (`load_model` checks that this is all it does)."""
     base = get_base_model(model)

@@ -26,7 +26,7 @@ _CHOICES = {"prompts": "prompts", "statistics": "compiled", "out of memory": "ou
 """What a pass chooses by itself (`ProbeModule.choices`) in words, and the value's name."""
 _TRAINING = (
     *("micro_batch_tokens", "steps", "halvings", "row_tokens", "computed_tokens", "trained_tokens"),
-    *("trained_tokens_per_s", "share_of_gemm_limit", "step_seconds", "memory_gb"),
+    *("trained_tokens_per_s", "step_seconds", "memory_gb"),
 )
 
 

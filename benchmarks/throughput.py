@@ -5,12 +5,10 @@ Measured with the student's own weights, each distinct shape once. A pass cannot
 
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lark.common.groups import Groups
 from lark.student.token_statistics import Head
 
 LEAST_COVERED = 0.9  # of the decoder's parameters outside embeddings; below, its products are not all known
@@ -48,25 +46,10 @@ def gemm_seconds(
     return of_decoder, _seconds_a_row(head.weight_VD, tokens, seconds / 2)
 
 
-def of_the_limit(share: float) -> str:
-    """A pass's share of its GEMM limit, in words."""
-    if share > 1:
-        return "more than 100% of the GEMM limit (other work slowed its measurement down)"
-    return f"{share:.0%} of the GEMM limit"
-
-
 def peak_rate(dtype: torch.dtype, device: torch.device, size: int = 4096, seconds: float = 1.0) -> float:
     """FLOP/s of the product of two square matrices; where that takes longer than `seconds`, with fewer rows."""
     weight = torch.randn(size, size, device=device).to(dtype)
     return 2 * size * size / _seconds_a_row(weight, size, seconds)
-
-
-def distinct_tokens(problem_id: np.ndarray, lengths: np.ndarray, spans: np.ndarray) -> np.ndarray:
-    """Tokens of each row where the candidates of a problem share their prompt: its span and an equal part of the
-    prompt, float64 [N]. problem_id, lengths, spans: [N], `spans` being the tokens after the prompt.
-    """
-    groups = Groups.from_ids(problem_id)
-    return spans + (lengths - spans) / groups.spread(groups.size)
 
 
 def _plain(weight: Tensor) -> bool:
