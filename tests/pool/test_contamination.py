@@ -118,27 +118,25 @@ def open_pool(tmp_path, make_student):
         tmp_path / "b.jsonl", [{"id": 7, "messages": chat, "answer": 1}, {"id": 8, "problem": asked[0], "answer": 1}]
     )
 
-    def make(rows=rows, said=None, **settings):
+    def make(rows=rows, **settings):
         path = write_pool(tmp_path / "pool.jsonl", rows)
         sets = {name: str(tmp_path / f"{name}.jsonl") for name in "ab"}
         fixed: dict = {"name": "sums", "pool": str(path), "eval": sets, "checker": "number", "max_length": 256}
         task = Task(**fixed | settings)
-        say = (lambda text: None) if said is None else said.append
-        return TokenizedPool(task, make_student().load_chat(), cache=tmp_path / "cache", say=say)
+        return TokenizedPool(task, make_student().load_chat(), cache=tmp_path / "cache")
 
     return make
 
 
-def test_a_pool_reports_what_evaluation_sets_ask_too(open_pool):
-    said: list[str] = []
-    pool = open_pool(said=said)
+def test_a_pool_reports_what_evaluation_sets_ask_too(open_pool, caplog):
+    pool = open_pool()
+    pool.announce()
     assert {name: (found["in_pool"], found["problems"]) for name, found in pool.overlaps.items()} == {
         "a": (1, 2),
         "b": (2, 2),
     }
     assert pool.overlaps["a"]["share"] == 0.5 and pool.overlaps["b"]["examples"] == ["7", "8"]
-    text = "\n".join(said)
-    assert "in the pool: 1 of 2 a, 2 of 2 b" in text and "1 (a/0), 2 (b/7); task.overlap=drop leaves them out" in text
+    assert "1 (a/0), 2 (b/7); task.overlap=drop" in caplog.text
     assert len(pool.rows) == 32 and "in an evaluation set" not in pool.dropped
     assert open_pool(eval_limit=1).overlaps["b"]["in_pool"] == 1, "what is not evaluated does not count"
 
@@ -160,13 +158,13 @@ def test_problems_of_evaluation_sets_leave_the_pool(open_pool):
         open_pool(only, overlap="drop", held_out=0)
 
 
-def test_one_question_under_two_ids_is_reported(open_pool):
+def test_one_question_under_two_ids_is_reported(open_pool, caplog):
     rows = rows_of_a_pool()
     for row in rows[:4]:
         row["messages"][0]["content"] = rows[12]["messages"][0]["content"].lower()
-    said: list[str] = []
-    assert open_pool(rows, said).repeated == [["0", "3"]]
-    assert "1 problems of the pool are asked under another id too (first: 0, 3)" in "\n".join(said)
+    pool = open_pool(rows)
+    pool.announce()
+    assert pool.repeated == [["0", "3"]] and "(first: 0, 3)" in caplog.text
     assert open_pool().repeated == []
 
 
@@ -174,5 +172,5 @@ def test_the_comparison_is_kept(open_pool, tmp_path, monkeypatch):
     first = open_pool()
     monkeypatch.setattr("lark.student.tokenized_pool.find_overlap", None)
     assert open_pool().overlaps == first.overlaps
-    (path,) = tmp_path.glob("cache/overlap/*.json")
-    assert json.loads(path.read_text())["pool"] == {"1": "a/0", "2": "b/7"}
+    (path,) = tmp_path.glob("cache/overlap/*/manifest.json")
+    assert json.loads(path.read_text())["in_sets"] == {"1": "a/0", "2": "b/7"}

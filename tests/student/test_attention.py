@@ -114,7 +114,7 @@ def test_padded_rows_without_a_tree_see_no_padding():
     [
         ("lfm2", "sdpa", "does not mix tokens by attention alone"),
         ("qwen2_moe", "sdpa", "not told of its window of 16 tokens"),
-        ("llama", "eager", "model.attention=eager needs a mask"),
+        ("llama", "eager", "model.attention=eager"),
     ],
 )
 def test_a_student_that_cannot_share_is_left_as_it_was(architecture, attention, reason):

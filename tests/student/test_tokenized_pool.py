@@ -21,7 +21,7 @@ def open_pool(tmp_path, make_student):
         path = write_pool(tmp_path / "pool.jsonl", rows_of_a_pool() if rows is None else rows)
         fixed = {"name": "sums", "pool": str(path), "checker": "number", "held_out": 0.25, "max_length": 256}
         chat = (student or make_student()).load_chat()
-        return TokenizedPool(Task(**fixed | settings), chat, cache=tmp_path / "cache", say=lambda text: None)
+        return TokenizedPool(Task(**fixed | settings), chat, cache=tmp_path / "cache")
 
     return make
 

@@ -22,8 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PADDING = 0.15  # of a group's attention at most; more groups mean more and smaller calls
 GROUP_TOKENS = 32768  # of a group at most: what is gathered at a time, however much longer sequences are than the tree
-CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3")
-"""Attention implementations that are causal when they get no mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTree:
-    """How the nodes of one row of tokens, ancestors first, are on the paths of sequences."""
+    """The nodes of one row of tokens, ancestors first, on the paths of sequences."""
 
     groups: tuple[Group, ...]
 
@@ -50,7 +48,9 @@ class PrefixTree:
 
 
 def build_prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, PrefixTree, list[np.ndarray]]:
-    """Token ids and positions (depths) of the nodes [X], their tree, and the nodes of each sequence's tokens."""
+    """Build the tree of sequences: token ids and positions (depths) of its nodes [X], the tree, and the nodes of each
+    sequence's tokens.
+    """
     paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(sequences)
     ids, depths, nodes = [], [], 0
     previous, path = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -66,11 +66,11 @@ def build_prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tenso
         nodes += len(own) - shared
         paths[i], previous = path, own
     ids_X, depths_X = torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(depths))
-    return ids_X, depths_X, PrefixTree(groups=tuple(_groups(paths, nodes))), paths
+    return ids_X, depths_X, PrefixTree(groups=tuple(_build_groups(paths, nodes))), paths
 
 
 def plan_group_sizes(lengths: np.ndarray) -> list[int]:
-    """How many sequences of `lengths` [R], the longest first, each group takes."""
+    """Plan how many sequences of `lengths` [R] (tokens), the longest first, each group takes."""
     sizes, start, ordered = [], 0, -np.sort(-lengths)
     for stop in range(1, len(ordered) + 1):
         padded = (stop + 1 - start) * ordered[start]
@@ -81,7 +81,7 @@ def plan_group_sizes(lengths: np.ndarray) -> list[int]:
     return sizes
 
 
-def _groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
+def _build_groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
     lengths = np.array([len(path) for path in paths])
     order = np.argsort(-lengths, kind="stable")
     seen = np.zeros(nodes, bool)
@@ -107,60 +107,62 @@ def _groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
 
 
 def enable_prefix_sharing(model: Any, implementation: str) -> str | None:
-    """Make the student's attention understand prefix trees: from here on `compute_hidden_states` takes them, and sequences
-    without one are right-padded rows. Returns None, or why this student cannot (it is then left as it was).
+    """Make the student's attention understand prefix trees: from here on `compute_hidden_states` takes them, and
+    sequences without one are right-padded rows. Returns None, or why this student cannot (it is left as it was).
 
     Whether it can is tried: an attention of another kind, or a layer that mixes tokens without attention, gives other
     hidden states. (Layers with a convolution are refused without trying.)
     """
-    decoder = model.get_decoder()
-    if implementation not in CAUSAL_WITHOUT_MASK:
-        return f"model.attention={implementation} needs a mask"
-    if implementation != "sdpa" and next(model.parameters()).device.type == "cpu":
-        return f"model.attention={implementation} cannot be tried on a CPU"
-    if any(isinstance(module, torch.nn.Conv1d) for module in decoder.modules()):
+    if implementation != "sdpa":
+        return f"model.attention={implementation} takes whole rows"
+    if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
         return f"{type(model).__name__} does not mix tokens by attention alone"
-    name, windows = f"prefix_tree_{implementation}", set[int]()
-    inner = partial(_windowed if implementation == "sdpa" else _told, ALL_ATTENTION_FUNCTIONS[implementation])
-    AttentionInterface.register(name, partial(_attention, inner, windows))
-    sample = [[3, 1, 4, 1, 5], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 2, 6, 9]]
-    device = next(model.parameters()).device
-    ids_X, depths_X, tree, paths = build_prefix_tree(sample)
-    padded_RL = torch.zeros(len(sample), max(map(len, sample)), dtype=torch.int64)
-    for row, ids in enumerate(sample):
-        padded_RL[row, : len(ids)] = torch.tensor(ids)
+    windows = set[int]()
+    inner = partial(_attend_in_window, ALL_ATTENTION_FUNCTIONS[implementation])
+    AttentionInterface.register("prefix_tree_sdpa", partial(_attend_tree, inner, windows))
     with torch.inference_mode():
-        apart = [
-            decoder(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0]
-            for ids in sample
-        ]
-        padded = decoder(input_ids=padded_RL.to(device), use_cache=False).last_hidden_state
-        model.set_attn_implementation(name)
-        try:
-            nodes_XD = decoder(
-                input_ids=ids_X[None].to(device),
-                position_ids=depths_X[None].to(device),
-                use_cache=False,
-                prefix_tree=tree.to(device),
-            ).last_hidden_state[0]
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(model).__name__}: {error}"
-        else:
-            # another cut of the same sequences shows what rounding does
-            rounding = max((one[: len(ids)] - a).abs().max() for one, a, ids in zip(padded, apart, sample, strict=True))
-            found = [nodes_XD[torch.from_numpy(path).to(device)] for path in paths]
-            difference = max((one - a).abs().max() for one, a in zip(found, apart, strict=True))
-            largest = max(a.abs().max() for a in apart)
-            same = difference <= min(4 * rounding + 1e-5 * largest, 0.02 * largest)
-            reason = None if same else f"its hidden states would differ by {difference:.2g}"
-            reason = reason or _hidden_window(model.config.get_text_config(), windows)
-        if reason is not None:
-            model.set_attn_implementation(implementation)
+        rows, padded = _compute_trial_rows(model)
+        model.set_attn_implementation("prefix_tree_sdpa")
+        reason = _try_tree(model, rows, padded) or _find_hidden_window(model.config.get_text_config(), windows)
+    if reason is not None:
+        model.set_attn_implementation(implementation)
     return reason
 
 
-def _hidden_window(config: Any, told: set[int]) -> str | None:
-    """Why attention would not look back a window only, where the mask alone says so, which is not made here."""
+_TRIAL = [[3, 1, 4, 1, 5], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 2, 6, 9]]
+
+
+def _compute_trial_rows(model: Any) -> tuple[list[Tensor], Tensor]:
+    """Compute the trial's hidden states as always: of each row alone, and of all right-padded [R, L, D]."""
+    decoder, device = model.get_decoder(), next(model.parameters()).device
+    padded_RL = torch.zeros(len(_TRIAL), max(map(len, _TRIAL)), dtype=torch.int64)
+    for row, ids in enumerate(_TRIAL):
+        padded_RL[row, : len(ids)] = torch.tensor(ids)
+    rows = [decoder(input_ids=torch.tensor([ids], device=device), use_cache=False) for ids in _TRIAL]
+    padded = decoder(input_ids=padded_RL.to(device), use_cache=False)
+    return [row.last_hidden_state[0] for row in rows], padded.last_hidden_state
+
+
+def _try_tree(model: Any, rows: list[Tensor], padded_RLD: Tensor) -> str | None:
+    """Say why the trial's hidden states as a tree are not those of its `rows`, if so."""
+    device = rows[0].device
+    ids_X, depths_X, tree, paths = build_prefix_tree(_TRIAL)
+    where = {"input_ids": ids_X[None].to(device), "position_ids": depths_X[None].to(device)}
+    try:
+        output = model.get_decoder()(**where, use_cache=False, prefix_tree=tree.to(device))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(model).__name__}: {error}"
+    nodes = [output.last_hidden_state[0][torch.from_numpy(path).to(device)] for path in paths]
+    # another cut of the same sequences shows what rounding does
+    rounding = max((a - one[: len(a)]).abs().max() for a, one in zip(rows, padded_RLD, strict=True))
+    difference = max((a - one).abs().max() for a, one in zip(rows, nodes, strict=True))
+    largest = max(a.abs().max() for a in rows)
+    same = difference <= min(4 * rounding + 1e-5 * largest, 0.02 * largest)
+    return None if same else f"its hidden states would differ by {difference:.2g}"
+
+
+def _find_hidden_window(config: Any, told: set[int]) -> str | None:
+    """Say why attention would not look back a window only, where the mask alone says so, which is not made here."""
     types = getattr(config, "layer_types", None)
     if types is not None and not any(kind.startswith(("sliding", "chunked")) for kind in types):
         return None
@@ -169,7 +171,7 @@ def _hidden_window(config: Any, told: set[int]) -> str | None:
     return f"its attention is not told of its window of {hidden[0]} tokens" if hidden else None
 
 
-def _attention(
+def _attend_tree(
     inner: Callable[..., Tensor],
     windows: set[int],
     module: torch.nn.Module,
@@ -181,13 +183,12 @@ def _attention(
     prefix_tree: PrefixTree | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query [1, H, X, E], key and value [1, G, X, E] -> [1, X, H, E].
+    """Attend as transformers asks: query [1, H, X, E], key and value [1, G, X, E] -> [1, X, H, E].
 
     Without a tree: rows [R, H, L, E] -> [R, L, H, E], as always. `windows` learns which ones it is told of.
     """
     if (window := keywords.get("sliding_window")) is not None:
         windows.add(window)
-    keywords.pop("position_ids", None)  # flash attention would take positions that restart for packed documents
     if prefix_tree is None:
         return inner(module, query, key, value, **keywords), None
     result_XHE: Tensor | None = None
@@ -201,20 +202,15 @@ def _attention(
 
 
 def _gather(x: Tensor, node_RL: Tensor) -> Tensor:
-    """[1, H, X, E] -> [R, H, L, E]"""
+    """Gather a group's rows: [1, H, X, E] -> [R, H, L, E]."""
     x_XD = x[0].transpose(0, 1).flatten(1)  # one piece of memory a node
     return x_XD.index_select(0, node_RL.view(-1)).view(*node_RL.shape, x.shape[1], -1).transpose(1, 2)
 
 
-def _told(attend: Callable[..., Any], module: torch.nn.Module, *query_key_value: Tensor, **keywords: Any) -> Tensor:
-    """Causal attention by an implementation that takes `sliding_window` itself."""
-    return attend(module, *query_key_value, None, **keywords)[0]
-
-
-def _windowed(
+def _attend_in_window(
     attend: Callable[..., Any], module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **keywords: Any
 ) -> Tensor:
-    """Causal attention by sdpa. In a layer that looks back `sliding_window` tokens only, as many queries at a time, so
+    """Attend causally by sdpa. In a layer that looks back `sliding_window` tokens only, as many queries at a time, so
     that a mask has at most window x (2 window) places, however long the row.
     """
     window, length = keywords.get("sliding_window"), query.shape[2]

@@ -1,4 +1,4 @@
-"""From rows to batches: the step sampler, micro-batches, collate. A pure function of (rows, seed, step).
+"""Rows to batches: the step sampler, plans of micro-batches, collate. A pure function of (rows, seed, step).
 
 Shapes: R rows of a padded micro-batch (or 1 packed row), L its length, N trained tokens.
 """
@@ -20,7 +20,7 @@ LEAST_SAVING = 0.05  # of the computed tokens, for which a prefix tree's gatheri
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows laid out for one forward pass, and which of their tokens count.
+    """Rows laid out for one forward pass, and the tokens that count.
 
     `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed), or one packed row of the
     nodes of a `tree` with their `position_ids_RL`. `predict_N` indexes the flattened [R * L] hidden states that predict
@@ -40,10 +40,11 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens computed, padding included; those that rows share once."""
+        """Count the tokens computed, padding included; those that rows share once."""
         return self.input_ids_RL.numel()
 
     def to(self, device: torch.device) -> "MicroBatch":
+        """Copy to `device`."""
         moved = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v.to(device)
             for k, v in vars(self).items()
@@ -54,26 +55,12 @@ class MicroBatch:
 
 def collate(encoded: Sequence[TokenizedTrajectory], rows: Sequence[int]) -> MicroBatch:
     """Lay out `encoded`, whose ids are `rows`, as right-padded rows."""
-    lengths = [len(row.input_ids) for row in encoded]
-    input_ids_RL = torch.zeros(len(encoded), max(lengths), dtype=torch.int64)
-    predict, row_of, position = [], [], []
-    for i, (row, length) in enumerate(zip(encoded, lengths, strict=True)):
-        input_ids_RL[i, :length] = torch.tensor(row.input_ids)
-        first = max(row.prompt_tokens, 1)  # nothing predicts the very first token
-        predict.append(i * max(lengths) + torch.arange(first - 1, length - 1))
-        row_of.append(torch.full((length - first,), i))
-        position.append(torch.arange(first - row.prompt_tokens, length - row.prompt_tokens))
-    predict_N = torch.cat(predict)
-    return MicroBatch(
-        input_ids_RL=input_ids_RL,
-        position_ids_RL=None,
-        predict_N=predict_N,
-        target_N=input_ids_RL.view(-1)[predict_N + 1],
-        observed_N=predict_N + 1,
-        row_N=torch.cat(row_of),
-        position_N=torch.cat(position),
-        rows=tuple(rows),
-    )
+    width = max(len(row.input_ids) for row in encoded)
+    input_ids_RL = torch.zeros(len(encoded), width, dtype=torch.int64)
+    for i, row in enumerate(encoded):
+        input_ids_RL[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
+    paths = [i * width + np.arange(len(row.input_ids)) for i, row in enumerate(encoded)]
+    return _lay_out(encoded, rows, paths, input_ids_RL)
 
 
 def collate_prefix_tree(encoded: Sequence[TokenizedTrajectory], rows: Sequence[int]) -> MicroBatch:
@@ -81,26 +68,40 @@ def collate_prefix_tree(encoded: Sequence[TokenizedTrajectory], rows: Sequence[i
     ids_X, depths_X, tree, paths = build_prefix_tree([row.input_ids for row in encoded])
     if len(ids_X) > (1 - LEAST_SAVING) * len(encoded) * max(len(path) for path in paths):
         return collate(encoded, rows)
-    firsts = [max(row.prompt_tokens, 1) for row in encoded]
-    observed_N = torch.from_numpy(np.concatenate([path[first:] for path, first in zip(paths, firsts, strict=True)]))
-    predict = [path[first - 1 : -1] for path, first in zip(paths, firsts, strict=True)]
-    spans = [torch.arange(first, len(row.input_ids)) for row, first in zip(encoded, firsts, strict=True)]
+    return _lay_out(encoded, rows, paths, ids_X[None], depths_X[None], tree)
+
+
+def _lay_out(
+    encoded: Sequence[TokenizedTrajectory],
+    rows: Sequence[int],
+    paths: Sequence[np.ndarray],
+    input_ids_RL: Tensor,
+    position_ids_RL: Tensor | None = None,
+    tree: PrefixTree | None = None,
+) -> MicroBatch:
+    """Find the scored tokens of rows whose tokens stand at `paths` of the flattened ids."""
+    firsts = [max(row.prompt_tokens, 1) for row in encoded]  # nothing predicts the very first token
+    observed = [path[first:] for path, first in zip(paths, firsts, strict=True)]
+    observed_N = torch.from_numpy(np.concatenate(observed))
+    positions = [
+        np.arange(first, len(row.input_ids)) - row.prompt_tokens for row, first in zip(encoded, firsts, strict=True)
+    ]
     return MicroBatch(
-        input_ids_RL=ids_X[None],
-        position_ids_RL=depths_X[None],
-        predict_N=torch.from_numpy(np.concatenate(predict)),
-        target_N=ids_X[observed_N],
+        input_ids_RL=input_ids_RL,
+        position_ids_RL=position_ids_RL,
+        predict_N=torch.from_numpy(np.concatenate([p[first - 1 : -1] for p, first in zip(paths, firsts, strict=True)])),
+        target_N=input_ids_RL.view(-1)[observed_N],
         observed_N=observed_N,
-        row_N=torch.repeat_interleave(torch.arange(len(encoded)), torch.tensor([len(span) for span in spans])),
-        position_N=torch.cat([span - row.prompt_tokens for span, row in zip(spans, encoded, strict=True)]),
+        row_N=torch.from_numpy(np.repeat(np.arange(len(encoded)), [len(span) for span in observed])),
+        position_N=torch.from_numpy(np.concatenate(positions)),
         rows=tuple(rows),
         tree=tree,
     )
 
 
 def draw_step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """Row numbers of optimizer step `step`'s global batch: consecutive cuts of one permutation per epoch, seeded by
-    `seed`.
+    """Draw the row numbers of optimizer step `step`'s global batch: consecutive parts of one permutation an epoch,
+    seeded by `seed`.
     """
     if not batch_size >= 1:
         raise LarkError(f"sft.batch_size={batch_size} trains nothing; set it to at least 1 trajectory")
@@ -115,7 +116,7 @@ def draw_step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.nd
 
 
 def take_rank_rows(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: int) -> np.ndarray:
-    """This rank's part of a global batch: every world-th row by length, so that ranks get equal work and widths."""
+    """Take this rank's part of a global batch: every world-th row by length, so that ranks get equal work and widths."""
     return batch[np.argsort(-lengths[batch], kind="stable")][rank::world]
 
 
@@ -153,21 +154,21 @@ def plan_packed(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
 
 
 def plan_consecutive(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
-    """Cut rows, in their order, into micro-batches of at most `budget` tokens (a longer row goes alone)."""
-    cuts, start, tokens = [], 0, 0
+    """Plan micro-batches of rows in their order, each of at most `budget` tokens (a longer row goes alone)."""
+    parts, start, tokens = [], 0, 0
     for i, length in enumerate(lengths.tolist()):
         if i > start and tokens + length > budget:
-            cuts.append(np.arange(start, i))
+            parts.append(np.arange(start, i))
             start, tokens = i, 0
         tokens += length
-    return [*cuts, np.arange(start, len(lengths))] if len(lengths) else []
+    return [*parts, np.arange(start, len(lengths))] if len(lengths) else []
 
 
 def plan_prefix_units(
     problem_id: np.ndarray, lengths: np.ndarray, spans: np.ndarray, *, budget: int
 ) -> list[np.ndarray]:
-    """Cut rows into units of at most `budget` tokens, a prompt counted once for the rows of its problem (a longer row
-    goes alone). Problems stay together where they fit, those of similar length next to each other, the longest first.
+    """Plan units of at most `budget` tokens, a prompt counted once for the rows of its problem (a longer row goes
+    alone). Problems stay together where they fit, those of similar length next to each other, the longest first.
 
     problem_id, lengths, spans: [N], `spans` being the tokens after the prompt. Returns indices into them.
     """
@@ -194,7 +195,7 @@ def plan_prefix_units(
 def compute_loss_coefficients(
     row_tokens: np.ndarray, weights: np.ndarray, *, average: str, total_rows: int, total_weighted_tokens: float
 ) -> np.ndarray:
-    """What each row's summed surprisal is multiplied by so that the products add up to the step's loss, [R].
+    """Compute what each row's summed surprisal is multiplied by so that the products add up to the step's loss, [R].
 
     average="trajectory": w_i / (|G| T_i), the weighted mean over trajectories of the mean over their tokens.
     average="token": w_i / sum over G of w_j T_j, the weighted mean over tokens.
@@ -208,7 +209,7 @@ def compute_loss_coefficients(
 
 
 def compute_problem_mean_coefficients(problem_id: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Coefficients [R] that average a row's value over its problem's masked rows, then over problems."""
+    """Compute coefficients [R] that average a row's value over its problem's masked rows, then over problems."""
     _, problem, rows = np.unique(problem_id[mask].astype(str), return_inverse=True, return_counts=True)
     result = np.zeros(len(problem_id))
     result[mask] = 1 / (rows[problem] * len(rows))

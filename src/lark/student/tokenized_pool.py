@@ -1,7 +1,7 @@
 """The pool as the student sees it: rows, tokens, verdicts, which of them are held out, which fit.
 
-Everything is memory-mapped Arrow but for a few numbers a row: the arrays of `TokenizedPool` take 50 bytes a row, and the
-ids some 60 bytes for each distinct one. Rules, batches and the held-out split address rows by these at random.
+Everything is memory-mapped Arrow but for a few numbers a row: the arrays of `TokenizedPool` take 50 bytes a row, and
+the ids some 60 bytes for each distinct one. Rules, batches and the held-out split address rows by these at random.
 """
 
 import json
@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lark.answers.checker import Answer, Checker
-from lark.common.cache import file_hash, identity_hash, read_json, write_json
+from lark.common.cache import build_once, file_hash, identity_hash
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
+from lark.common.log import announce, logger
 from lark.common.parts import Compute, in_parts
 from lark.common.versions import CHECKING_LIBRARIES, formula_versions
 from lark.pool.contamination import find_overlap, repeated_problems
@@ -27,7 +28,7 @@ from lark.pool.pool import arrow_column, extra_column, held_out, read_pool, text
 from lark.pool.rows import find_files
 from lark.student.chat import Chat, TokenizedTrajectory, truncate_trajectory
 from lark.tasks.problems import read_problems
-from lark.tasks.task import Say, Task
+from lark.tasks.task import Task
 
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2**19  # tokenised at once: as Python lists a token takes some 100 bytes
 
@@ -37,36 +38,35 @@ class TokenizedPool:
 
     Arrays over the pool's rows: problem_id, candidate_id, length (tokens of the whole row), span_tokens (T, the
     trained ones), correct (1, 0 or NaN), is_held_out, fits (not overlong, not empty, not left out as an evaluation
-    problem's). `dropped` counts rows by reason, `truncated` those cut to task.max_length, `verdicts` the `correct`
-    filled in and the checks that timed out. `overlaps` tells of each evaluation set how many of its problems the pool
-    has too, `repeated` lists the ids of problems that the pool asks under several ids.
+    problem's). `scored` are the rows that rules may choose from. `dropped` counts rows by reason, `truncated` those cut
+    to task.max_length, `verdicts` the `correct` filled in and the checks that timed out. `overlaps` tells of each
+    evaluation set how many of its problems the pool has too, `in_sets` which of the pool's problems (id -> set/id),
+    `repeated` lists the ids of problems that the pool asks under several ids.
     Raises LarkError when no candidate is left to choose from, and for task.overlap=error where problems overlap.
     """
 
-    def __init__(self, task: Task, chat: Chat, *, cache: Path, say: Say = print):
+    def __init__(self, task: Task, chat: Chat, *, cache: Path):
         self.task, self.chat, self.cache = task, chat, cache
-        source, self.evaluation_files = task.sources(cache, say)
+        source, self.evaluation_files = task.sources(cache, logger.info)
         pool = read_pool(source, cache=cache, on_error=task.on_error, limit=task.limit)  # type: ignore[arg-type]
         self.rows, self.fingerprint = pool.rows, pool.fingerprint
         self.problem_id = text_column(self.rows, "problem_id")
         self.candidate_id = text_column(self.rows, "candidate_id")
-        self.overlaps, self.repeated, in_sets = self._compared()
-        self.correct, self.verdicts = self._verdicts()
-        self.tokens = self._tokenised()
+        self.overlaps, self.in_sets, self.repeated = self._compare_with_sets()
+        self.correct, self.verdicts = self._fill_verdicts()
+        self.tokens = self._tokenise_pool()
         self.length = self._number("length")
         self.span_tokens = self.length - np.maximum(self._number("prompt_tokens"), 1)
         self.truncated = int((self.length < self._number("full_length")).sum())
         self.fits = (self.length <= task.max_length) & (self.span_tokens > 0)
         self.is_held_out = held_out(self.problem_id, task.held_out)
         self.dropped = {**Counter(task.dropped(cache)) + Counter(pool.dropped), "overlong": int((~self.fits).sum())}
-        if task.overlap == "drop" and in_sets:
-            leave = np.fromiter((problem in in_sets for problem in self.problem_id), bool, len(self.problem_id))
+        self.left_out = sorted(self.in_sets) if task.overlap == "drop" else []
+        if self.left_out:
+            leave = np.array([problem in self.in_sets for problem in self.problem_id])
             self.dropped["in an evaluation set"] = int((leave & self.fits).sum())
             self.fits &= ~leave
-        self.left_out = sorted(in_sets) if task.overlap == "drop" else []
         self.scored = np.flatnonzero(self.fits & ~self.is_held_out)
-        self._describe(say)
-        self._describe_overlap(say, in_sets)
         if len(self.scored) == 0:
             raise LarkError(
                 f"task.pool={source}: no candidate is left to choose from ({len(self.rows)} rows, "
@@ -75,38 +75,61 @@ class TokenizedPool:
                 + f"{int(self.is_held_out.sum())} held out); raise task.max_length or lower task.held_out"
             )
 
-    def _describe(self, say: Say) -> None:
-        candidates = Counter(self.problem_id)
+    def announce(self) -> None:
+        """Log what the pool holds, one row as it is trained, and problems that stand in two places."""
+        sizes = Counter(self.problem_id)
         held = len(set(self.problem_id[self.is_held_out]))
-        dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items() if n) or "none"
-        single = sum(count == 1 for count in candidates.values())
-        say(
-            f"pool        {len(self.rows):,} trajectories of {len(candidates):,} problems ({held:,} held out), "
-            f"{int(self.length.sum()):,} tokens, longest {int(self.length.max()):,}; dropped: {dropped}"
-            + (f"; {int((self.correct == 0).sum()):,} known to be wrong" if (self.correct == 0).any() else "")
-            + (f"; {self.truncated:,} cut to task.max_length" if self.truncated else "")
-            + (f"; {self.verdicts['filled']:,} verdicts filled in by the checker" if self.verdicts["filled"] else "")
-            + (f" ({self.verdicts['timed_out']:,} timed out)" if self.verdicts["timed_out"] else "")
-            + (f"; {single:,} problems with one candidate" if single else "")
+        shared = {name: found["in_pool"] for name, found in self.overlaps.items() if found["in_pool"]}
+        overlap = "problems of eval sets: " + ", ".join(f"{n:,} of {name}" for name, n in shared.items())
+        counts = (
+            (int((self.correct == 0).sum()), "known wrong"),
+            (self.truncated, "cut to task.max_length"),
+            (self.verdicts["filled"], "verdicts filled in"),
+            (self.verdicts["timed_out"], "checks timed out"),
+            (sum(size == 1 for size in sizes.values()), "problems with one candidate"),
         )
-        if len(self.scored):
-            sample = self.chat.preview(self.read_tokens(self.scored[:1])[0], limit=24)
-            say("sample      " + sample.replace("\n", "⏎") + "   («trained tokens»)")
+        parts = [
+            f"{len(self.rows):,} trajectories of {len(sizes):,} problems ({held:,} held out)",
+            ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items() if n) + " dropped"
+            if any(self.dropped.values())
+            else "none dropped",
+            *(f"{count:,} {what}" for count, what in counts if count),
+            *([overlap if shared else "no overlap with eval sets"] if self.overlaps else []),
+        ]
+        announce("pool", "; ".join(parts))
+        logger.info("pool       %s tokens, longest %s", f"{int(self.length.sum()):,}", f"{int(self.length.max()):,}")
+        example = self.chat.preview(self.read_tokens(self.scored[:1])[0], limit=24).replace("\n", "⏎")
+        announce("example", f"{example}   («» is trained)")
+        if self.in_sets and not self.left_out:
+            logger.warning("%s; task.overlap=drop leaves them out", self._describe_overlap())
+        if self.repeated:
+            logger.warning(
+                "%d problems of the pool are asked under another id too (first: %s); give each question one id: rules "
+                "choose within a problem, and held-out problems should not be asked in training",
+                sum(map(len, self.repeated)) - len(self.repeated),
+                ", ".join(self.repeated[0][:3]),
+            )
+
+    def _describe_overlap(self) -> str:
+        shown = ", ".join(f"{problem} ({place})" for problem, place in list(self.in_sets.items())[:3])
+        more = " ..." if len(self.in_sets) > 3 else ""
+        return f"{len(self.in_sets):,} problems of the pool are in evaluation sets: {shown}{more}"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a pass over these rows depends on, besides the student and, if it asks for steps, the step splitter."""
-        task = self.task
+        """Settings that a pass over these rows depends on, besides the student and, for steps, the step splitter."""
         return {
             "pool": self.fingerprint,
-            "held_out": task.held_out,
-            "max_length": task.max_length,
-            "overlong": task.overlong,
+            "held_out": self.task.held_out,
+            "max_length": self.task.max_length,
+            "overlong": self.task.overlong,
             **self.chat.span_identity,
             **({"left_out": identity_hash({"problems": self.left_out})} if self.left_out else {}),
         }
 
-    def _tokenised(self) -> datasets.Dataset:
+    # ---- tokens
+
+    def _tokenise_pool(self) -> datasets.Dataset:
         cut = self.task.max_length if self.task.overlong != "drop" else None
         identity = {
             "pool": self.fingerprint,
@@ -157,7 +180,7 @@ class TokenizedPool:
         return arrow_column(self.tokens, name).to_numpy().astype(np.int64)
 
     def read_tokens(self, rows: np.ndarray) -> list[TokenizedTrajectory]:
-        """The rows' tokens, read from the memory-mapped file."""
+        """Read the rows' tokens from the memory-mapped file."""
         batch = self.tokens[rows.tolist()]
         columns = (batch["input_ids"], batch["prompt_tokens"], batch["end_of_turn"], batch["steps"])
         return [
@@ -165,8 +188,10 @@ class TokenizedPool:
             for ids, prompt, end, steps in zip(*columns, strict=True)
         ]
 
-    def _verdicts(self) -> tuple[np.ndarray, dict[str, int]]:
-        """Correct per row as 1, 0 or NaN; a null with a known answer is filled by the checker and counted. A check that
+    # ---- verdicts
+
+    def _fill_verdicts(self) -> tuple[np.ndarray, dict[str, int]]:
+        """Read `correct` as 1, 0 or NaN; a null with a known answer is filled by the checker and counted. A check that
         runs out of time counts as wrong, and is counted too.
         """
         correct = pc.cast(arrow_column(self.rows, "correct"), pa.float64()).to_numpy().copy()  # null becomes NaN
@@ -214,7 +239,7 @@ class TokenizedPool:
         ]
 
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A pool column for Candidates: teacher, answer, text (the trajectory), correct (1, 0, NaN) or any further."""
+        """Read a pool column for Candidates: teacher, answer, text (the trajectory), correct (1, 0, NaN) or any further."""
         if name == "correct":
             return self.correct[rows]
         if name in ("teacher", "answer"):
@@ -228,70 +253,46 @@ class TokenizedPool:
         for start in range(0, len(rows), BATCH_ROWS):
             yield from messages[rows[start : start + BATCH_ROWS].tolist()]["messages"]
 
-    def _prompts(self) -> Iterator[tuple[str, str]]:
-        """(id, what its last turn of the user asks) of each problem."""
+    # ---- problems that stand in two places
+
+    def _read_prompts(self) -> Iterator[tuple[str, str]]:
+        """Yield id and last turn of the user of each problem."""
         first = np.unique(Groups.from_ids(self.problem_id).index_N, return_index=True)[1]  # one row a problem
         for problem, messages in zip(self.problem_id[first], self._messages(first), strict=True):
             yield problem, next(turn["content"] for turn in reversed(messages[:-1]) if turn["role"] == "user")
 
-    def _compared(self) -> tuple[dict[str, dict[str, Any]], list[list[str]], dict[str, str]]:
-        """What evaluation sets and the pool have in common, what the pool asks twice, and the pool's problems (id ->
-        set and id) that evaluation sets have; from the cache or by reading every problem once.
-        """
+    def _compare_with_sets(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], list[list[str]]]:
+        """Find `overlaps`, `in_sets` and `repeated`, in the cache or by reading every problem once."""
         limit = self.task.eval_limit
-        identity = {
-            "pool": self.fingerprint,
-            "sets": {name: _contents(path) for name, path in self.evaluation_files.items()},
-            "eval_limit": limit,
-            **formula_versions("overlap"),
+        contents = {
+            name: [file_hash(file) for file in find_files(path, setting="task.eval").values()]
+            for name, path in self.evaluation_files.items()
         }
-        path = self.cache / "overlap" / f"{identity_hash(identity)}.json"
-        if not path.is_file():
+        identity = {"pool": self.fingerprint, "sets": contents, "eval_limit": limit, **formula_versions("overlap")}
+
+        def compare(_: Path) -> dict[str, Any]:
             sets = {name: read_problems(file, limit=limit) for name, file in self.evaluation_files.items()}
             asked = {name: [(p["problem_id"], question_of(p)) for p in problems] for name, problems in sets.items()}
-            found = find_overlap(asked, self._prompts())
-            write_json(
-                path,
-                {
-                    "identity": identity,
-                    "problems": {name: len(problems) for name, problems in sets.items()},
-                    "evaluation": found.evaluation,
-                    "pool": found.pool,
-                    "repeated": repeated_problems(self._prompts()),
-                },
-            )
-        known = read_json(path)
-        if known["pool"] and self.task.overlap == "error":
-            remedy = "take them out, or set task.overlap=drop"
-            raise LarkError(f"task.overlap=error: {_in_words(known['pool'])}; {remedy}")
-        overlaps = {
-            name: {
-                "problems": known["problems"][name],
-                "in_pool": len(ids),
-                "share": len(ids) / known["problems"][name],
-                "examples": ids[:20],
+            found = find_overlap(asked, self._read_prompts())
+            overlaps = {
+                name: {
+                    "problems": len(sets[name]),
+                    "in_pool": len(ids),
+                    "share": len(ids) / len(sets[name]),
+                    "examples": ids[:20],
+                }
+                for name, ids in found.evaluation.items()
             }
-            for name, ids in known["evaluation"].items()
-        }
-        return overlaps, known["repeated"], known["pool"]
+            return {"overlaps": overlaps, "in_sets": found.pool, "repeated": repeated_problems(self._read_prompts())}
 
-    def _describe_overlap(self, say: Say, in_sets: dict[str, str]) -> None:
-        counts = [f"{found['in_pool']:,} of {found['problems']:,} {name}" for name, found in self.overlaps.items()]
-        if counts:
-            say(f"overlap     evaluation problems that are in the pool: {', '.join(counts)}")
-        if in_sets:
-            left = "they are left out" if self.left_out else "task.overlap=drop leaves them out"
-            say(f"warning     {_in_words(in_sets)}; {left}")
-        if self.repeated:
-            more = sum(map(len, self.repeated)) - len(self.repeated)
-            say(
-                f"warning     {more:,} problems of the pool are asked under another id too (first: "
-                f"{', '.join(self.repeated[0][:3])}); give each question one id: rules choose within a problem, and "
-                "held-out problems should be no others"
-            )
+        known = build_once(self.cache / "overlap" / identity_hash(identity), identity, compare)
+        self.in_sets = known["in_sets"]
+        if self.in_sets and self.task.overlap == "error":
+            raise LarkError(f"task.overlap=error: {self._describe_overlap()}; take them out, or set task.overlap=drop")
+        return known["overlaps"], known["in_sets"], known["repeated"]
 
     def read_rows(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        """Pool rows with `correct` as filled in, a few at a time."""
+        """Yield pool rows with `correct` as filled in."""
         for start in range(0, len(rows), 256):
             part = rows[start : start + 256]
             batch = self.rows[part.tolist()]
@@ -317,15 +318,5 @@ _VERDICTS = pa.schema([("correct", pa.bool_()), ("timed_out", pa.bool_())])
 
 
 def question_of(problem: dict[str, Any]) -> str:
-    """The bare text of an evaluation problem, or its last turn where there is none."""
+    """Return the bare text of an evaluation problem, or its last turn where there is none."""
     return problem.get("problem") or problem["messages"][-1]["content"]
-
-
-def _in_words(in_sets: dict[str, str]) -> str:
-    shown = ", ".join(f"{problem} ({place})" for problem, place in list(in_sets.items())[:3])
-    more = " ..." if len(in_sets) > 3 else ""
-    return f"{len(in_sets):,} problems of the pool are in evaluation sets: {shown}{more}"
-
-
-def _contents(path: Path) -> list[str]:
-    return [file_hash(file) for file in find_files(path, setting="task.eval").values()]

@@ -44,7 +44,7 @@ from lark.selection.scores.text import TeacherMatched
 from lark.selection.selection import Rule, Selection, select, speaking_of
 from lark.student.context_length import read_max_positions
 from lark.student.student import Student
-from lark.student.tokenized_pool import Say, TokenizedPool
+from lark.student.tokenized_pool import TokenizedPool
 from lark.tasks.task import Task
 from lark.training.batches import Step, held_out_coefficients, held_out_steps, training_step
 from lark.training.loaders import HeldOutSteps, TrainingSteps
@@ -94,7 +94,7 @@ class TrajectoryDataModule(LightningDataModule):
         needs: tuple[Pass, ...] = (),
         warm_up: WarmUp | None = None,
         precision: str = "32-true",
-        say: Say = print,
+        say: Callable[[str], None] = print,
     ):
         super().__init__()
         self.task, self.student, self.recipe, self.probe = task, student, recipe, probe
@@ -143,8 +143,9 @@ class TrajectoryDataModule(LightningDataModule):
     def _pool(self, name: str, student: Student) -> TokenizedPool:
         if name not in self._pools:
             chat = student.load_chat(span=self.probe.span, step_splitter=self.probe.step_splitter)
-            say = self.say if student is self.student else lambda text: None  # it is the same pool
-            self._pools[name] = TokenizedPool(self.task, chat, cache=self.cache, say=say)
+            self._pools[name] = TokenizedPool(self.task, chat, cache=self.cache)
+            if student is self.student:  # another student's is the same pool
+                self._pools[name].announce()
         return self._pools[name]
 
     def prepare_data(self) -> None:
