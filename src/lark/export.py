@@ -150,7 +150,7 @@ def _dtype_of_files(student: Any) -> str:
     """float32 where they do not say, and for the dequantised weights of a .gguf file."""
     from transformers import AutoConfig
 
-    source, keywords = student.source()
+    source, keywords = student.pretrained_arguments()
     if "gguf_file" in keywords:
         return "float32"
     dtype = AutoConfig.from_pretrained(source, **keywords).get_text_config().dtype
@@ -179,7 +179,7 @@ def _write_copy(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: 
         from lark.student.student import Student
 
         settings = read_json(folder / "adapter_config.json")
-        write_json(folder / "adapter_config.json", settings | Student(**student).base())
+        write_json(folder / "adapter_config.json", settings | Student(**student).describe_base())
     if dtype is None:
         return "the adapter as it was trained"
     import torch

@@ -326,7 +326,7 @@ def test_the_identity_tells_templates_spans_and_splitters_apart():
 def test_another_end_token_ends_the_assistants_turns_and_changes_nothing_else(family):
     chat = chat_for(family)
     own, token = SPECIAL[family][:2]
-    changed = chat.ending_with(token)
+    changed = chat.replace_end_token(token)
     messages = [{"role": "system", "content": "Be brief."}, *turns("one", f"hello{own}{token}", "two", "hello")]
     row, before = changed.encode([messages])[0], chat.encode([messages])[0]
     assert len(row.input_ids) == len(before.input_ids)
@@ -341,13 +341,13 @@ def test_another_end_token_ends_the_assistants_turns_and_changes_nothing_else(fa
 
 def test_an_end_token_is_in_the_identity_only_if_it_changes_the_template():
     chat = chat_for("chatml")
-    assert "end_token" not in chat.identity and chat.ending_with("<|im_end|>") == chat
-    assert chat.ending_with("<|im_start|>").span_identity["end_token"] == "<|im_start|>"
+    assert "end_token" not in chat.identity and chat.replace_end_token("<|im_end|>") == chat
+    assert chat.replace_end_token("<|im_start|>").span_identity["end_token"] == "<|im_start|>"
 
 
 def test_the_end_token_of_a_template_that_names_the_tokenizers():
     template = "{% for m in messages %}{%- generation -%}{{ m.content + eos_token }}{%- endgeneration -%}{% endfor %}"
-    chat = chat_for("chatml", template=template).ending_with("<|im_start|>")
+    chat = chat_for("chatml", template=template).replace_end_token("<|im_start|>")
     assert parts(chat, chat.encode([turns("hi", "hello")])[0]) == ("hi<|im_start|>", "hello<|im_start|>")
 
 
@@ -362,7 +362,7 @@ def test_the_end_token_of_a_template_that_names_the_tokenizers():
 )
 def test_an_end_token_has_to_be_one_special_token(token, message):
     with pytest.raises(ValueError, match=message):
-        chat_for("chatml").ending_with(token)
+        chat_for("chatml").replace_end_token(token)
 
 
 def test_a_template_whose_end_cannot_be_replaced_is_an_error():
@@ -373,7 +373,7 @@ def test_a_template_whose_end_cannot_be_replaced_is_an_error():
     chat = chat_for("chatml", template=template)
     assert parts(chat, chat.encode([turns("hi", "hello")])[0])[1] == "hello<|im_end|>"
     with pytest.raises(ValueError, match=r"'<\|im_start\|>' cannot take the place of '<\|im_end\|>'"):
-        chat.ending_with("<|im_start|>")
+        chat.replace_end_token("<|im_start|>")
 
 
 def test_the_shipped_students_tokenizer():

@@ -46,7 +46,7 @@ def test_the_shipped_students_load_and_head_and_hidden_states_give_their_logits(
     row = student.load_chat().encode([[{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]])[0]
     ids = torch.tensor([row.input_ids])
     with torch.no_grad():
-        logits = get_head(model).logits(compute_hidden_states(model, ids, None))
+        logits = get_head(model).compute_logits(compute_hidden_states(model, ids, None))
         torch.testing.assert_close(logits, model(input_ids=ids).logits[0], rtol=1e-5, atol=1e-5)
 
 

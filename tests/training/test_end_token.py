@@ -42,7 +42,7 @@ def pool_of(chat) -> Any:
         chat=chat,
         tokens=datasets.Dataset.from_dict(columns),
         length=np.array([len(r.input_ids) for r in rows]),
-        encoded=lambda picked: [rows[i] for i in picked],
+        read_tokens=lambda picked: [rows[i] for i in picked],
     )
 
 
@@ -66,7 +66,7 @@ def test_the_ceiling_is_the_best_of_all_hidden_states_of_that_length(more):
     torch.manual_seed(0)
     head = Head(weight_VD=torch.randn(9, 2), **more)
     angle = torch.linspace(0, 2 * math.pi, 20001)
-    best_V = head.logits(2.5 * torch.stack([angle.cos(), angle.sin()], 1)).softmax(1).amax(0).numpy()
+    best_V = head.compute_logits(2.5 * torch.stack([angle.cos(), angle.sin()], 1)).softmax(1).amax(0).numpy()
     found_V = np.array([ceiling(head, token, 2.5) for token in range(9)])
     assert (found_V < 1.001 * best_V).all()
     assert (best_V > 0.5).sum() >= 2
@@ -100,7 +100,9 @@ def test_surprisal_alone_would_not_tell(make_student):
     model, chat = student.load_trainable(torch.float32), student.load_chat()
     row = chat.encode(sums(1))[0]
     with torch.no_grad():
-        logits = get_head(model).logits(compute_hidden_states(model.eval(), torch.tensor([row.input_ids]), None))
+        logits = get_head(model).compute_logits(
+            compute_hidden_states(model.eval(), torch.tensor([row.input_ids]), None)
+        )
     surprisal = -logits[-2].log_softmax(0)
     word, unused = (chat.tokenizer.convert_tokens_to_ids(token) for token in ("StartĠ", UNUSED))
     assert surprisal[word] > math.log(len(surprisal)) and surprisal[unused] > math.log(len(surprisal))
@@ -128,7 +130,7 @@ def trained_for(student, steps=25) -> tuple[float, float, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
     def surprisal(ids_RL):
-        logits_RLV = get_head(model).logits(compute_hidden_states(model, ids_RL, None)).view(*ids_RL.shape, -1)
+        logits_RLV = get_head(model).compute_logits(compute_hidden_states(model, ids_RL, None)).view(*ids_RL.shape, -1)
         return F.cross_entropy(logits_RLV[:, start - 1 : -1].transpose(1, 2), ids_RL[:, start:], reduction="none")
 
     def at_ends():

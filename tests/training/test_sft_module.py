@@ -93,7 +93,7 @@ def test_autocast_rounds_neither_coefficients_nor_surprisals():
     hidden, head = torch.randn(40, 8), Head(weight_VD=torch.randn(50, 8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = compute_weighted_surprisal(hidden, target, coefficient, head)
-        logits = head.logits(hidden)
+        logits = head.compute_logits(hidden)
     expected = coefficient.double() @ F.cross_entropy(logits.double(), target, reduction="none")
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
 

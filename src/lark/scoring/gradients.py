@@ -270,7 +270,7 @@ def _head_errors(hidden_ND: Tensor, target_N: Tensor, head: Head, *, width: int)
 
     def logits(block: slice) -> Tensor:
         bias_v = None if head.bias_V is None else head.bias_V[block]
-        return replace(head, weight_VD=head.weight_VD[block], bias_V=bias_v).logits(hidden_ND)
+        return replace(head, weight_VD=head.weight_VD[block], bias_V=bias_v).compute_logits(hidden_ND)
 
     log_mass_N = torch.full((len(target_N),), -torch.inf, device=hidden_ND.device)
     for block in blocks:

@@ -61,7 +61,7 @@ class Chat:
     `template` is the Jinja source with `{% generation %}` marks; `span="content"` (default) trains the content and
     its end-of-turn token, `span="authors"` also what the template prints up to the next token boundary after it
     (the newline of ChatML), as LARK's released code does; `step_splitter` cuts a trajectory into steps. `end_token`
-    ends the assistant's turns in `template` in place of `own_end` (see `ending_with`); None: as the template came.
+    ends the assistant's turns in `template` in place of `own_end` (see `replace_end_token`); None: as the template came.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ class Chat:
         row = self.encode([_TURNS[:2]])[0]
         return row.input_ids[row.prompt_tokens + row.end_of_turn]
 
-    def ending_with(self, token: str) -> "Chat":
+    def replace_end_token(self, token: str) -> "Chat":
         """The same chat with the assistant's turns, this one and earlier ones, ended by `token`; what others say ends
         as before.
 

@@ -13,7 +13,7 @@ def read_max_positions(student: Student) -> float:
     """Tokens of the longest row that the student was made for, by its config.json and `model.config` (infinite: it does
     not say). Reads no weights; infinite as well where nothing can be read, which loading the weights will report.
     """
-    source, keywords = student.source()
+    source, keywords = student.pretrained_arguments()
     try:
         config: Any = AutoConfig.from_pretrained(source, **keywords, **(student.config or {}))
     except LOADING_ERRORS:

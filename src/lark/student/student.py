@@ -35,35 +35,37 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A causal language model to score with and to train.
-
-    id, revision: on the Hugging Face hub; used when `path` is null.
-    path: a folder with safetensors and a tokenizer, a .gguf file, or `shipped:<name>` for an embedded student.
-    dtype: auto | float32 | bfloat16 | float16. auto is float32 on CPU and bfloat16 on an accelerator.
-    attention: the transformers attention implementation.
-    template: chatml | llama3 | own | a Jinja file.
-    end_token: the special token that ends the student's turns; null = the template's own. Typed into a shell as
-        'model.end_token="<|endoftext|>"': the single quotes are for the shell, the double ones for Hydra.
-    lora: null trains every parameter; otherwise peft.LoraConfig's arguments.
-    adapter: a folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights
-        in their order; null = none. What is trained starts from there.
-    config: entries of the student's config.json that are changed, such as {max_position_embeddings: 32768}.
-    trust_remote_code: run code that comes with the weights; never on unless set.
-    """
+    """A causal language model to score with and to train."""
 
     name: str
+    """What runs are filed under."""
     id: str | None = None
+    """On the Hugging Face hub, with `revision`; used when `path` is null."""
     revision: str | None = None
     path: str | None = None
+    """A folder with safetensors and a tokenizer, a .gguf file, or `shipped:<name>` for an embedded student."""
     dtype: str = "auto"
+    """auto | float32 | bfloat16 | float16. auto is float32 on a CPU and bfloat16 on an accelerator."""
     attention: str = "sdpa"
+    """The transformers attention implementation. Only sdpa shares prompts and packs rows; others take whole rows."""
     template: str = "chatml"
+    """chatml | llama3 | own | a Jinja file."""
     end_token: str | None = None
+    """The special token that ends the student's turns; null = the template's own. Typed into a shell as
+    'model.end_token="<|endoftext|>"': the single quotes are for the shell, the double ones for Hydra.
+    """
     lora: dict[str, Any] | None = None
+    """peft.LoraConfig's arguments; null trains every parameter."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
     trust_remote_code: bool = False
+    """Run code that comes with the weights; never on unless set."""
     adapter: str | tuple[str, ...] | None = None
+    """A folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights in their
+    order. What is trained starts from there.
+    """
     config: dict[str, Any] | None = None
+    """Entries of the student's config.json that are changed, such as {max_position_embeddings: 32768}."""
     _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class Student:
                 )
 
     def lora_config(self) -> Any:
-        """peft's LoraConfig. Raises LarkError for a setting it does not have or cannot use."""
+        """Build peft's LoraConfig. Raises LarkError for a setting it does not have or cannot use."""
         from peft import LoraConfig
 
         try:
@@ -91,35 +93,38 @@ class Student:
         except (TypeError, ValueError) as error:
             raise LarkError(f"model.lora={self.lora} is not usable ({error}); set r, lora_alpha, ...") from error
         if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
-            raise LarkError(f"model.lora.r={config.r} is no rank; set it to a whole number from 1 on")
+            raise LarkError(f"model.lora.r={config.r} is not a rank; set it to a whole number from 1 on")
         return config
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The folders of the adapters that are merged into the weights."""
+        """List the folders of the adapters that are merged into the weights."""
         return (self.adapter,) if isinstance(self.adapter, str) else tuple(self.adapter or ())
 
     @property
     def folder(self) -> Path | None:
-        """Local weights, or None when they come from the hub."""
+        """Find the folder of local weights; None when they come from the hub."""
         if self.path is None:
             return None
         if self.path.startswith(SHIPPED):
             return Path(str(resources.files("lark") / "student/shipped" / self.path.removeprefix(SHIPPED)))
-        path = Path(self.path)
-        return path.parent if path.suffix == ".gguf" else path
+        return Path(self.path).parent if self._is_gguf else Path(self.path)
 
-    def source(self) -> tuple[str, dict[str, Any]]:
-        """from_pretrained's first argument and keywords."""
+    @property
+    def _is_gguf(self) -> bool:
+        return self.path is not None and self.path.endswith(".gguf")
+
+    def pretrained_arguments(self) -> tuple[str, dict[str, Any]]:
+        """Return from_pretrained's first argument and keywords."""
         common: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.folder is None:
             return str(self.id), common | {"revision": self.revision}
-        if self.path is not None and self.path.endswith(".gguf"):
-            common["gguf_file"] = Path(self.path).name
+        if self._is_gguf:
+            common["gguf_file"] = Path(str(self.path)).name
         return str(self.folder), common
 
     def identity(self) -> dict[str, str | None]:
-        """What weights these are: hub id and revision, or a hash of the local files; likewise of merged adapters."""
+        """Identify the weights: hub id and revision, or a hash of the local files; likewise merged adapters."""
         merged = {"adapter": self._hash("adapter", self._adapter_files)} if self.adapters else {}
         if self.config:
             merged["config"] = json.dumps(self.config, sort_keys=True)
@@ -134,8 +139,8 @@ class Student:
 
     def _weight_files(self) -> list[Path]:
         assert self.folder is not None
-        if self.path is not None and self.path.endswith(".gguf"):
-            return [Path(self.path)]
+        if self._is_gguf:
+            return [Path(str(self.path))]
         patterns = (*_WEIGHTS, "*.py") if self.trust_remote_code else _WEIGHTS  # code from the folder computes too
         return sorted({f for pattern in patterns for f in self.folder.glob(pattern)})
 
@@ -143,7 +148,7 @@ class Student:
         return [f for folder in self.adapters for f in sorted(Path(folder).glob("adapter_*"))]
 
     def _commit(self) -> str:
-        """The commit that `revision` stands for now: a branch moves, and caches must notice."""
+        """Look up the commit that `revision` stands for now: a branch moves, and caches must notice."""
         if "commit" not in self._hashes:
             try:
                 path = cached_file(str(self.id), "config.json", revision=self.revision)
@@ -159,7 +164,8 @@ class Student:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        source, keywords = self.source()
+        """Load the tokenizer. Raises LarkError where there is none."""
+        source, keywords = self.pretrained_arguments()
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **keywords)
         except LOADING_ERRORS as error:
@@ -169,19 +175,21 @@ class Student:
         return tokenizer
 
     def load_chat(self, *, span: str = "content", step_splitter: str = "sentences") -> Chat:
+        """Load how rows become tokens: tokenizer, template, end token."""
         tokenizer = self.load_tokenizer()
         template = load_template(self.template, tokenizer)
         chat = Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
-        return chat if self.end_token is None else chat.ending_with(self.end_token)
+        return chat if self.end_token is None else chat.replace_end_token(self.end_token)
 
     def load_model(self, dtype: torch.dtype, *, merge: bool = True) -> PreTrainedModel:
-        """The pre-trained weights, on CPU and in eval mode. Raises LarkError if they or their head are of no use.
+        """Load the pre-trained weights, on the CPU and in eval mode. Raises LarkError if they or their head are of no use.
 
         merge: whether the last adapter goes into the weights, or stays beside them: in bfloat16, weights swallow what
         is small against them.
         """
-        source, keywords = self.source()
-        keywords |= {"attn_implementation": self.attention, "use_safetensors": self._safetensors()}
+        source, keywords = self.pretrained_arguments()
+        # Weights a user downloaded are never unpickled; GGUF has its own reader.
+        keywords |= {"attn_implementation": self.attention, "use_safetensors": None if self._is_gguf else True}
         try:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **keywords, **(self.config or {}))
         except LOADING_ERRORS as error:
@@ -195,26 +203,25 @@ class Student:
         for parameter in model.parameters():  # a dequantised GGUF file arrives in its own dtype
             parameter.data = parameter.data.to(dtype)  # not model.to(dtype): that would round RoPE's frequencies too
         for folder in self.adapters:
-            model = self._with_adapter(model, folder, merge=merge or folder != self.adapters[-1])
+            model = self._add_adapter(model, folder, merge=merge or folder != self.adapters[-1])
         self._check_head(model)
         return model
 
-    def _with_adapter(self, model: Any, folder: str, *, merge: bool) -> Any:
-        """The model with the adapter in `folder` in its weights, which keep their dtype, or in its layers."""
+    def _add_adapter(self, model: Any, folder: str, *, merge: bool) -> Any:
+        """Put the adapter in `folder` into the model's weights, which keep their dtype, or into its layers."""
         from peft import PeftModel
 
         try:
             adapted: Any = PeftModel.from_pretrained(model, folder)
             return (adapted.merge_and_unload() if merge else adapted.get_base_model()).eval()
         except (*LOADING_ERRORS, RuntimeError, TypeError) as error:  # of another format, or for another model
-            reason = str(error).strip().partition("\n")[0].rstrip(":. ")
             raise LarkError(
-                f"model.adapter={folder} is no adapter that peft can merge into model={self.name} ({reason}); set it "
-                "to one that was trained on these weights"
+                f"model.adapter={folder} is not an adapter that peft can merge into model={self.name} "
+                f"({_first_line(error)}); set it to one that was trained on these weights"
             ) from error
 
     def _check_head(self, model: Any) -> None:
-        """Statistics and training use hidden states and head apart: together they must give the model's own logits."""
+        """Check that hidden states and head, which statistics and training use apart, give the model's own logits."""
         tokens_RL = torch.arange(4)[None]
         is_on_gpus_only = self.attention.startswith("flash")  # and the model is not there yet
         if is_on_gpus_only:
@@ -222,7 +229,10 @@ class Student:
         with torch.inference_mode():
             expected = model(input_ids=tokens_RL, use_cache=False).logits[0].float()
             difference = (
-                (get_head(model).logits(compute_hidden_states(model, tokens_RL, None)) - expected).abs().max().item()
+                (get_head(model).compute_logits(compute_hidden_states(model, tokens_RL, None)) - expected)
+                .abs()
+                .max()
+                .item()
             )
         if is_on_gpus_only:
             model.set_attn_implementation(self.attention)
@@ -232,24 +242,18 @@ class Student:
                 f"(they differ by {difference:.3g}); set model to one of another architecture"
             )
 
-    def _safetensors(self) -> bool | None:
-        """Weights a user downloaded are never unpickled; GGUF has its own reader."""
-        return None if self.path is not None and self.path.endswith(".gguf") else True
-
     def load_trainable(self, dtype: torch.dtype) -> torch.nn.Module:
-        """The model to train, in train mode: LoRA on top of frozen weights, or every parameter.
+        """Load the model to train, in train mode: LoRA on top of frozen weights, or every parameter.
 
         from_pretrained returns eval mode, in which dropout is off and gradient checkpointing silently does nothing.
         """
         model: Any = self.load_model(dtype)
-        model.train()
         if self.lora is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, self.lora_config())
-            if hasattr(
-                get_base_model(model).get_output_embeddings(), "lora_A"
-            ):  # its weight alone is what we multiply by
+            # The head's weight alone is what we multiply by.
+            if hasattr(get_base_model(model).get_output_embeddings(), "lora_A"):
                 raise LarkError(
                     f"model.lora.target_modules={self.lora.get('target_modules')} puts LoRA on the head, where it "
                     "would not be trained; take the head out, or name it in +model.lora.modules_to_save=[lm_head]"
@@ -261,7 +265,7 @@ class Student:
         return model
 
     def load_trained(self, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-        """The student as `save_student` left it in `folder`."""
+        """Load the student as `save_student` left it in `folder`."""
         if self.lora is None:
             return AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -276,30 +280,32 @@ class Student:
         get_base_model(model).generation_config = GenerationConfig.from_pretrained(folder)
         return model
 
-    def base(self) -> dict[str, str | None]:
-        """The weights an adapter is for, as adapter_config.json names them."""
+    def describe_base(self) -> dict[str, str | None]:
+        """Name the weights an adapter is for as adapter_config.json does."""
         if self.folder is None:
             return {"base_model_name_or_path": self.id, "revision": self._commit()}
-        is_gguf = self.path is not None and self.path.endswith(".gguf")
-        place = Path(str(self.path)) if is_gguf else self.folder
+        place = Path(str(self.path)) if self._is_gguf else self.folder
         return {"base_model_name_or_path": str(place.absolute())}
 
     def _unavailable(self, reason: object) -> LarkError:
-        first_line = str(reason).strip().partition("\n")[0].rstrip(":. ")
         if self.folder is not None:
             return LarkError(
-                f"model.path={self.path} holds no student that transformers can load ({first_line}); set it to a "
+                f"model.path={self.path} holds no student that transformers can load ({_first_line(reason)}); set it to a "
                 "folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
             )
         return LarkError(
             f"model={self.name}: {self.id} could be loaded neither from the local Hugging Face cache nor from the hub "
-            f"({first_line}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the "
+            f"({_first_line(reason)}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the "
             "model is gated)"
         )
 
 
+def _first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(":. ")
+
+
 def get_base_model(model: Any) -> PreTrainedModel:
-    """The transformers model under a LoRA wrapper (its layers are changed in place)."""
+    """Return the transformers model under a LoRA wrapper (its layers are changed in place)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -310,7 +316,7 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
 
 
 def get_head(model: Any) -> Head:
-    """The LM head with what the architecture does to its logits (`load_model` checks that this is all it does)."""
+    """Return the LM head with what the architecture does to its logits (`load_model` checks that this is all)."""
     base = get_base_model(model)
     linear: Any = base.get_output_embeddings()
     config = base.config.get_text_config()
@@ -328,11 +334,8 @@ def get_head(model: Any) -> Head:
 def compute_hidden_states(
     model: Any, input_ids_RL: torch.Tensor, position_ids_RL: torch.Tensor | None, tree: PrefixTree | None = None
 ) -> torch.Tensor:
-    """Last hidden states [R * L, D] of right-padded rows, of one packed row with restarting positions, or of the nodes
-    of a prefix tree (once `lark.student.attention.enable_prefix_sharing` has made the student understand one).
-
-    No attention mask is passed: right padding needs none, and transformers keeps packed documents apart only when
-    the mask is absent, positions restart and no cache is used.
+    """Compute last hidden states [R * L, D] of right-padded rows, which need no attention mask, or of the nodes of a
+    prefix tree (once `lark.student.attention.enable_prefix_sharing` has made the student understand one).
     """
     decoder: Any = get_base_model(model).get_decoder()
     shared = {} if tree is None else {"prefix_tree": tree}
@@ -343,8 +346,8 @@ def compute_hidden_states(
 def save_student(
     model: Any, chat: Chat, folder: Path, *, student: Student | None = None, state: dict[str, Any] | None = None
 ) -> None:
-    """A save_pretrained folder (the adapter alone under LoRA) with tokenizer, template and a generation config that
-    ends an answer where the template ends a turn; complete or absent.
+    """Write a save_pretrained folder (the adapter alone under LoRA) with tokenizer, template and a generation config
+    that ends an answer where the template ends a turn; complete or absent.
 
     student: whose adapter it is; adapter_config.json then names the base so that a reader can load it: the hub's id
     and commit, a folder or a .gguf file. state: the state dict of a model that is divided over ranks.
@@ -365,7 +368,7 @@ def save_student(
     base.generation_config.save_pretrained(temporary)
     if is_adapter and student is not None:
         settings = read_json(temporary / "adapter_config.json")
-        write_json(temporary / "adapter_config.json", settings | student.base())
+        write_json(temporary / "adapter_config.json", settings | student.describe_base())
     tokenizer = copy.copy(chat.tokenizer)
     tokenizer.chat_template = chat.template
     tokenizer.save_pretrained(temporary)
@@ -374,7 +377,7 @@ def save_student(
 
 
 def _generation_config(base: Any, chat: Chat) -> GenerationConfig:
-    """The base's own, which also ends an answer at the template's end of turn and at the tokenizer's end token."""
+    """Extend the base's own: an answer also ends at the template's end of turn and at the tokenizer's end token."""
     config = copy.deepcopy(base.generation_config) or GenerationConfig()
     ends = [chat.end_id]
     for known in (config.eos_token_id, chat.tokenizer.eos_token_id):

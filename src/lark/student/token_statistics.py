@@ -35,7 +35,7 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
+    def compute_logits(self, hidden_ND: Tensor) -> Tensor:
         """Compute float32 logits [N, V]; weights of half precision are multiplied as such, but no logit is rounded."""
         hidden_ND = hidden_ND.to(self.weight_VD.dtype)
         if self.weight_VD.dtype in (torch.bfloat16, torch.float16):
@@ -49,7 +49,7 @@ class Head:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
 
-    def chunk(self) -> int:
+    def choose_chunk(self) -> int:
         """Tokens whose logits are computed at a time: on a CPU no more than it takes (D) that reading the weights costs
         less than writing the logits, on an accelerator whatever fits.
         """
@@ -108,11 +108,11 @@ def compute_token_statistics(
     (and a compiler: see `find_compile_failure`); the values are equal to 1e-6. It does nothing for `top_k`.
     """
     of_logits = _fused_statistics() if compiled and top_k is None else partial(_statistics, top_k=top_k)
-    chunk = head.chunk()
+    chunk = head.choose_chunk()
     pieces = [
         of_logits(logits_NV, piece_N)
         for i in range(0, len(target_N), chunk)
-        for logits_NV, piece_N in _pieces(head.logits(hidden_ND[i : i + chunk]), target_N[i : i + chunk])
+        for logits_NV, piece_N in _pieces(head.compute_logits(hidden_ND[i : i + chunk]), target_N[i : i + chunk])
     ]
     if not pieces:
         empty = hidden_ND.new_zeros(0, dtype=torch.float32)
@@ -213,9 +213,9 @@ def compute_weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_
 
     def chunk(hidden: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
         # not a matrix product: under autocast that would round coefficients and surprisals to bfloat16
-        return (coefficient * F.cross_entropy(head.logits(hidden), target, reduction="none")).sum(-1)
+        return (coefficient * F.cross_entropy(head.compute_logits(hidden), target, reduction="none")).sum(-1)
 
-    size = head.chunk()
+    size = head.choose_chunk()
     total_C = coefficient_CN.new_zeros(coefficient_CN.shape[0])
     for i in range(0, len(target_N), size):
         part = (hidden_ND[i : i + size], target_N[i : i + size], coefficient_CN[:, i : i + size])

@@ -329,7 +329,7 @@ class LocalTeacher:
         from transformers import GenerationConfig
 
         ends: list[Any] = [self.chat.tokenizer.eos_token_id]
-        source, keywords = self.student.source()
+        source, keywords = self.student.pretrained_arguments()
         if "gguf_file" not in keywords:
             with contextlib.suppress(OSError):  # a model need not bring one
                 ends.append(GenerationConfig.from_pretrained(source, **keywords).eos_token_id)
