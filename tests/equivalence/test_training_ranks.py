@@ -153,7 +153,8 @@ def assert_same(ours, theirs):
 def test_two_ranks_of_two_micro_batches_equal_one_of_four(strategy, trains, trained):
     two = trained(f"{trains}-{strategy}")
     one = trained(trains)
-    assert two[1]["kept"] == one[1]["kept"] / (2 if strategy == "fsdp" else 1)
+    share = two[1]["kept"] / one[1]["kept"]  # of the student, on rank 0
+    assert share == 1 if strategy == "ddp" else share == pytest.approx(0.5, rel=0.01)  # rows may be odd in number
     assert_same(two, one)
 
 
