@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lark.common.cache import (
-    complete,
+    atomic_write,
+    check_writable,
     file_hash,
+    hold_lock,
     identity_hash,
-    lock,
+    is_complete,
     read_json,
-    replacing,
-    writable,
     write_json,
 )
 from lark.common.errors import LarkError
@@ -176,13 +176,13 @@ def prepare(name: str, source: str | Path | None, cache: Path, say: Callable[[st
     identity = {"benchmark": short, "prompt": prompt.hash, "source": origin, **formula_versions("benchmarks")}
     folder = cache / "benchmarks" / f"{name}-{identity_hash(identity)}"
     path = folder / f"{short}.jsonl"
-    with lock(folder):
-        if not complete(folder):
+    with hold_lock(folder):
+        if not is_complete(folder):
             if source is None:
                 paths = {file: _fetch(short, file) for file in benchmark.files}
             rows = _rows(short, paths, setting=f"task.eval.{short}={source or benchmark.hub}")
             assert source is not None or len(rows) == benchmark.problems, f"{short} has {len(rows)} problems"
-            with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 for row in rows:
                     asked = {"messages": prompt.messages(row["problem"], row.get("options", ()))}
                     row |= asked | {"checker": benchmark.checker, "prompt": prompt.name}
@@ -314,7 +314,7 @@ def main() -> None:
     try:
         for item in arguments.sets:
             name, _, file = item.partition("=")
-            path = prepare(name, file or None, writable(arguments.cache, "--cache"), print)
+            path = prepare(name, file or None, check_writable(arguments.cache, "--cache"), print)
             print(f"            {path}")
             if arguments.show:
                 print(first_prompt(path))

@@ -93,20 +93,20 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
 
 
 def check_again(config: DictConfig, told: set[str]) -> float:
-    from lark.common.cache import writable
+    from lark.common.cache import check_writable
     from lark.evaluation.regrade import recheck
 
-    cache = writable(config.paths.cache, "paths.cache")
+    cache = check_writable(config.paths.cache, "paths.cache")
     found = recheck(Path(config.recheck), configuration.build(config.task), told=told, cache=cache)
     *_, last = found.values()
     return next(iter(last["intervals"].values()))["estimate"]
 
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
-    from lark.common.signals import terminable
+    from lark.common.signals import handle_signals
     from lark.experiment.student_evaluation import run  # torch and its friends: seconds
 
-    with terminable():
+    with handle_signals():
         return run(config, folder, group=group)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lark.common.cache import complete, read_json, write_json
+from lark.common.cache import is_complete, read_json, write_json
 from lark.common.errors import LarkError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,10 +78,10 @@ def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
     """trained.json of the arm that `setting` (such as "checkpoint=") names. Raises LarkError that says what to name
     instead.
     """
-    if not complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
-        if inside := [str(arm / name) for name in _ARMS if complete(arm / name, "trained.json")]:
+    if not is_complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
+        if inside := [str(arm / name) for name in _ARMS if is_complete(arm / name, "trained.json")]:
             raise LarkError(f"{setting}{arm} is a run, not an arm; name {' or '.join(inside)}")
-        what = "is the student before training" if complete(arm, "metrics.json") else "holds no trained arm"
+        what = "is the student before training" if is_complete(arm, "metrics.json") else "holds no trained arm"
         raise LarkError(f"{setting}{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms")
     trained = read_json(arm / "trained.json")
     if "student" not in trained:

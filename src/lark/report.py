@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hydra.experimental.callback import Callback
 
-from lark.common.cache import writable, write_text
+from lark.common.cache import check_writable, write_text
 from lark.common.errors import LarkError
 from lark.comparison.summaries import read_summaries, take_best_rates
 
@@ -59,11 +59,11 @@ def report(
     if comparison.runs == 0 and (form != "table" or output):
         raise LarkError(f"no run in or below {', '.join(map(str, folders))} came to its end; there is nothing to write")
     if output:
-        _write_files(comparison, writable(output, "--output"), beside)
+        _write_files(comparison, check_writable(output, "--output"), beside)
     if page:
         from lark.page.write import write_page
 
-        writable(page.parent, "--page")
+        check_writable(page.parent, "--page")
         print(f"page        {write_page(summaries, page)}", file=beside)
 
 

@@ -48,11 +48,11 @@ def record_failure(folder: Path, sentence: str) -> None:
 
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:
-    from lark.common.signals import terminable
+    from lark.common.signals import handle_signals
     from lark.experiment.experiment import run  # torch and its friends: seconds
 
     configuration.check_types(config)
-    with terminable():
+    with handle_signals():
         return run(config, folder, group=group)
 
 

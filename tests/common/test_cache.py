@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 import lark.common.cache
 from lark.common.cache import (
+    atomic_write,
     build_once,
-    complete,
+    check_writable,
     file_hash,
+    hold_lock,
     identity_hash,
-    lock,
+    is_complete,
     read_json,
-    replacing,
-    writable,
     write_json,
     write_text,
 )
@@ -77,7 +77,7 @@ def test_json_is_strict(tmp_path):
 def test_replacing_leaves_the_old_file_on_an_error(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:
         temporary.write_text("half")
         assert path.read_text() == "old"
         assert temporary.parent == path.parent, "a rename is atomic only inside one file system"
@@ -89,7 +89,7 @@ def test_replacing_leaves_the_old_file_on_an_error(tmp_path):
 def test_replacing_puts_the_new_file_in_place(tmp_path):
     path = tmp_path / "folder" / "file"
     for text in ("first", "second"):
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)
         assert path.read_text() == text
     assert list(path.parent.iterdir()) == [path]
@@ -100,7 +100,7 @@ def test_replacing_puts_the_new_file_in_place(tmp_path):
 
 def test_lock_says_that_it_waits_and_goes_on_when_it_is_free(tmp_path, monkeypatch):
     path = tmp_path / "new" / "arm"
-    with lock(path):  # not held: nothing is printed, and it is free again afterwards
+    with hold_lock(path):  # not held: nothing is printed, and it is free again afterwards
         pass
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
@@ -116,25 +116,25 @@ def test_lock_says_that_it_waits_and_goes_on_when_it_is_free(tmp_path, monkeypat
         holder.communicate()  # closes its input, on which it ends
 
     monkeypatch.setattr(lark.common.cache, "print", let_go, raising=False)
-    with lock(path):
+    with hold_lock(path):
         assert holder.returncode == 0
     assert printed == [f"waiting for {path}, held by another process"]
 
 
 def test_writable(tmp_path):
-    assert writable(tmp_path / "a" / "b", "paths.cache").is_dir()
+    assert check_writable(tmp_path / "a" / "b", "paths.cache").is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"paths\.cache=.*/file/folder cannot be written .*: set paths\.cache to"):
-        writable(tmp_path / "file" / "folder", "paths.cache")
+        check_writable(tmp_path / "file" / "folder", "paths.cache")
 
 
 def test_complete_means_the_manifest_is_there(tmp_path):
-    assert not complete(tmp_path / "missing")
-    assert not complete(tmp_path)
+    assert not is_complete(tmp_path / "missing")
+    assert not is_complete(tmp_path)
     write_json(tmp_path / "arm.json", {})
-    assert not complete(tmp_path)
-    assert complete(tmp_path, "arm.json")
+    assert not is_complete(tmp_path)
+    assert is_complete(tmp_path, "arm.json")
 
 
 @pytest.mark.parametrize("keep_partial", [False, True])
@@ -162,5 +162,5 @@ def test_a_folder_that_another_process_finished_meanwhile_is_not_built(tmp_path,
         write_json(folder / "manifest.json", {"rows": 1})
         yield
 
-    monkeypatch.setattr(lark.common.cache, "lock", finish)
+    monkeypatch.setattr(lark.common.cache, "hold_lock", finish)
     assert build_once(tmp_path / "a", {}, lambda place: pytest.fail("it was built")) == {"rows": 1}

@@ -88,9 +88,9 @@ def test_the_progress_line_goes_on_too(tmp_path, monkeypatch):
 
     def bar(label, total, unit, *, initial=0):
         seen.append([label, total, unit, initial])
-        return lark.common.progress_line.bar(label, total, unit, initial=initial)
+        return lark.common.progress_line.show_progress(label, total, unit, initial=initial)
 
-    monkeypatch.setattr(lark.common.parts, "bar", bar)
+    monkeypatch.setattr(lark.common.parts, "show_progress", bar)
     with pytest.raises(KeyboardInterrupt):
         table(tmp_path, Squares(dies=20))
     table(tmp_path, Squares())

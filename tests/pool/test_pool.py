@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import lark.common.progress_line
 import lark.pool.pool
-from lark.common.cache import lock
+from lark.common.cache import hold_lock
 from lark.common.versions import FORMULAS
 from lark.pool.pool import PoolError, extra_column, held_out, read_pool, text_column
 
@@ -402,12 +402,12 @@ def test_a_pool_that_another_process_wrote_meanwhile_is_not_read_again(read, mon
     @contextmanager
     def wait(folder):
         with monkeypatch.context() as patch:
-            patch.setattr(lark.pool.pool, "lock", lock)
+            patch.setattr(lark.pool.pool, "hold_lock", hold_lock)
             read(ROWS)
         monkeypatch.setattr(lark.pool.pool, "read_rows", refuse)
         yield
 
-    monkeypatch.setattr(lark.pool.pool, "lock", wait)
+    monkeypatch.setattr(lark.pool.pool, "hold_lock", wait)
     assert len(read(ROWS).rows) == len(ROWS)
 
 

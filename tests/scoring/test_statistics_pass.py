@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lark.common.cache import complete
+from lark.common.cache import is_complete
 from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import STEP_COLUMNS, TOKEN_COLUMNS, Probe, ProbeModule
 from lark.scoring.table_cache import read_statistics, rows_done
@@ -197,7 +197,7 @@ def test_a_killed_pass_goes_on_with_the_missing_rows_only(make_data, forwards):
     with pytest.raises(KillError):
         data.score()
     done = rows_done(data.statistics_folder)
-    assert 0 < len(done) < len(data.trajectories.scored) and not complete(data.statistics_folder)
+    assert 0 < len(done) < len(data.trajectories.scored) and not is_complete(data.statistics_folder)
 
     seen.clear()
     stop_before[0] = 10**9
@@ -242,7 +242,7 @@ def test_killed_between_the_last_row_and_the_manifest(make_data, forwards, monke
             data.score()
     seen.clear()
     again = scored(make_data())
-    assert seen == [] and complete(again.statistics_folder)
+    assert seen == [] and is_complete(again.statistics_folder)
     assert len(read_statistics(again.statistics_folder)["row"]) == len(again.trajectories.scored)
 
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from lark.common.signals import Signals, TerminatedError, asked, terminable
+from lark.common.signals import Signals, TerminatedError, handle_signals, is_requested
 from lark.training.saver import Saver, newest_checkpoint, replace_checkpoint
 from lark.training.sft_module import SFTModule
 
@@ -57,7 +57,7 @@ def test_sigterm_in_a_step_saves_that_step_and_ends_with_143(fit, tmp_path, caps
 
     path = tmp_path / "last.ckpt"
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TerminatedError) as raised, terminable():
+    with pytest.raises(TerminatedError) as raised, handle_signals():
         fit(at=at, saver=Saver(path, every=100, validate_every=2))
     assert raised.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
     assert step_of(path) == 3
@@ -75,7 +75,7 @@ def test_ctrl_c_in_a_step_saves_that_step_says_so_and_ends_with_130(fit, tmp_pat
             os.kill(os.getpid(), signal.SIGINT)
 
     path = tmp_path / "last.ckpt"
-    with pytest.raises(TerminatedError) as raised, terminable():
+    with pytest.raises(TerminatedError) as raised, handle_signals():
         fit(at=at, saver=Saver(path, every=100, validate_every=2))
     assert raised.value.code == 130 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert step_of(path) == 3
@@ -92,12 +92,12 @@ def test_a_ctrl_c_more_does_not_wait_for_the_step(fit, tmp_path, capfd, first):
             os.kill(os.getpid(), signal.SIGINT)
 
     path = tmp_path / "last.ckpt"
-    with pytest.raises(TerminatedError) as raised, terminable():
+    with pytest.raises(TerminatedError) as raised, handle_signals():
         fit(at=at, saver=Saver(path, every=100, validate_every=2))
     assert raised.value.code == 130 and not path.exists()
     assert "lark: interrupted" in capfd.readouterr().err
-    with terminable():  # and leaves nothing behind
-        assert not asked()
+    with handle_signals():  # and leaves nothing behind
+        assert not is_requested()
 
 
 def test_sigterm_before_validation_saves_with_the_held_out_point(fit, tmp_path):
@@ -106,7 +106,7 @@ def test_sigterm_before_validation_saves_with_the_held_out_point(fit, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     path = tmp_path / "last.ckpt"
-    with pytest.raises(TerminatedError), terminable():
+    with pytest.raises(TerminatedError), handle_signals():
         fit(at=at, saver=Saver(path, every=100, validate_every=2))
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 4 and saved["curve"][-1]["step"] == 4
@@ -114,7 +114,7 @@ def test_sigterm_before_validation_saves_with_the_held_out_point(fit, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_outside_of_training_a_signal_ends_at_once_with_a_word(capfd, number, code):
-    with pytest.raises(TerminatedError) as raised, terminable():
+    with pytest.raises(TerminatedError) as raised, handle_signals():
         os.kill(os.getpid(), number)
         signal.sigtimedwait([], 1)
         pytest.fail("it went on")
@@ -130,7 +130,7 @@ def test_another_sigterm_does_not_disturb_the_saving(fit, tmp_path):
             super()._step_done(trainer)
 
     path = tmp_path / "last.ckpt"
-    with pytest.raises(TerminatedError), terminable():
+    with pytest.raises(TerminatedError), handle_signals():
         fit(at=lambda step: os.kill(os.getpid(), signal.SIGTERM), saver=Twice(path, every=100, validate_every=None))
     assert step_of(path) == 1
 

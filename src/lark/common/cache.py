@@ -40,7 +40,7 @@ def file_hash(path: str | Path) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write a file to; it becomes `path`, by rename, if the block succeeds.
 
     On an error the temporary file is removed and an earlier `path` stays as it was. Both the file and its folder are
@@ -70,23 +70,23 @@ def _sync(path: Path) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(text.encode())
 
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as JSON, whole or not at all. JSON has no NaN and no infinity: both are written as null."""
-    write_text(path, json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(nan_to_none(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def finite(value: Any) -> Any:
+def nan_to_none(value: Any) -> Any:
     """The value with None for every number that is not finite, which JSON has not."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [nan_to_none(item) for item in value]
     return value
 
 
@@ -96,7 +96,7 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextmanager
-def lock(path: str | Path) -> Iterator[None]:
+def hold_lock(path: str | Path) -> Iterator[None]:
     """Hold the lock of `path` (a file `<path>.lock` beside it) against other processes.
 
     Waits as long as it takes, after a printed line that says so. The system frees the lock of a process that dies.
@@ -115,7 +115,7 @@ def lock(path: str | Path) -> Iterator[None]:
         held.release()
 
 
-def freed(path: Path) -> Path:
+def remove_path(path: Path) -> Path:
     """The path with nothing there: a folder goes with what is in it, of a link only the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -123,7 +123,7 @@ def freed(path: Path) -> Path:
     return path
 
 
-def writable(folder: str | Path, setting: str) -> Path:
+def check_writable(folder: str | Path, setting: str) -> Path:
     """The folder, made if it is missing and tried by writing to it.
 
     setting: the name under which the user chose it, such as "paths.cache".
@@ -142,7 +142,7 @@ def writable(folder: str | Path, setting: str) -> Path:
     return folder
 
 
-def complete(folder: str | Path, manifest: str = "manifest.json") -> bool:
+def is_complete(folder: str | Path, manifest: str = "manifest.json") -> bool:
     """Whether a folder was written to its end, that is whether its manifest, which is written last, exists."""
     return (Path(folder) / manifest).is_file()
 
@@ -161,9 +161,9 @@ def build_once(
     make: writes files into the folder and returns what the manifest says besides the identity.
     keep_partial: leave what a killed process left for `make` to continue with; otherwise the folder is emptied first.
     """
-    if not complete(folder, manifest):
-        with lock(folder):
-            if not complete(folder, manifest):  # another process may have finished it while this one waited
+    if not is_complete(folder, manifest):
+        with hold_lock(folder):
+            if not is_complete(folder, manifest):  # another process may have finished it while this one waited
                 if not keep_partial:
                     shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)

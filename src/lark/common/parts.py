@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from lark.common.cache import complete, identity_hash, lock, replacing, write_json
-from lark.common.progress_line import bar
+from lark.common.cache import atomic_write, hold_lock, identity_hash, is_complete, write_json
+from lark.common.progress_line import show_progress
 
 PART_ROWS = 10_000
 """Rows a file: lost at most by a kill."""
@@ -38,20 +38,20 @@ def in_parts(
     identity = {**identity, "part_rows": PART_ROWS}
     folder = folder / identity_hash(identity)
     paths = {start: folder / f"part-{start:012}.arrow" for start in range(0, rows, PART_ROWS)}
-    if not complete(folder):
-        with lock(folder):
+    if not is_complete(folder):
+        with hold_lock(folder):
             for half in folder.glob(".part-*.tmp"):  # what a killed process left
                 half.unlink()
             missing = {start: path for start, path in paths.items() if not path.exists()}
             if missing:  # else another process has written them while this one waited
                 done = sum(min(PART_ROWS, rows - start) for start in paths.keys() - missing.keys())
-                with worker() as compute, bar(label, rows, "rows", initial=done) as progress:
+                with worker() as compute, show_progress(label, rows, "rows", initial=done) as progress:
                     for start, path in missing.items():
                         stop = min(start + PART_ROWS, rows)
-                        with replacing(path) as temporary:
+                        with atomic_write(path) as temporary:
                             written = _write(temporary, schema, compute(start, stop), progress.update)
                             assert written == stop - start, f"{written} rows computed for {start} to {stop}"
-            if not complete(folder):
+            if not is_complete(folder):
                 write_json(folder / "manifest.json", {"identity": identity, "rows": rows})
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths.values()])
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 LOG_SECONDS = 10.0  # between lines when the output is a file
 
 
-def bar(label: str, total: float, unit: str, *, initial: int = 0) -> tqdm:
+def show_progress(label: str, total: float, unit: str, *, initial: int = 0) -> tqdm:
     """A progress line on stderr that vanishes at its end; in a log file, nothing for 10 s, then a line every 10 s."""
     terminal = sys.stderr.isatty()
     return tqdm(

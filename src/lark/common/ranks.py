@@ -26,7 +26,7 @@ from lark.common.errors import LarkError
 
 RUN_VARIABLE = "LARK_RUN"
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE)
-_PATIENCE = timedelta(days=7)
+_NO_LIMIT = timedelta(days=7)
 
 Claim = Callable[[str, Path, Callable[[], bool]], AbstractContextManager[bool]]
 """Takes (name, folder, is_done); yields true where the work is to be done here, under a lock until the block ends."""
@@ -54,17 +54,17 @@ def world_size() -> int:
 
 
 @cache
-def _patient(world: Any) -> Any:
+def gloo_group_without_limit(world: Any) -> Any:
     """All ranks of `world` once more, for what may take hours: rank 0 waits while another job trains an arm that this
     one needs too, and the group that gradients go through gives up after half an hour at most.
     """
     assert world is dist.group.WORLD
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return dist.new_group(backend="gloo", timeout=_NO_LIMIT)
 
 
 def barrier() -> None:
     if dist.is_available() and dist.is_initialized():
-        dist.barrier(group=_patient(dist.group.WORLD))
+        dist.barrier(group=gloo_group_without_limit(dist.group.WORLD))
 
 
 class Plan:
@@ -86,7 +86,7 @@ class Plan:
             write_json(self.path, self.values)
         if dist.is_available() and dist.is_initialized():
             sent = [self.values]
-            dist.broadcast_object_list(sent, src=0, group=_patient(dist.group.WORLD))
+            dist.broadcast_object_list(sent, src=0, group=gloo_group_without_limit(dist.group.WORLD))
             self.values = sent[0]
         elif not is_main():
             self.values = read_json(self.path)
@@ -185,7 +185,7 @@ def leave_ranks() -> None:
     launched_here = os.environ.pop(RUN_VARIABLE, None) and not (_of_torchrun() or _of_srun())
     if launched_here:
         if dist.is_available() and dist.is_initialized():
-            _patient.cache_clear()
+            gloo_group_without_limit.cache_clear()
             dist.destroy_process_group()
         for name in _LAUNCH_VARIABLES:
             os.environ.pop(name, None)

@@ -36,7 +36,7 @@ class _Signal:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Inside, SIGTERM and SIGINT raise TerminatedError, at once or when training is ready for it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     _Signal.requeue = before[signal.SIGUSR2] if "SUBMITIT_EXECUTOR" in os.environ else None
@@ -51,22 +51,22 @@ def terminable() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def asked() -> bool:
+def is_requested() -> bool:
     """Whether a signal has come and has not been obeyed yet."""
     return bool(_Signal.asked)
 
 
-def name() -> str:
+def get_name() -> str:
     """Of the signal that has come."""
     return signal.Signals(_Signal.asked or signal.SIGTERM).name
 
 
-def wait() -> None:
+def defer() -> None:
     """From here on a signal is noted only (see `asked`)."""
     _Signal.waits = True
 
 
-def obey() -> NoReturn:
+def exit_now() -> NoReturn:
     """Raises TerminatedError; under submitit, rank 0 is queued again, and no other rank's end counts as a failure."""
     if _Signal.asked == signal.SIGUSR2 and _Signal.requeue is not None:
         _Signal.requeue(signal.SIGUSR2, None)  # ends rank 0
@@ -74,14 +74,14 @@ def obey() -> NoReturn:
     raise TerminatedError(128 + (signal.SIGINT if _Signal.asked == signal.SIGINT else signal.SIGTERM))
 
 
-def go_on() -> None:
+def resume() -> None:
     """The end of `wait`. Raises TerminatedError if a signal has come meanwhile."""
     _Signal.waits = False
     if _Signal.asked:
-        obey()
+        exit_now()
 
 
-def stop_waiting() -> None:
+def stop_deferring() -> None:
     """The end of `wait` on the way out of an error."""
     _Signal.waits = False
 
@@ -110,8 +110,8 @@ def _note(signum: int, frame: Any) -> None:
         if signum == signal.SIGINT:
             _tell("SIGINT: the step at hand is finished and saved first (Ctrl-C once more: at once)")
         return
-    _tell(f"stopped by {name()}; what is finished is kept, and the same command goes on from there")
-    obey()
+    _tell(f"stopped by {get_name()}; what is finished is kept, and the same command goes on from there")
+    exit_now()
 
 
 def _tell(text: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lark.common.cache import complete, identity_hash, read_json
+from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.ranks import Claim
 from lark.scoring.columns import Columns
 from lark.scoring.gradient_passes import GradientModule
@@ -118,7 +118,7 @@ def measured(
             "pass": ExactGradientsModule.VERSION,
         }
     folder: Path = data.cache / "diagnostics" / identity_hash(identity)
-    with claim(f"diagnostics {wanted.name}", folder, partial(complete, folder)) as to_do:
+    with claim(f"diagnostics {wanted.name}", folder, partial(is_complete, folder)) as to_do:
         data.say(f"{wanted.name.replace('_', ' '):<11} {'of' if to_do else 'cached of'} {len(row_N):,} trajectories")
         if to_do:
             trainer = data.make_trainer(wanted.name.replace("_", " "))

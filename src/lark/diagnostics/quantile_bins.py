@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lark.common.cache import complete, read_json
+from lark.common.cache import is_complete, read_json
 from lark.common.groups import tie_hash, unit_hash
 from lark.comparison.comparison import compute_curve_mean
 from lark.comparison.inference import compute_paired_difference
@@ -69,7 +69,7 @@ def figures_of(
     rows = []
     for number, (arm, figure) in enumerate(zip(arms, figures, strict=True)):
         assert arm.selection is not None
-        curve = read_json(arm.folder / "trained.json")["curve"] if complete(arm.folder, "trained.json") else []
+        curve = read_json(arm.folder / "trained.json")["curve"] if is_complete(arm.folder, "trained.json") else []
         loss = curve[-1].get("held_out/loss") if curve else None
         rows.append(
             {

@@ -16,7 +16,7 @@ from typing import Any
 from lark.answers.checker import Checker
 from lark.common.cache import identity_hash, read_json, write_json, write_text
 from lark.common.errors import LarkError
-from lark.common.progress_line import bar
+from lark.common.progress_line import show_progress
 from lark.common.ranks import barrier
 from lark.evaluation.aggregate import figures_of, write_figures
 from lark.evaluation.metrics import check_pass_at
@@ -204,7 +204,7 @@ def _draw(
         return
     with (
         open(partial, "a", encoding="utf-8") as file,
-        bar(label, total, "samples", initial=len(done)) as progress,
+        show_progress(label, total, "samples", initial=len(done)) as progress,
     ):
         for batch in engine.generate(prompts, keys, _work(folder, of), **settings, done=done):
             file.writelines(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in batch)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lark.answers.checker import Checker
 from lark.answers.extract import find_boxed
-from lark.common.cache import lock, read_json, write_json
+from lark.common.cache import hold_lock, read_json, write_json
 from lark.common.errors import LarkError
 from lark.evaluation.aggregate import figures_of, write_figures
 from lark.evaluation.arm_evaluation import verdict_versions
@@ -43,7 +43,7 @@ def recheck(
     """
     results = {}
     for folder, names in _sample_sets(path).items():
-        with lock(folder):
+        with hold_lock(folder):
             results[folder] = _recheck_folder(folder, names, task, told=told, cache=cache, say=say)
     return results
 

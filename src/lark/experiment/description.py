@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lark.common.cache import replacing
+from lark.common.cache import atomic_write
 from lark.selection.candidates import Candidates
 from lark.selection.selection import Rule, Selection
 from lark.training.datamodule import TrajectoryDataModule
@@ -36,7 +36,7 @@ def write_statistics(
     taken = {*ids, *candidates.statistics}
     scores = {f"{title} (score)" if title in taken else title: score_N for title, score_N in scores.items()}
     start = 0
-    with replacing(path) as temporary, ExitStack() as stack:
+    with atomic_write(path) as temporary, ExitStack() as stack:
         writer = None
         for block in candidates.blocks():  # steps and tokens of all rows need not fit into memory
             rows = slice(start, start := start + len(block["num_tokens"]))

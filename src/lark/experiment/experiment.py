@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lark.answers.checker import Checker
-from lark.common.cache import complete, freed, lock, writable, write_json
+from lark.common.cache import check_writable, hold_lock, is_complete, remove_path, write_json
 from lark.common.ranks import Plan, barrier, check_ranks, in_ranks, is_main, say, world_size
 from lark.comparison.printing import print_run
 from lark.config import build, model_option
@@ -44,8 +44,8 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
     Raises LarkError for settings and data a user can correct; whatever was computed before stays cached.
     """
     quiet_libraries()
-    logs = writable(config.paths.logs, "paths.logs")
-    cache = writable(config.paths.cache, "paths.cache")
+    logs = check_writable(config.paths.logs, "paths.logs")
+    cache = check_writable(config.paths.cache, "paths.cache")
     cuts = {"scoring": "probe.batch_tokens", "training": "sft.micro_batch_tokens", "sampling": "evaluation.batch_size"}
     shown = ", ".join(f"{OmegaConf.select(config, key)} {key} ({what})" for what, key in cuts.items())
     gradients = "; for a rule that takes gradients set its score.parameters=last:<layers> or score.dimensions"
@@ -121,7 +121,7 @@ class _Run:
         self.diagnosis.of_selections(self._claim)
         if self.config.stop_after == "selection":
             for name in self.rules if is_main() else ():
-                freed(self.folder / name)
+                remove_path(self.folder / name)
                 rule = self.rules[name].name
                 write_selection(name, rule, self.data, self.folder / name)
                 title = f"{name}-{rule}-seed{self.data.seed}"
@@ -134,7 +134,7 @@ class _Run:
         """The passes that the rules need, each under its lock; ranks obey the plan on which of them run."""
         for wanted in self.data.needs:
             folder = self.data.pass_folder(wanted)
-            with self._claim(wanted.name, folder, partial(complete, folder)) as to_do, ExitStack() as held:
+            with self._claim(wanted.name, folder, partial(is_complete, folder)) as to_do, ExitStack() as held:
                 logger = None
                 if to_do and is_main():
                     title = f"{wanted.name}-{self.data.scorer.name}"
@@ -151,7 +151,7 @@ class _Run:
         """
         with ExitStack() as held:
             if is_main() and not done():
-                held.enter_context(lock(folder))
+                held.enter_context(hold_lock(folder))
             yield self._share(f"{name} {folder.name}", "reuse" if is_main() and done() else "run") == "run"
 
     def _share(self, key: str, value: Any) -> Any:
@@ -238,7 +238,7 @@ class _Run:
                     other.folder for other in arms if other.name in locks
                 }:
                     locks[arm.name] = held.enter_context(ExitStack())
-                    locks[arm.name].enter_context(lock(arm.folder))
+                    locks[arm.name].enter_context(hold_lock(arm.folder))
                     if action_of(arm, identity, training_only) == "reuse":  # another job finished it meanwhile
                         locks.pop(arm.name).close()
         return locks
@@ -304,7 +304,7 @@ class _Run:
 
     def _report(self, arms: list[Arm], training_only: bool) -> float:
         for arm in arms:
-            link = freed(self.folder / arm.name)
+            link = remove_path(self.folder / arm.name)
             link.symlink_to(os.path.relpath(arm.folder, self.folder), target_is_directory=True)
         if training_only:
             return self._stop(f"training    {', '.join(str(arm.folder / 'checkpoint') for arm in arms)}")

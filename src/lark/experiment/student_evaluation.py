@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from lark.answers.checker import Checker
-from lark.common.cache import lock, read_json, writable
+from lark.common.cache import check_writable, hold_lock, read_json
 from lark.common.errors import LarkError
 from lark.common.ranks import Plan, check_ranks, in_ranks, is_main, say, world_size
 from lark.config import build
@@ -33,8 +33,8 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
     Raises LarkError for settings and data a user can correct; samples that were drawn are kept.
     """
     quiet_libraries()
-    logs = writable(config.paths.logs, "paths.logs")
-    cache = writable(config.paths.cache, "paths.cache")
+    logs = check_writable(config.paths.logs, "paths.logs")
+    cache = check_writable(config.paths.cache, "paths.cache")
     remedy = (
         f"lower evaluation.batch_size={config.evaluation.batch_size}, or set model.dtype=bfloat16 or "
         "evaluation.engine=vllm"
@@ -73,7 +73,7 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     plan = Plan(folder)
     with ExitStack() as held:
         if is_main():
-            held.enter_context(lock(folder))
+            held.enter_context(hold_lock(folder))
         plan.share(evaluation="reuse" if is_main() and is_evaluated(folder, identity) else "run")
         if plan["evaluation"] == "reuse":
             say("reuse       metrics.json is of these settings, problems and weights")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lark.common.cache import identity_hash, read_json, replacing, write_json
+from lark.common.cache import atomic_write, identity_hash, read_json, write_json
 from lark.common.errors import LarkError
 from lark.generation import vllm_worker as vllm_process
 from lark.generation.sampling import digest
@@ -148,7 +148,7 @@ def generate_with_vllm(
         yield kept
     if not place:
         return
-    with replacing(folder / "requests.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_write(folder / "requests.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
         for pair in sorted(place.values(), key=lambda pair: -len(prompts[pair[0]])):
             own = int.from_bytes(digest(seed, keys[pair[0]], pair[1])[16:24], "little") >> 1
             row = {"prompt_token_ids": list(prompts[pair[0]]), "seed": own, "number": number[pair]}
@@ -191,7 +191,7 @@ def _prepare(folder: Path, settings: dict[str, Any]) -> Path:
     content = tokens.read_bytes() if tokens.exists() else b""
     whole = content.rfind(b"\n") + 1
     if whole < len(content) or not tokens.exists():
-        with replacing(tokens) as temporary:
+        with atomic_write(tokens) as temporary:
             temporary.write_bytes(content[:whole])
     return tokens
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lark.common.cache import finite, identity_hash, replacing
+from lark.common.cache import atomic_write, identity_hash, nan_to_none
 from lark.common.groups import Groups
 
 if TYPE_CHECKING:
@@ -132,13 +132,13 @@ def write_sample(folder: Path, data: "TrajectoryDataModule", settings: Mapping[s
         "of_trajectories": len(candidates),
         "cut": cut,
         "arms": {
-            role: {"rule": data.rules[role].name, "hash": _hash(selection), "record": finite(selection.record)}
+            role: {"rule": data.rules[role].name, "hash": _hash(selection), "record": nan_to_none(selection.record)}
             for role, selection in data.selections.items()
         },
     }
     head = {"facts": facts, "columns": columns, "scores": scored, "weights": weights}
     with (
-        replacing(folder / NAME) as temporary,
+        atomic_write(folder / NAME) as temporary,
         open(temporary, "wb") as raw,
         gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file,
     ):

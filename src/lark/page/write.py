@@ -14,7 +14,7 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from lark.common.cache import file_hash, replacing, write_text
+from lark.common.cache import atomic_write, file_hash, write_text
 from lark.common.log import logger
 from lark.comparison import tables
 from lark.comparison.conclusions import list_conclusions
@@ -138,7 +138,7 @@ def _put_plotly(path: Path) -> None:
     with resources.as_file(source) as own:
         if path.is_file() and file_hash(path) == file_hash(own):
             return
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(own.read_bytes())
 
 

@@ -26,17 +26,17 @@ import numpy as np
 import pyarrow as pa
 
 from lark.common.cache import (
-    complete,
+    atomic_write,
+    check_writable,
     file_hash,
+    hold_lock,
     identity_hash,
-    lock,
+    is_complete,
     read_json,
-    replacing,
-    writable,
     write_json,
 )
 from lark.common.errors import LarkError
-from lark.common.progress_line import bar
+from lark.common.progress_line import show_progress
 from lark.common.versions import formula_versions
 from lark.pool.rows import FIELDS, Advance, Fault, RowError, find_files, normalise, read_rows
 
@@ -115,10 +115,10 @@ def read_pool(
         "limit": limit,
         **formula_versions("pool"),
     }
-    folder = writable(cache, "paths.cache") / "pools" / identity_hash(identity)
-    if not complete(folder):
-        with lock(folder):
-            if not complete(folder):  # else another process has written it while this one waited
+    folder = check_writable(cache, "paths.cache") / "pools" / identity_hash(identity)
+    if not is_complete(folder):
+        with hold_lock(folder):
+            if not is_complete(folder):  # else another process has written it while this one waited
                 shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
                 shown = source if isinstance(source, str | Path) else f"[{','.join(map(str, source))}]"
                 outcome = _write(files, folder, on_error=on_error, limit=limit, headline=f"task.pool={shown}")
@@ -195,7 +195,7 @@ def extra_column(rows: datasets.Dataset, name: str) -> np.ndarray:
 def _contents(files: dict[str, Path]) -> list[list[Any]]:
     """Name, size and hash of each file; a pool is known by what is in it."""
     contents = []
-    with bar("comparing pool", sum(path.stat().st_size for path in files.values()) / 1e6, "MB") as progress:
+    with show_progress("comparing pool", sum(path.stat().st_size for path in files.values()) / 1e6, "MB") as progress:
         for name, path in files.items():
             size = path.stat().st_size
             try:
@@ -221,7 +221,7 @@ class _Report:
 def _write(files: dict[str, Path], folder: Path, *, on_error: str, limit: int | None, headline: str) -> dict[str, Any]:
     """Write the valid rows to `folder`/pool.arrow; returns what the manifest says of them. Raises PoolError."""
     report, digest, count = _Report(), hashlib.sha256(), 0
-    with replacing(folder / "pool.arrow") as temporary:
+    with atomic_write(folder / "pool.arrow") as temporary:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
             batch, size = [], 0
             for row in _valid_rows(files, limit, report):
@@ -279,7 +279,7 @@ def _counting(files: dict[str, Path]) -> Iterator[Advance]:
     """A progress line of rows, whose number is estimated from the bytes of those read so far."""
     size = sum(path.stat().st_size for path in files.values())
     rows = read = 0
-    with bar("reading pool", 0, "rows") as progress:
+    with show_progress("reading pool", 0, "rows") as progress:
 
         def advance(taken: float) -> None:
             nonlocal rows, read

@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from lark.common.progress_line import bar
+from lark.common.progress_line import show_progress
 
 LOGGER_SECONDS = 5.0  # between points that a logger gets of a pass
 
@@ -46,7 +46,7 @@ class PassProgress(ProgressLine):
         self.total = int(self.row_tokens[np.concatenate(loader.dataset.units)].sum())
         if trainer.is_global_zero:
             ranks = f" (rank 0 of {trainer.world_size})" if trainer.world_size > 1 else ""
-            self.bar = bar(self.label + ranks, self.total, "tokens")
+            self.bar = show_progress(self.label + ranks, self.total, "tokens")
         self.start = self.logged = time.monotonic()
 
     def on_predict_batch_end(

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lark.common.cache import complete, replacing
+from lark.common.cache import atomic_write, is_complete
 from lark.scoring.columns import Columns
 
 COST_COLUMNS = ("forward_tokens", "backward_tokens", "computed_tokens", "seconds")
@@ -32,7 +32,7 @@ def write_shard(folder: Path, rank: int, rows: Sequence[dict[str, Any]]) -> None
     ordered = sorted(rows, key=lambda row: row["row"])
     table = pa.Table.from_pylist(ordered)
     with (
-        replacing(folder / f"part-{rank}-{ordered[0]['row']}-{uuid4().hex[:8]}.arrow") as temporary,
+        atomic_write(folder / f"part-{rank}-{ordered[0]['row']}-{uuid4().hex[:8]}.arrow") as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, table.schema) as writer,
     ):
@@ -90,7 +90,7 @@ def merge(folder: Path, wanted: np.ndarray) -> dict[str, Any]:
     schema = pa.unify_schemas([part.schema for part in kept], promote_options="permissive")
     size = 8 * sum(map(_values, kept)) // len(row_N)  # exact, so that the table does not depend on the shards
     length = min(max(BLOCK_BYTES // size, 1), BLOCK_ROWS)
-    with replacing(folder / "statistics.parquet") as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with atomic_write(folder / "statistics.parquet") as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for start in range(0, len(row_N), length):
             first, last = row_N[[start, min(start + length, len(row_N)) - 1]].tolist()
             slices = [_between(part, first, last) for part in kept]
@@ -118,7 +118,7 @@ def _between(part: pa.Table, first: int, last: int) -> pa.Table:
 
 def read_columns(folder: Path) -> Columns:
     """The columns of a complete cache folder, [N] each and ordered by row; lists are object arrays of arrays."""
-    assert complete(folder)
+    assert is_complete(folder)
     path = folder / "statistics.parquet"
     return Columns({name: partial(_read, path, name) for name in pq.read_schema(path).names})
 
@@ -131,7 +131,7 @@ def read_statistics(folder: Path) -> Columns:
 
 def statistics_blocks(folder: Path) -> Iterator[pa.Table]:
     """`read_statistics` of the rows one block after the other, without their numbers: for a copy of all columns."""
-    assert complete(folder)
+    assert is_complete(folder)
     with pq.ParquetFile(folder / "statistics.parquet") as file:
         for i in range(file.num_row_groups):
             block = file.read_row_group(i)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lark.common.cache import replacing, write_json
+from lark.common.cache import atomic_write, write_json
 from lark.common.errors import LarkError
 from lark.common.groups import Groups, tie_hash
 from lark.scoring.passes import Pass, needs_of
@@ -335,7 +335,7 @@ def export(selection: Selection, read_rows: Callable[[np.ndarray], Any], path: P
     valued: set[str] = set()
     late: set[int] = set()
     written = 0
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:
             rows = zip(read_rows(selection.row), selection.weight, selection.share, selection.score, strict=True)
             for i, (row, weight, share, score) in enumerate(rows):
@@ -362,7 +362,7 @@ def export(selection: Selection, read_rows: Callable[[np.ndarray], Any], path: P
 
 def _move_up(path: Path, lines: set[int]) -> None:
     """Puts the lines of these numbers first."""
-    with replacing(path) as temporary, open(path, "rb") as source, open(temporary, "wb") as target:
+    with atomic_write(path) as temporary, open(path, "rb") as source, open(temporary, "wb") as target:
         for moved in (True, False):
             source.seek(0)
             target.writelines(line for i, line in enumerate(source) if (i in lines) == moved)

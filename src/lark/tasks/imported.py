@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from lark.common.cache import (
-    complete,
+    atomic_write,
+    check_writable,
     file_hash,
+    hold_lock,
     identity_hash,
-    lock,
+    is_complete,
     read_json,
-    replacing,
-    writable,
     write_json,
 )
 from lark.common.errors import LarkError
@@ -97,9 +97,9 @@ class ImportedTask(Task):
             "rows": self.rows,
             **formula_versions("imported", "overlap"),
         }
-        folder = writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
-        with lock(folder):
-            if not complete(folder):
+        folder = check_writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
+        with hold_lock(folder):
+            if not is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 golds = None
                 if self.answers is not None:
@@ -137,7 +137,7 @@ class ImportedTask(Task):
         teachers: Counter[str] = Counter()
         lists: dict[str, int] = {}  # file -> rows
         keep = None if self.on_error == "raise" else FAULTS_KEPT
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
             for item in found:
                 lists[item.file] = max(lists.get(item.file, 0), item.number + 1)
                 try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lark.answers.extract import extract_answer
-from lark.common.cache import complete, identity_hash, lock, read_json, replacing, writable, write_json
+from lark.common.cache import atomic_write, check_writable, hold_lock, identity_hash, is_complete, read_json, write_json
 from lark.common.errors import LarkError
 from lark.common.versions import formula_versions
 from lark.tasks.gold_steps import WITH_STEPS, Item, solutions
@@ -78,9 +78,9 @@ class GymTask(Task):
             "reasoning_gym": importlib.metadata.version("reasoning-gym"),
             **formula_versions("reasoning_gym", "arithmetic"),
         }
-        folder = writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
-        with lock(folder):
-            if not complete(folder):
+        folder = check_writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
+        with hold_lock(folder):
+            if not is_complete(folder):
                 done = subprocess.run(
                     [sys.executable, "-m", "lark.tasks.reasoning_gym", str(folder)],
                     input=json.dumps(settings),
@@ -150,7 +150,7 @@ def generate(
                     wrong[f"{row['teacher']}'s for {name}"] += 1
     for name, content in rows.items():
         if content:
-            with replacing(folder / f"{name}.jsonl") as temporary:
+            with atomic_write(folder / f"{name}.jsonl") as temporary:
                 text = "".join(json.dumps(row, default=_plain) + "\n" for row in content)
                 temporary.write_text(text, encoding="utf-8", newline="\n")
     return {"said": _lines(chosen, rows, wrong, notes), "wrong": dict(wrong), "notes": notes}

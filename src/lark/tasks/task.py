@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lark.answers.checker import KINDS
-from lark.common.cache import complete, identity_hash, lock, write_json
+from lark.common.cache import hold_lock, identity_hash, is_complete, write_json
 from lark.common.errors import LarkError
 from lark.common.versions import formula_versions
 
@@ -129,8 +129,8 @@ class EmbeddedTask(Task):
         """Where `generate` has written the files, now or before."""
         identity = {"settings": self.settings, **formula_versions("arithmetic", libraries=("reasoning-gym",))}
         folder = cache / "tasks" / f"{self.name}-{identity_hash(identity)}"
-        with lock(folder):
-            if not complete(folder):
+        with hold_lock(folder):
+            if not is_complete(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self.generate(folder, **self.settings)
                 write_json(folder / "manifest.json", identity)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lark.common.errors import LarkError
-from lark.common.progress_line import bar
+from lark.common.progress_line import show_progress
 from lark.pool.pool import PoolError
 from lark.pool.rows import READERS, Fault, RowError, find_files, read_rows
 from lark.tasks.conversations import read_candidates
@@ -90,7 +90,7 @@ class TeacherFiles(ImportedTask):
     def _found(self, origin: dict[str, Any]) -> Iterator[Found]:
         lookup, paths = self._lookup(), self._paths(origin)
         total = sum(path.stat().st_size for path in paths.values()) / 1e6
-        with bar("importing", total, "MB") as progress:
+        with show_progress("importing", total, "MB") as progress:
             for name, path in paths.items():
                 teacher = name.partition("/")[0]
                 shown, line, number = f"{name}{path.suffix}", None, -1

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from lark.answers.checker import Checker
-from lark.common.cache import file_hash, identity_hash, lock, replacing, write_json
+from lark.common.cache import atomic_write, file_hash, hold_lock, identity_hash, write_json
 from lark.common.errors import LarkError
-from lark.common.progress_line import bar
+from lark.common.progress_line import show_progress
 from lark.common.record_file import Key, RecordFile
 from lark.pool.rows import normalise
 from lark.tasks.problems import answer_to, prompt_messages
@@ -86,7 +86,7 @@ def make_pool(
         _ask(asked, prompts, again=again, say=say)
         figures = [Figures() for _ in asked]
         sources = [Source(one.teacher, one.file, figure) for one, figure in zip(asked, figures, strict=True)]
-        with replacing(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with atomic_write(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for row in pool_rows(problems, prompts, sources, checker=checker, keep=keep, thinking=thinking):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if not sum(figure.rows for figure in figures):
@@ -145,7 +145,7 @@ def _prepare(
         identity = {name: getattr(teacher, name) for name in ("url", "model", "seed", *SAMPLING)}
         identity["body"] = dict(teacher.body)
     path = folder / f"{teacher.name}-{identity_hash(identity)}.jsonl"
-    stack.enter_context(lock(path))
+    stack.enter_context(hold_lock(path))
     file = RecordFile(path, {"teacher": teacher.name, **identity})
     stack.callback(file.close)
     keys = [(problem, digest_of(turns), n) for problem, turns in prompts.items() for n in range(teacher.samples)]
@@ -188,7 +188,7 @@ async def _ask_endpoints(
     halt = Halt()
     endpoints = [Endpoint(one.teacher, halt=halt) for one in asked]
     total, missing = sum(len(one.keys) for one in asked), sum(map(len, wanted))
-    with bar("asking", total, "trajectories", initial=total - missing) as progress:
+    with show_progress("asking", total, "trajectories", initial=total - missing) as progress:
 
         def keeping(file: RecordFile) -> Callable[[dict[str, Any]], None]:
             def keep(record: dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ def _ask_local(
     folder = one.file.path.with_suffix(f".{one.teacher.samples}.vllm")
     begun = time.monotonic()
     name = one.teacher.name
-    with bar(f"sampling {name}", len(one.keys), "trajectories", initial=len(done)) as progress:
+    with show_progress(f"sampling {name}", len(one.keys), "trajectories", initial=len(done)) as progress:
         try:
             for batch in local.sample(prompts, done, folder):
                 for sample in batch:

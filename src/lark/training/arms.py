@@ -20,7 +20,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from lark.common.cache import complete, identity_hash, read_json, write_json
+from lark.common.cache import identity_hash, is_complete, read_json, write_json
 from lark.common.ranks import barrier, is_main
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.selection.selection import Selection, export
@@ -55,7 +55,7 @@ class Arm:
 
     @property
     def trained(self) -> bool:
-        return self.selection is None or complete(self.folder, "trained.json")
+        return self.selection is None or is_complete(self.folder, "trained.json")
 
     @property
     def checkpoint(self) -> Path:
@@ -216,7 +216,7 @@ def _cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, Any]:
 def held_out_at_start(data: TrajectoryDataModule, arms: list[Arm]) -> dict[str, float]:
     """Held-out loss of the student before training: any trained arm's curve begins with it."""
     for arm in arms:
-        if arm.selection is not None and complete(arm.folder, "trained.json"):
+        if arm.selection is not None and is_complete(arm.folder, "trained.json"):
             curve = read_json(arm.folder / "trained.json")["curve"]
             if curve:
                 return curve[0]

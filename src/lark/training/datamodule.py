@@ -12,7 +12,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
-from lark.common.cache import complete, identity_hash, read_json
+from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.errors import LarkError
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
@@ -243,7 +243,7 @@ class TrajectoryDataModule(LightningDataModule):
     def score(self) -> None:
         """The columns of every pass that the rules need: from the cache, or by the student (all ranks take part)."""
         for wanted in self.needs:
-            self.run_pass(wanted, cached=complete(self.pass_folder(wanted)))
+            self.run_pass(wanted, cached=is_complete(self.pass_folder(wanted)))
 
     def run_pass(self, wanted: Pass, *, cached: bool, logger: Logger | None = None) -> None:
         """One pass, unless it is `cached` (which rank 0 finds out). logger: gets its progress."""

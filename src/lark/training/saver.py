@@ -24,7 +24,7 @@ class Saver(Callback):
         self.path, self.every, self.validate_every = path, every, validate_every
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        termination.wait()
+        termination.defer()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.validate_every is None or trainer.global_step % self.validate_every:
@@ -35,20 +35,20 @@ class Saver(Callback):
             self._step_done(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        termination.go_on()
+        termination.resume()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        termination.stop_waiting()
+        termination.stop_deferring()
 
     def _step_done(self, trainer: Trainer) -> None:
-        step, stop = trainer.global_step, _any_rank(trainer, termination.asked())
+        step, stop = trainer.global_step, _any_rank(trainer, termination.is_requested())
         if stop or step % self.every == 0:
             replace_checkpoint(trainer, self.path)
         if stop:
             if trainer.is_global_zero:
-                said = f"stopped     by {termination.name()} after optimizer step {step}; the same command goes on from"
+                said = f"stopped     by {termination.get_name()} after optimizer step {step}; the same command goes on from"
                 print(f"{said} {self.path}", flush=True)
-            termination.obey()
+            termination.exit_now()
 
 
 def _any_rank(trainer: Trainer, here: bool) -> bool:

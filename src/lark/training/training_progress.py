@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.throughput import Throughput
 
-from lark.common.progress_line import bar
+from lark.common.progress_line import show_progress
 from lark.scoring.progress import ProgressLine
 
 WINDOW = 5  # optimizer steps that rates are taken over
@@ -30,7 +30,7 @@ class TrainingProgress(ProgressLine):
         self.monitor = Throughput(world_size=trainer.world_size, window_size=WINDOW)
         self.first, self.trajectories = trainer.global_step, 0
         if trainer.is_global_zero:
-            self.bar = bar(self.label, trainer.max_steps, "steps", initial=trainer.global_step)
+            self.bar = show_progress(self.label, trainer.max_steps, "steps", initial=trainer.global_step)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
