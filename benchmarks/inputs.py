@@ -13,8 +13,8 @@ from transformers.utils import logging
 from lark.experiment.description import quiet_libraries
 from lark.scoring.statistics_pass import Probe
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark
-from lark.selection.selection import Rule
 from lark.student.student import Student
 from lark.tasks.arithmetic import generate
 from lark.tasks.task import EmbeddedTask, Task

@@ -103,8 +103,8 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     from lark.pool.pool import read_pool
     from lark.scoring.statistics_pass import Probe
     from lark.selection.policies import Policy
+    from lark.selection.rule import Rule
     from lark.selection.scores.statistics import Lark, Length, Random
-    from lark.selection.selection import Rule
     from lark.student.student import Student
     from lark.tasks.task import Task
     from lark.training.arms import write_selection

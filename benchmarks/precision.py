@@ -28,7 +28,7 @@ from lark.scoring.progress import PassProgress
 from lark.selection.candidates import Candidates
 from lark.selection.matching import take_top
 from lark.selection.scores.statistics import Lark, Likelihood, RankSurprisal, Score
-from lark.selection.within_problem import spearman
+from lark.selection.within_problem import compute_spearman
 
 PROBLEMS = 32
 SCORES: dict[str, Score] = {"lark": Lark(), "rsr": RankSurprisal(clip=100), "likelihood": Likelihood()}
@@ -61,7 +61,7 @@ def compare_choices(a: Candidates, b: Candidates, score: Score, budget: int) -> 
     top_a_N, top_b_N = (take_top(score_N, groups, tie_N, count_G)[0] > 0 for score_N in (a_N, b_N))
     changed_G = groups.sum((top_a_N != top_b_N).astype(float)) > 0
     return {
-        "spearman": float(np.nanmean(spearman(a_N, b_N, groups).value_G)),
+        "spearman": float(np.nanmean(compute_spearman(a_N, b_N, groups).value_G)),
         "changed_sets": float(changed_G.mean()),
         "changed_rows": float((top_a_N & ~top_b_N).sum() / top_a_N.sum()),
     }

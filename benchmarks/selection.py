@@ -21,8 +21,9 @@ from profiles import resident_peak_bytes
 
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark, RankSurprisal
-from lark.selection.selection import Rule, Selection, select
+from lark.selection.selection import Selection, select
 
 TEACHERS = 11
 BUDGET = 2
@@ -96,7 +97,7 @@ def loop(name: str, candidates: Candidates, rows: int) -> dict[int, float]:
 def same_choice(selection: Selection, share: dict[int, float], rows: int) -> bool:
     chosen = selection.row < rows
     row, expected = selection.row[chosen].tolist(), dict(sorted(share.items()))
-    return row == list(expected) and np.allclose(selection.share[chosen], list(expected.values()))
+    return row == list(expected) and np.allclose(selection.q[chosen], list(expected.values()))
 
 
 def main() -> None:

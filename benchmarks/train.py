@@ -76,7 +76,7 @@ def open_rows(arguments: argparse.Namespace, cache: Path) -> tuple[TrajectoryDat
     rows = np.sort(np.random.default_rng(0).permutation(data.scored)[:wanted])
     ones = np.ones(len(rows))
     data.selections["selector"] = Selection(
-        row=rows, share=ones, weight=ones, score=ones, record={}, score_N=ones, taken_by_problem={}
+        row=rows, q=ones, weight=ones, score=ones, record={}, score_N=ones, taken_by_problem={}
     )
     order = [draw_step_rows(len(rows), size, seed=data.seed, step=number) for number in range(steps)]
     return data, rows[np.stack(order)]

@@ -129,8 +129,8 @@ def make_data(tmp_path, make_student, make_trainer):
     `baseline` may be other scores than lark's and random, `scorer` another student to ask."""
     from lark.scoring.statistics_pass import Probe
     from lark.selection.policies import Policy
+    from lark.selection.rule import Rule
     from lark.selection.scores.statistics import Lark, Random
-    from lark.selection.selection import Rule
     from lark.tasks.task import Task
     from lark.training.datamodule import TrajectoryDataModule
     from lark.training.recipe import Recipe

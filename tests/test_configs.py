@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from lark import config as configuration
 from lark.config import build
 from lark.diagnostics.diagnostics import Diagnostics
-from lark.selection.selection import Rule
+from lark.selection.rule import Rule
 from lark.student.student import Student
 from lark.tasks.task import Task
 from lark.tracking.tracking import Csv, Wandb

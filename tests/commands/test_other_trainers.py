@@ -7,7 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from lark.selection.selection import Selection, export
+from lark.selection.export import export_selection
+from lark.selection.selection import Selection
 
 TURNS = {
     "one answer": ["user", "assistant"],
@@ -18,7 +19,7 @@ TURNS = {
 
 def selection_of(rows):
     one = np.ones(rows)
-    return Selection(row=np.arange(rows), share=one, weight=one, score=one, record={}, score_N=one, taken_by_problem={})
+    return Selection(row=np.arange(rows), q=one, weight=one, score=one, record={}, score_N=one, taken_by_problem={})
 
 
 def pool_row(i, roles, **fields):
@@ -31,7 +32,7 @@ def pool_row(i, roles, **fields):
 
 def written(folder, rows):
     path = folder / "selection.jsonl"
-    export(selection_of(len(rows)), lambda row_N: (rows[i] for i in row_N), path, name="lark")
+    export_selection(selection_of(len(rows)), lambda row_N: (rows[i] for i in row_N), path, name="lark")
     return path
 
 

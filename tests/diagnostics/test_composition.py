@@ -6,8 +6,9 @@ import pytest
 from lark.diagnostics import composition
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Length
-from lark.selection.selection import Rule, select
+from lark.selection.selection import select
 
 PROBLEM = list("ppppqqqrrrrrs")
 TEACHER = list("abacabcbbacca")
@@ -38,7 +39,7 @@ def rows_of(problem):
 
 def test_shares_are_those_of_the_selection():
     _, selection, q_N = chosen(Policy(kind="chi2", budget=2))
-    assert q_N[selection.row - 100] == pytest.approx(selection.share)
+    assert q_N[selection.row - 100] == pytest.approx(selection.q)
     assert q_N.sum() == pytest.approx(4) and (q_N > 0).sum() == len(selection.row)
 
 

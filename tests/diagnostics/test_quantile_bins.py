@@ -63,7 +63,7 @@ def test_selections_give_every_problem_the_same_weight():
     assert list(found) == ["bin-1", "bin-2"]
     for number, selection in enumerate(found.values()):
         assert selection.row.tolist() == np.flatnonzero(bin_N == number).tolist()
-        share = np.bincount(own.groups.index_N[selection.row], selection.share)
+        share = np.bincount(own.groups.index_N[selection.row], selection.q)
         assert share == pytest.approx(np.ones(4))
         assert selection.record["rule"] == f"marks bin {number + 1} of 2"
 

@@ -15,8 +15,8 @@ from torch.multiprocessing.spawn import spawn
 
 from lark.scoring.statistics_pass import Probe
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark
-from lark.selection.selection import Rule
 from lark.student.distributed import ShardedStrategy
 from lark.student.student import Student, save_student
 from lark.tasks.task import Task

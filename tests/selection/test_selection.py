@@ -10,9 +10,11 @@ from scipy.stats import spearmanr
 
 from lark.common.groups import Groups
 from lark.selection.candidates import Candidates
+from lark.selection.export import export_selection
 from lark.selection.policies import Policy
+from lark.selection.rule import Between, Rule
 from lark.selection.scores.statistics import Constant, Lark, Length, Likelihood, Random
-from lark.selection.selection import Between, Rule, Selection, export, select, within_problem_spearman
+from lark.selection.selection import Selection, select, within_problem_spearman
 
 TEACHERS = np.array(["terse", "verbose", "careful", "terse", None], object)
 
@@ -76,11 +78,11 @@ def test_shares_sum_to_one_per_problem_and_weights_have_mean_one(policy):
     selection = select(rule(**policy), rows, seed=0)
     chosen = selection.row - 100
     for problem in set(rows["problem_id"]):
-        assert selection.share[rows["problem_id"][chosen] == problem].sum() == pytest.approx(1, rel=1e-12)
+        assert selection.q[rows["problem_id"][chosen] == problem].sum() == pytest.approx(1, rel=1e-12)
     assert selection.weight.mean() == pytest.approx(1, rel=1e-12)
-    ratio = selection.weight / selection.share
+    ratio = selection.weight / selection.q
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-12)
-    assert (selection.share > 0).all() and (np.diff(selection.row) > 0).all()
+    assert (selection.q > 0).all() and (np.diff(selection.row) > 0).all()
     assert selection.score.tolist() == selection.score_N[chosen].tolist()
 
 
@@ -105,7 +107,7 @@ def test_shuffling_the_pool_changes_no_selection(score, policy):
 def test_a_baseline_takes_as_many_rows_of_each_problem_with_equal_weights(policy):
     rows = pool()
     selector = select(rule(filter="correct", **policy), rows, seed=0)
-    baseline = select(rule(Length(sign=1), budget=1), rows, seed=0, like=selector)
+    baseline = select(rule(Length(sign=1), budget=1), rows, seed=0, reference_selection=selector)
     problem_N = rows["problem_id"]
     taken = [Counter(problem_N[chosen.row - 100]) for chosen in (selector, baseline)]
     assert taken[0] == taken[1] == dict(selector.taken_by_problem)
@@ -113,7 +115,7 @@ def test_a_baseline_takes_as_many_rows_of_each_problem_with_equal_weights(policy
     for problem, number in taken[0].items():
         longest = sorted(np.flatnonzero(problem_N == problem), key=lambda i: -rows["num_tokens"][i])
         assert chosen & set(longest) == set(longest[:number])
-    assert baseline.share == pytest.approx([1 / taken[0][problem] for problem in problem_N[baseline.row - 100]])
+    assert baseline.q == pytest.approx([1 / taken[0][problem] for problem in problem_N[baseline.row - 100]])
     assert counts(baseline)["short_of_selector"] == 0
     assert baseline.record["matched"] and baseline.record["policy"]["kind"] == "top_b"
 
@@ -121,7 +123,7 @@ def test_a_baseline_takes_as_many_rows_of_each_problem_with_equal_weights(policy
 def test_a_baseline_that_runs_out_of_rows_counts_how_many():
     rows = pool()
     selector = select(rule(budget=3), rows, seed=0)
-    baseline = select(rule(Length(sign=1), filter="correct"), rows, seed=0, like=selector)
+    baseline = select(rule(Length(sign=1), filter="correct"), rows, seed=0, reference_selection=selector)
     passing = Counter(rows["problem_id"][rows["correct"] == 1])
     short = sum(max(0, number - passing[problem]) for problem, number in selector.taken_by_problem.items())
     assert short > 0
@@ -132,9 +134,9 @@ def test_a_baseline_that_runs_out_of_rows_counts_how_many():
 def test_all_takes_every_candidate_with_one_over_k_and_is_unmatched():
     rows = pool()
     selector = select(rule(), rows, seed=0)
-    everything = select(rule(Constant(), kind="prior"), rows, seed=0, like=selector)
+    everything = select(rule(Constant(), kind="prior"), rows, seed=0, reference_selection=selector)
     assert everything.row.tolist() == rows.row_N.tolist()
-    np.testing.assert_allclose(everything.share, 1 / rows.groups.spread(rows.groups.size))
+    np.testing.assert_allclose(everything.q, 1 / rows.groups.spread(rows.groups.size))
     assert everything.record["matched"] is False
     assert select(rule(Constant(), kind="prior"), rows, seed=0).record["matched"] is True
 
@@ -168,7 +170,7 @@ def test_candidates_without_a_score_are_never_chosen_and_are_counted():
         assert counts(selection)["dropped_without_score"] == missing_N.sum()
         without = set(rows["problem_id"]) - set(rows["problem_id"][~missing_N])
         assert counts(selection)["problems_without_choice"] == len(without) > 0
-    baseline = select(rule(score), rows, seed=0, like=select(rule(budget=5), rows, seed=0))
+    baseline = select(rule(score), rows, seed=0, reference_selection=select(rule(budget=5), rows, seed=0))
     assert not missing_N[baseline.row - 100].any()
 
 
@@ -211,7 +213,7 @@ def test_a_prior_by_teacher_and_by_column():
         select(rule(Constant(), kind="prior", prior="per_teacher"), rows, seed=0)
     by_quality = select(rule(Constant(), kind="prior", prior="num_tokens"), rows, seed=0)
     tokens_N = rows["num_tokens"].astype(float)
-    np.testing.assert_allclose(by_quality.share, tokens_N / rows.groups.spread(rows.groups.sum(tokens_N)))
+    np.testing.assert_allclose(by_quality.q, tokens_N / rows.groups.spread(rows.groups.sum(tokens_N)))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_the_records_figures_by_hand():
     )
     selection = select(rule(Likelihood(), budget=2, name="likelihood"), rows, seed=0)
     # p: scores -1, -2 above the threshold -4, so 3 and 2 of 5; q: nothing is excluded, so 1/2 each
-    np.testing.assert_allclose(selection.share, [0.6, 0.4, 0.5, 0.5])
+    np.testing.assert_allclose(selection.q, [0.6, 0.4, 0.5, 0.5])
     np.testing.assert_allclose(selection.weight, [1.2, 0.8, 1.0, 1.0])
     record = selection.record
     assert record["rule"] == "likelihood" and record["tokens"] == 120
@@ -304,7 +306,7 @@ def test_the_records_figures_by_hand():
 def test_every_record_is_plain_json(policy):
     rows = pool()
     selector = select(rule(**policy), rows, seed=0)
-    for selection in (selector, select(rule(Random(seed=0)), rows, seed=0, like=selector)):
+    for selection in (selector, select(rule(Random(seed=0)), rows, seed=0, reference_selection=selector)):
         assert json.loads(json.dumps(selection.record, allow_nan=False)) == selection.record
 
 
@@ -348,7 +350,7 @@ def pool_row(row: int) -> dict:
 def test_the_export_loads_and_keeps_every_text(tmp_path):
     selection = select(rule(), pool(), seed=0)
     path = tmp_path / "selection.jsonl"
-    export(selection, lambda row_N: map(pool_row, row_N.tolist()), path, name="lark")
+    export_selection(selection, lambda row_N: map(pool_row, row_N.tolist()), path, name="lark")
     lines = [json.loads(line) for line in path.read_bytes().decode().removesuffix("\n").split("\n")]
     loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert len(lines) == len(loaded) == len(selection.row)  # type: ignore[arg-type]
@@ -357,7 +359,7 @@ def test_the_export_loads_and_keeps_every_text(tmp_path):
         assert line == row
         assert line["messages"] == source.pop("messages")
         assert line["weight"] == selection.weight[i]
-        expected = {**source, "rule": "lark", "score": selection.score[i], "share": selection.share[i]}
+        expected = {**source, "rule": "lark", "score": selection.score[i], "share": selection.q[i]}
         assert line["meta"] == expected
 
 
@@ -366,5 +368,5 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
     path = tmp_path / "selection.jsonl"
     path.write_text("earlier")
     with pytest.raises(ValueError, match="longer"):
-        export(selection, lambda row_N: [pool_row(0)], path, name="lark")
+        export_selection(selection, lambda row_N: [pool_row(0)], path, name="lark")
     assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]

@@ -19,7 +19,8 @@ from wandb_file import WandbRun, media, read_wandb
 from lark.common.cache import read_json
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
-from lark.selection.selection import Rule, Selection, select
+from lark.selection.rule import Rule
+from lark.selection.selection import Selection, select
 from lark.tracking.logging_metrics import selection_metrics, trajectory_rows
 
 TINY = ["task.limit=24", "task.eval_limit=4", "task.max_new_tokens=16", "sft.steps=3", "evaluation.samples=2"]

@@ -13,10 +13,10 @@ from lark.scoring.passes import Gradients, LocalWindows, MeanHidden, Statistics
 from lark.scoring.statistics_pass import PassModule, ProbeModule
 from lark.scoring.table_cache import read_columns, rows_done
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores.coverage import Coverage
 from lark.selection.scores.gradients import GradNorm, LarkExact, LarkHead, LossDrop
 from lark.selection.scores.statistics import InstructionDifficulty, Length, LocalLikelihood, Random
-from lark.selection.selection import Rule
 from lark.student.chat import load_template
 from lark.training.sft_module import SFTModule
 

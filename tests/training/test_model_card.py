@@ -11,7 +11,7 @@ from trained_arm import LORA, METRICS, SELECTION, trained_json, write_arm
 from transformers import AutoTokenizer
 
 from lark.export import export
-from lark.selection.selection import Between, Rule
+from lark.selection.rule import Between, Rule
 from lark.student.student import Student
 from lark.training.arms import Arm
 from lark.training.model_card import arm_facts, card

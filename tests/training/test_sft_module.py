@@ -177,7 +177,7 @@ def test_weights_reach_the_gradient_at_micro_batch_one_and_their_scale_does_not(
 def test_a_selections_weights_have_mean_one_so_that_scaling_shares_changes_nothing(ready):
     for selection in ready().selections.values():
         assert selection.weight.mean() == pytest.approx(1, abs=1e-12)
-        assert np.ptp(selection.weight / selection.share) < 1e-12
+        assert np.ptp(selection.weight / selection.q) < 1e-12
 
 
 # ---- the module under a Trainer

@@ -29,7 +29,7 @@ DIFFICULTY_BINS = 4
 def shares(candidates: Candidates, selection: Selection) -> np.ndarray:
     """q of every candidate, 0 where it was not chosen, [N]; sums to 1 in problems with a choice."""
     q_N = np.zeros(len(candidates))
-    q_N[np.searchsorted(candidates.row_N, selection.row)] = selection.share
+    q_N[np.searchsorted(candidates.row_N, selection.row)] = selection.q
     return q_N
 
 

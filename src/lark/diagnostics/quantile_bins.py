@@ -18,7 +18,8 @@ from lark.comparison.comparison import compute_curve_mean
 from lark.comparison.inference import compute_paired_difference
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
-from lark.selection.selection import Rule, Selection, select
+from lark.selection.rule import Rule
+from lark.selection.selection import Selection, select
 from lark.training.arms import Arm
 
 EXACT_BINS = 7  # up to so many, all orders are tried for p

@@ -13,7 +13,8 @@ import numpy as np
 
 from lark.common.cache import atomic_write
 from lark.selection.candidates import Candidates
-from lark.selection.selection import Rule, Selection
+from lark.selection.rule import Rule
+from lark.selection.selection import Selection
 from lark.training.datamodule import TrajectoryDataModule
 
 LEFT_OUT = ("dropped_by_filter", "dropped_without_score", "problems_without_choice", "short_of_selector")

@@ -25,7 +25,7 @@ from lark.page.pool_sample import write_sample
 from lark.page.write import write_own_page
 from lark.scoring.passes import GradientMatches, Pass, Statistics
 from lark.scoring.progress import PassProgress
-from lark.selection.selection import Rule, speaking_of
+from lark.selection.rule import Rule, prefix_errors
 from lark.student.context_length import check_answer_room
 from lark.student.distributed import Parallelism
 from lark.tasks.problems import read_problems
@@ -61,7 +61,7 @@ class _Run:
         self.config, self.folder, self.logs, self.group = config, folder, logs, group
         seed_everything(config.seed, verbose=False)
         parts = {name: build(config[name]) for name in ("task", "model", "selector", "diagnostics")}
-        with speaking_of("baseline"):
+        with prefix_errors("baseline"):
             baseline = build(config.baseline)
         probe = build(config.probe)
         self.recipe = build(config.sft)

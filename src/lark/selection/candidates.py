@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 POOL_COLUMNS = ("teacher", "correct", "answer", "text")
 
 
-def meant(name: str, statistics: Iterable[str]) -> str:
+def did_you_mean(name: str, statistics: Iterable[str]) -> str:
     """For the error about a column that is not there."""
     close = difflib.get_close_matches(name, [*statistics, *POOL_COLUMNS], 1)
     return f"; did you mean {close[0]}?" if close else ""
@@ -40,7 +40,7 @@ class Candidates:
     Raises LarkError for a column that is in neither. Rules compare all candidates, so the columns that they ask for
     are in memory whole: ids and row numbers 24 bytes a row, each column of numbers 8.
     `read_blocks` reads all statistics from their file, a block of rows after the other (null: they are in memory).
-    `passes` holds the columns of further passes (see lark.scoring.passes), read by `of`; `like` is the selection that these
+    `passes` holds the columns of further passes (see lark.scoring.passes), read by `of`; `reference_selection` is the selection that these
     candidates are to be chosen as a baseline for (null: for themselves).
     """
 
@@ -51,7 +51,7 @@ class Candidates:
     read_column: Callable[[str, np.ndarray], np.ndarray] | None = None
     read_blocks: Callable[[], Iterator[pa.Table]] | None = None
     passes: Mapping[Pass, Mapping[str, np.ndarray]] = field(default_factory=dict)
-    like: "Selection | None" = None
+    reference_selection: "Selection | None" = None
 
     def __post_init__(self) -> None:
         assert len(self.candidate_id) == len(self.row_N) == len(self.problem_id)
@@ -83,7 +83,7 @@ class Candidates:
                 if name.startswith("token_"):
                     raise LarkError(f"{error}; values a token are kept with probe.keep=tokens") from error
                 if "loss" in self.statistics:
-                    raise LarkError(f"{error}{meant(name, self.statistics)}") from error
+                    raise LarkError(f"{error}{did_you_mean(name, self.statistics)}") from error
                 raise LarkError(f"{error}; a statistic is there if the rule's `needs` name Statistics()") from error
         return self._of_pool[name]
 
@@ -107,9 +107,9 @@ class Candidates:
             raise LarkError(f"the rule asks for {wanted} but does not name it in `needs`; add it there")
         return self.passes[wanted]
 
-    def as_baseline_for(self, like: "Selection") -> "Candidates":
+    def as_baseline_for(self, reference_selection: "Selection") -> "Candidates":
         """The same candidates, to be chosen from as that selection's baseline; what has been read is not read again."""
-        same = replace(self, like=like)
+        same = replace(self, reference_selection=reference_selection)
         same.__dict__.update({name: getattr(self, name) for name in ("groups", "_of_pool")})
         return same
 

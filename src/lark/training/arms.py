@@ -23,7 +23,8 @@ from lightning.pytorch.callbacks import Callback
 from lark.common.cache import identity_hash, is_complete, read_json, write_json
 from lark.common.ranks import barrier, is_main
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
-from lark.selection.selection import Selection, export
+from lark.selection.export import export_selection
+from lark.selection.selection import Selection
 from lark.student.memory import release_memory
 from lark.student.student import save_student
 from lark.training import training_progress
@@ -120,7 +121,7 @@ def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Pa
     it came about.
     """
     selection = data.selections[name]
-    export(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
+    export_selection(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
     needs = data.rules[name].needs if name in data.rules else ()
     inputs = {
         "pool": data.trajectories.fingerprint,

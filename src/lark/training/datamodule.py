@@ -38,10 +38,11 @@ from lark.scoring.passes import (
 from lark.scoring.progress import describe_pass
 from lark.scoring.statistics_pass import PassModule, Probe, ProbeModule, Work, measure
 from lark.scoring.table_cache import COST_COLUMNS, read_columns, read_statistics, rows_done, statistics_blocks
-from lark.selection.candidates import Candidates, meant
+from lark.selection.candidates import Candidates, did_you_mean
+from lark.selection.rule import Rule, prefix_errors
 from lark.selection.scores.statistics import STATISTICS, DropFirst
 from lark.selection.scores.text import TeacherMatched
-from lark.selection.selection import Rule, Selection, select, speaking_of
+from lark.selection.selection import Selection, select
 from lark.student.context_length import read_max_positions
 from lark.student.student import Student
 from lark.student.tokenized_pool import TokenizedPool
@@ -179,7 +180,9 @@ class TrajectoryDataModule(LightningDataModule):
                     remedy = (
                         f"add it to the pool, or name another in {name}.score, {name}.filter or {name}.policy.prior"
                     )
-                    text = f"{name}={rule.name} reads the column {column}, but {error}{meant(column, STATISTICS)}"
+                    text = (
+                        f"{name}={rule.name} reads the column {column}, but {error}{did_you_mean(column, STATISTICS)}"
+                    )
                     raise LarkError(f"{text}; {remedy}") from error
 
     @property
@@ -311,14 +314,14 @@ class TrajectoryDataModule(LightningDataModule):
         for name in self.rules:
             self.selections[name] = self.choose(name, self.selections.get("selector"))
 
-    def choose(self, name: str, like: Selection | None) -> Selection:
-        """What the rule of that name takes of the candidates: on its own, or as the baseline of `like`."""
-        with speaking_of(name):
+    def choose(self, name: str, reference_selection: Selection | None) -> Selection:
+        """What the rule of that name takes of the candidates: on its own, or as the baseline of `reference_selection`."""
+        with prefix_errors(name):
             return select(
                 self.rules[name],
                 self.candidates,
                 seed=self.seed,
-                like=like,
+                reference_selection=reference_selection,
                 match=self.match,
                 trained_tokens_N=self.trajectories.span_tokens[self.candidates.row_N],
             )

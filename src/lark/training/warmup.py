@@ -47,7 +47,7 @@ def _random_share(data: TrajectoryDataModule, share: float) -> Selection:
     problems, taken = np.unique(pool.problem_id[row].astype(str), return_counts=True)
     return Selection(
         row=row,
-        share=np.full(len(row), 1 / len(row)),
+        q=np.full(len(row), 1 / len(row)),
         weight=np.ones(len(row)),
         score=np.zeros(len(row)),
         record={"rule": NAME, "counts": {"chosen": len(row)}, "tokens": int(pool.span_tokens[row].sum())},

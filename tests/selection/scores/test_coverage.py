@@ -11,9 +11,10 @@ from lark.common.groups import tie_hash, unit_hash
 from lark.scoring.passes import MeanHidden
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores import coverage
 from lark.selection.scores.coverage import Coverage
-from lark.selection.selection import Rule, select
+from lark.selection.selection import select
 
 
 def candidates(problem_id, vectors, order=None) -> Candidates:

@@ -15,9 +15,10 @@ from lark.common.groups import unit_hash
 from lark.scoring.passes import GradientMatches, Gradients, HeadGradients, LossDrops, ProjectedGradients, Statistics
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores.gradients import Grace, GradMatch, GradNorm, LarkExact, LarkHead, LossDrop
 from lark.selection.scores.statistics import Lark
-from lark.selection.selection import Rule, select
+from lark.selection.selection import select
 
 
 def candidates(problem_id, *, passes=None, teacher=None, kept=None, **statistics) -> Candidates:

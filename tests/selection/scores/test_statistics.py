@@ -13,6 +13,7 @@ from lark.config import build
 from lark.scoring.passes import ContentAlone, LocalWindows, Statistics
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
+from lark.selection.rule import Between, Rule
 from lark.selection.scores.statistics import (
     STATISTICS,
     Constant,
@@ -29,7 +30,7 @@ from lark.selection.scores.statistics import (
     RankSurprisal,
     imported,
 )
-from lark.selection.selection import Between, Rule, select
+from lark.selection.selection import select
 from lark.student.token_statistics import TokenStatistics, sum_by_step, sum_by_trajectory
 
 
@@ -394,7 +395,7 @@ def test_the_names_of_statistics_are_those_that_the_probe_stores():
 def test_a_filter_keeps_the_candidates_whose_score_lies_between():
     rows = with_content_alone(from_steps([([[1.0, 1.0]], 30.0)] * 3), [[2.0], [1.0], [0.5]])
     settings = {
-        "_target_": "lark.selection.selection.Between",
+        "_target_": "lark.selection.rule.Between",
         "score": {"_target_": "lark.selection.scores.statistics.InstructionDifficulty", "max": None},
         "max": 1,
     }

@@ -13,9 +13,10 @@ from scipy.stats import chi2
 from lark.scoring.passes import Statistics
 from lark.selection.candidates import Candidates
 from lark.selection.policies import Policy
+from lark.selection.rule import Rule
 from lark.selection.scores import text as pool_scores
 from lark.selection.scores.text import Column, Correct, RuleQuality, Teacher, TeacherMatched
-from lark.selection.selection import Rule, Selection, select
+from lark.selection.selection import Selection, select
 
 
 def candidates(problem_id, **columns) -> Candidates:
@@ -227,7 +228,7 @@ def test_each_problem_gets_the_teachers_of_another_one_every_other_one_as_often(
     selector = taking({f"p{i}": pair for i, pair in enumerate(PAIRS)}, rows)
     donors, seeds = np.zeros((10, 10)), 300
     for seed in range(seeds):
-        baseline = select(rule(TeacherMatched(seed=seed)), rows, seed=0, like=selector)
+        baseline = select(rule(TeacherMatched(seed=seed)), rows, seed=0, reference_selection=selector)
         for problem, pair in teachers_of(baseline, rows).items():
             donors[int(problem[1:]), PAIRS.index(pair)] += 1
     assert np.diag(donors).tolist() == [0.0] * 10
@@ -244,7 +245,7 @@ def test_over_many_seeds_teachers_have_the_selectors_shares():
     share = np.array([[letters.count(t) for t in "abcd"] for letters in took.values()]).mean(0) / 2
     counts_S4 = np.zeros((seeds, 4))
     for seed in range(seeds):
-        baseline = select(rule(TeacherMatched(seed=seed)), rows, seed=0, like=selector)
+        baseline = select(rule(TeacherMatched(seed=seed)), rows, seed=0, reference_selection=selector)
         joined = "".join(teachers_of(baseline, rows).values())
         counts_S4[seed] = [joined.count(t) / len(joined) for t in "abcd"]
     error = counts_S4.std(0, ddof=1) / math.sqrt(seeds)
@@ -258,7 +259,7 @@ def test_which_candidates_of_a_teacher_and_which_of_a_donors_teachers_is_random(
     selector = taking({"p": "a", "q": "ab"}, rows)
     first, seeds = Counter(), 2000
     for seed in range(seeds):
-        first[int(np.argmax(TeacherMatched(seed=seed)(replace(rows, like=selector))[:4]))] += 1
+        first[int(np.argmax(TeacherMatched(seed=seed)(replace(rows, reference_selection=selector))[:4]))] += 1
     expected = np.array([seeds / 6] * 3 + [seeds / 2])
     observed = np.array([first[i] for i in range(4)])
     assert ((observed - expected) ** 2 / expected).sum() < chi2.ppf(0.9999, 3)
@@ -266,9 +267,11 @@ def test_which_candidates_of_a_teacher_and_which_of_a_donors_teachers_is_random(
 
 def test_what_no_donor_gives_comes_last_but_comes():
     rows = pool_of({"p": "xxx", "q": "ab"})
-    score_N = TeacherMatched(seed=0)(replace(rows, like=taking({"q": "ab"}, rows)))
+    score_N = TeacherMatched(seed=0)(replace(rows, reference_selection=taking({"q": "ab"}, rows)))
     assert np.isfinite(score_N).all() and len(set(score_N)) == 5
-    alone = select(rule(TeacherMatched(seed=0)), rows, seed=0, like=taking({"p": "xx"}, rows))  # p has no other problem
+    alone = select(
+        rule(TeacherMatched(seed=0)), rows, seed=0, reference_selection=taking({"p": "xx"}, rows)
+    )  # p has no other problem
     assert teachers_of(alone, rows) == {"p": "xx"}
 
 
@@ -276,7 +279,7 @@ def test_the_order_of_the_rows_does_not_matter_and_the_seed_does():
     rng = np.random.default_rng(0)
     rows = pool_of({f"p{i}": "".join(rng.choice(list("abcde"), rng.integers(2, 7))) for i in range(50)})
     selector = select(rule(lambda rows: np.array([float(t == "a") for t in rows["teacher"]])), rows, seed=0)
-    straight = TeacherMatched(seed=3)(replace(rows, like=selector))
+    straight = TeacherMatched(seed=3)(replace(rows, reference_selection=selector))
     order = rng.permutation(len(rows))
     shuffled = Candidates(
         problem_id=rows.problem_id[order],
@@ -284,22 +287,22 @@ def test_the_order_of_the_rows_does_not_matter_and_the_seed_does():
         row_N=rows.row_N[order],
         statistics={},
         read_column=rows.read_column,
-        like=selector,
+        reference_selection=selector,
     )
     assert TeacherMatched(seed=3)(shuffled).tolist() == straight[order].tolist()
-    assert (TeacherMatched(seed=4)(replace(rows, like=selector)) != straight).all()
+    assert (TeacherMatched(seed=4)(replace(rows, reference_selection=selector)) != straight).all()
 
 
 def test_a_filter_acts_on_the_donors_too():
     rows = pool_of({f"p{i}": "aabbcc" for i in range(8)})
     selector = taking({f"p{i}": "ab" if i % 2 else "ac" for i in range(8)}, rows)
     no_a = rule(TeacherMatched(seed=0), filter=lambda rows: np.array([t != "a" for t in rows["teacher"]]))
-    baseline = teachers_of(select(no_a, rows, seed=0, like=selector), rows)
+    baseline = teachers_of(select(no_a, rows, seed=0, reference_selection=selector), rows)
     assert set(baseline) == {f"p{i}" for i in range(8)}
     assert all(len(letters) == 2 and "a" not in letters for letters in baseline.values())
     only_d = rule(TeacherMatched(seed=0), filter=lambda rows: ~np.isin(rows.row_N, selector.row))
     with pytest.raises(ValueError, match=r"baseline\.filter lets none of the selector's choice through"):
-        select(only_d, rows, seed=0, like=selector)
+        select(only_d, rows, seed=0, reference_selection=selector)
 
 
 def test_it_is_a_control_only_and_needs_teachers():
@@ -311,4 +314,4 @@ def test_it_is_a_control_only_and_needs_teachers():
     with pytest.raises(
         ValueError, match="needs a teacher in every candidate, 2 of 3 have none; fill the pool's teacher"
     ):
-        select(rule(TeacherMatched(seed=0)), unknown, seed=0, like=selector)
+        select(rule(TeacherMatched(seed=0)), unknown, seed=0, reference_selection=selector)

@@ -132,7 +132,7 @@ class TeacherMatched:
     if the problem has fewer), then all others; which ones and in which order at random. Every draw is a hash of `seed`
     and the ids, so the order of the rows does not matter.
 
-    Only for a baseline: it reads `candidates.like`. The rule's own filter acts on the donors too, so that of the
+    Only for a baseline: it reads `candidates.reference_selection`. The rule's own filter acts on the donors too, so that of the
     selector's choice only those rows count that pass it.
     Raises LarkError as a selector, if a candidate has no teacher, and if nothing of the choice passes the filter.
     """
@@ -141,12 +141,12 @@ class TeacherMatched:
     needs = ()
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        if candidates.like is None:
+        if candidates.reference_selection is None:
             raise LarkError(
                 "the score TeacherMatched copies the teachers of a selector's choice and is no selector itself; set "
                 "baseline=teacher_matched_random and another selector"
             )
-        taken_N = np.isin(candidates.row_N, candidates.like.row)
+        taken_N = np.isin(candidates.row_N, candidates.reference_selection.row)
         if not taken_N.any():
             raise LarkError(
                 "baseline.filter lets none of the selector's choice through, so there are no teachers to copy; set "
