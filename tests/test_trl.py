@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from lark.common.errors import LarkError
 from lark.trl import WeightedSFTTrainer, compute_coefficients
@@ -30,6 +31,7 @@ def dense_gradient(folder: Path, average: str) -> torch.Tensor:
     """The gradient of the formula, one row after the other, in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     means, sums = [], []
+    row: Any
     for row in rows():
         logp = model(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
         target = torch.tensor(row["input_ids"][1:])

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn.functional import pad
-from trl import SFTTrainer, pack_dataset
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_trainer import SFTTrainer
 
 from lark.common.errors import LarkError
 
@@ -59,14 +60,15 @@ class WeightedSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *COLUMNS]))
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *COLUMNS]))
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Return the denominator of the global batch: over its micro-batches and all ranks."""
         if not batch_samples or "loss_counts" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         total = torch.stack([batch["loss_counts"].sum() for batch in batch_samples]).sum().to(device)
-        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+        gathered: Any = self.accelerator.gather(total)
+        return gathered.sum() if self.args.world_size > 1 else total
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -77,7 +79,7 @@ class WeightedSFTTrainer(SFTTrainer):
         else:
             # Divided here, since TRL takes a denominator below 1 for 1.
             weights, num_items_in_batch = weights / num_items_in_batch, torch.ones_like(counts.sum())
-        scaled = _ScaledModel(model, weights[:, 1:])
+        scaled: Any = _ScaledModel(model, weights[:, 1:])
         return super().compute_loss(scaled, inputs, return_outputs, num_items_in_batch)
 
 

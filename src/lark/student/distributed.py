@@ -180,7 +180,8 @@ def call_as_method(model: Any, function: Callable[..., Tensor], *arguments: Any)
     if not isinstance(model, FSDPModule):
         return function(model, *arguments)
     setattr(model, function.__name__, MethodType(function, model))
-    register_fsdp_forward_method(model, function.__name__)
+    divided: Any = model
+    register_fsdp_forward_method(divided, function.__name__)
     return getattr(model, function.__name__)(*arguments)
 
 
