@@ -116,7 +116,7 @@ def draw_step_rows(rows: int, batch_size: int, *, seed: int, step: int) -> np.nd
 
 
 def take_rank_rows(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: int) -> np.ndarray:
-    """Take this rank's part of a global batch: every world-th row by length, so that ranks get equal work and widths."""
+    """Take this rank's part of a global batch: every world-th row by length, for equal work and widths."""
     return batch[np.argsort(-lengths[batch], kind="stable")][rank::world]
 
 

@@ -32,8 +32,6 @@ _STEP_END = {  # white space after a sentence or with a newline in it; with two 
     "sentences": re.compile(r"(?<=[.!?])\s+|\n\s*"),
     "blank_lines": re.compile(r"\n[^\S\n]*\n\s*"),
 }
-
-
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}.*?\{%[-+]?\s*endgeneration\s*[-+]?%\}", re.DOTALL)
 _TURNS = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)]
 _MASK = "\ue000"  # a private-use character: no tokenizer's special tokens hold it
@@ -56,27 +54,23 @@ class TokenizedTrajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """How rows become tokens.
-
-    `template` is the Jinja source with `{% generation %}` marks; `span="content"` (default) trains the content and
-    its end-of-turn token, `span="authors"` also what the template prints up to the next token boundary after it
-    (the newline of ChatML), as LARK's released code does; `step_splitter` cuts a trajectory into steps. `end_token`
-    ends the assistant's turns in `template` in place of `own_end` (see `replace_end_token`); None: as the template came.
-    """
+    """Turns rows into tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
+    """Jinja source with `{% generation %}` marks."""
     span: str = "content"
+    """content: the trajectory and its end-of-turn token are trained; authors: also what the template prints up to the
+    next token boundary after it (the newline of ChatML), as LARK's released code does.
+    """
     step_splitter: str = "sentences"
+    """Where a trajectory's steps begin: sentences | blank_lines."""
     end_token: str | None = None
+    """Ends the assistant's turns in `template` in place of `own_end` (see `replace_end_token`); None: as it came."""
     own_end: str | None = None
 
     def __post_init__(self) -> None:
-        if self.span not in SPANS:
-            raise LarkError(f"probe.span={self.span!r} is unknown; set it to one of {', '.join(SPANS)}")
-        if self.step_splitter not in STEPS:
-            known = ", ".join(STEPS)
-            raise LarkError(f"probe.step_splitter={self.step_splitter!r} is unknown; set it to one of {known}")
+        assert self.span in SPANS and self.step_splitter in STEPS, "Probe checks these settings"
         if not self.tokenizer.is_fast:
             raise LarkError(
                 f"the tokenizer {type(self.tokenizer).__name__} gives no character offsets, without which the trained "
@@ -85,17 +79,17 @@ class Chat:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a cache of tokens and steps depends on besides the rows."""
+        """Identify what tokens, spans and steps depend on besides the rows."""
         return {**self.span_identity, "step_splitter": self.step_splitter}
 
     @property
     def prompt_identity(self) -> dict[str, str]:
-        """What the tokens of a prompt depend on."""
+        """Identify what the tokens of a prompt depend on."""
         return {name: value for name, value in self.span_identity.items() if name != "span"}
 
     @cached_property
     def span_identity(self) -> dict[str, str]:
-        """What tokens and spans depend on; where steps begin is another matter."""
+        """Identify what tokens and spans depend on."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
         # Templates and passes name special tokens by their role, which only tokenizer_config.json says.
         roles = json.dumps(
@@ -110,13 +104,13 @@ class Chat:
 
     @property
     def end_id(self) -> int:
-        """The token that ends the assistant's turns."""
+        """Return the token that ends the assistant's turns."""
         row = self.encode([_TURNS[:2]])[0]
         return row.input_ids[row.prompt_tokens + row.end_of_turn]
 
     def replace_end_token(self, token: str) -> "Chat":
-        """The same chat with the assistant's turns, this one and earlier ones, ended by `token`; what others say ends
-        as before.
+        """Return a chat whose assistant's turns, this one and earlier ones, end with `token`; what others say ends as
+        before.
 
         The template itself is changed, so that scoring, training, sampling and whoever loads the student render alike.
         Raises LarkError when `token` is not a single special token of the tokenizer (another might occur within a
@@ -141,14 +135,14 @@ class Chat:
             done = end
         wanted += text[done:]
 
-        def changed(block: re.Match[str]) -> str:
+        def change(block: re.Match[str]) -> str:
             source = block[0].replace(own, token)
             if own == self.tokenizer.eos_token:
                 source = re.sub(r"\beos_token\b", lambda _: f"'{token}'", source)
             return source
 
         own_end = own if own in special else None
-        template = _GENERATION.sub(changed, self.template)
+        template = _GENERATION.sub(change, self.template)
         chat = replace(self, template=template, end_token=token, own_end=own_end)
         if chat._render([_TURNS])[0] != [wanted]:
             raise LarkError(
@@ -159,27 +153,27 @@ class Chat:
         return chat
 
     def encode(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[TokenizedTrajectory]:
-        """Tokens of whole rows, each ending with the assistant's trajectory.
+        """Tokenise whole rows, each ending with the assistant's trajectory.
 
         Raises LarkError when the template marks no generation, alters the trajectory (strips it, drops its
         <think> block), or ends a turn with something that is not one token.
         """
         texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
-        tokens = self._tokens(texts, conversations)
+        tokens = self._tokenise(texts, conversations)
         return [
-            self._encoded(text, spans, conversation[-1]["content"], ids, offsets)
+            self._find_span(text, spans, conversation[-1]["content"], ids, offsets)
             for text, spans, conversation, (ids, offsets) in zip(texts, marks, conversations, tokens, strict=True)
         ]
 
     def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Tokens of a prompt that asks the student for its turn."""
+        """Tokenise a prompt that asks the student for its turn."""
         texts, _ = self._render([messages], add_generation_prompt=True)
-        return self._tokens(texts, [messages], add_generation_prompt=True)[0][0]
+        return self._tokenise(texts, [messages], add_generation_prompt=True)[0][0]
 
     def _render(
         self, conversations: Sequence[Sequence[dict[str, str]]], **how: bool
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        """The rows as text and, if asked for, the character spans marked as generated."""
+        """Render rows as text and, if asked for, the character spans marked as generated."""
         try:
             return render_jinja_template(  # type: ignore[return-value]
                 [list(conversation) for conversation in conversations],
@@ -194,25 +188,25 @@ class Chat:
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
-        """Matches the texts of the tokenizer's special tokens."""
+        """Build a pattern of the texts of the tokenizer's special tokens."""
         texts = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
-    def _tokens(
+    def _tokenise(
         self, texts: list[str], conversations: Sequence[Sequence[dict[str, str]]], **how: bool
     ) -> list[tuple[list[int], Offsets]]:
-        """Ids and character offsets of rendered rows; `how` they were rendered."""
+        """Tokenise rendered rows, with character offsets; `how` they were rendered."""
         batch: Any = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         tokens = list(zip(batch["input_ids"], batch["offset_mapping"], strict=True))
         for i, conversation in enumerate(conversations):
             if any(self._special.search(message["content"]) for message in conversation):
-                tokens[i] = self._literal_tokens(texts[i], conversation, **how)
+                tokens[i] = self._tokenise_literally(texts[i], conversation, **how)
         return tokens
 
-    def _literal_tokens(
+    def _tokenise_literally(
         self, text: str, conversation: Sequence[dict[str, str]], **how: bool
     ) -> tuple[list[int], Offsets]:
-        """Ids and offsets of a row whose messages spell out special tokens: only the template's own are special.
+        """Tokenise a row whose messages spell out special tokens, so that only the template's own are special.
 
         The template's are those left when the messages' are masked by as many other characters. No token crosses a
         special one, so the text between them can be tokenised by itself.
@@ -228,15 +222,15 @@ class Chat:
             for token, (start, stop) in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
             if self._special.fullmatch(masked[start:stop].strip())
         ]
-        if len(masked) != len(text) or self._between(masked, fixed)[0] != whole["input_ids"]:
+        if len(masked) != len(text) or self._tokenise_between(masked, fixed)[0] != whole["input_ids"]:
             raise LarkError(
                 f"a message that spells out a special token ({self._special.findall(text)[-1]!r}, in the row that "
                 f"ends {text[-60:]!r}) cannot be told from a real one with this template and tokenizer; take it out"
             )
-        return self._between(text, fixed)
+        return self._tokenise_between(text, fixed)
 
-    def _between(self, text: str, fixed: Sequence[tuple[int, int, int]]) -> tuple[list[int], Offsets]:
-        """The `fixed` tokens (id, start, stop), and `text` between them as tokens none of which is special."""
+    def _tokenise_between(self, text: str, fixed: Sequence[tuple[int, int, int]]) -> tuple[list[int], Offsets]:
+        """Tokenise `text` between the `fixed` tokens (id, start, stop) as tokens none of which is special."""
         ids: list[int] = []
         offsets: Offsets = []
         done = 0
@@ -252,9 +246,10 @@ class Chat:
             done = stop
         return ids, offsets
 
-    def _encoded(
+    def _find_span(
         self, text: str, marks: list[tuple[int, int]], content: str, ids: list[int], offsets: Offsets
     ) -> TokenizedTrajectory:
+        """Find the trained span of a rendered row by the character positions that its template marks."""
         if not marks or marks[-1][0] >= marks[-1][1]:
             raise LarkError(
                 "the chat template marks nothing as generated by the assistant, so no token could be trained; set "
@@ -280,11 +275,11 @@ class Chat:
             input_ids=ids[: last + 1],
             prompt_tokens=first,
             end_of_turn=inside[0] - first,
-            steps=self._steps(content, begin, offsets[first : inside[0]]),
+            steps=self._find_steps(content, begin, offsets[first : inside[0]]),
         )
 
-    def _steps(self, content: str, begin: int, offsets: Offsets) -> list[int]:
-        """Span indices of each step's first token; a token over a border opens the later step."""
+    def _find_steps(self, content: str, begin: int, offsets: Offsets) -> list[int]:
+        """Find the span index of each step's first token; a token over a border opens the later step."""
         steps = [0]
         index = 0
         for match in _STEP_END[self.step_splitter].finditer(content):
@@ -298,21 +293,21 @@ class Chat:
         return steps
 
     def preview(self, row: TokenizedTrajectory, limit: int = 400) -> str:
-        """The row as text with its trained tokens between guillemets, for a printed sample.
+        """Print the row as text with its trained tokens between guillemets.
 
         Of a span longer than `limit` tokens the first ones and the last are shown, of a long prompt both ends. Tokens
         that only together make a character share their guillemets.
         """
         span = row.input_ids[row.prompt_tokens :]
-        shown = self._guillemets(span[:limit])
+        shown = self._mark_tokens(span[:limit])
         if len(span) > limit:
-            shown += f" ... {len(span) - limit - 1} more ... " + self._guillemets(span[-1:])
+            shown += f" ... {len(span) - limit - 1} more ... " + self._mark_tokens(span[-1:])
         prompt = str(self.tokenizer.decode(row.input_ids[: row.prompt_tokens]))
         if len(prompt) > 200:
             prompt = f"{prompt[:120]} ... {prompt[-60:]}"
         return prompt + shown
 
-    def _guillemets(self, ids: Sequence[int]) -> str:
+    def _mark_tokens(self, ids: Sequence[int]) -> str:
         text, pending = "", []
         for i, token in enumerate(ids, start=1):
             pending.append(token)
@@ -324,7 +319,7 @@ class Chat:
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template called `name`: chatml, llama3, `own` (the tokenizer's) or a path to a Jinja file."""
+    """Load the template called `name`: chatml, llama3, `own` (the tokenizer's) or a path to a Jinja file."""
     if name == "own":
         if not isinstance(tokenizer.chat_template, str):
             raise LarkError("model.template=own, but the tokenizer brings no chat template; set chatml or llama3")
@@ -338,7 +333,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def truncate_trajectory(row: TokenizedTrajectory, max_length: int) -> TokenizedTrajectory:
-    """The row cut to `max_length` tokens; the end-of-turn token goes with the tail."""
+    """Cut the row to `max_length` tokens; the end-of-turn token goes with the tail."""
     ids = row.input_ids[:max_length]
     span = len(ids) - row.prompt_tokens
     return TokenizedTrajectory(

@@ -1,4 +1,4 @@
-"""How far a student can count: positions it was made for, and from where on rotary ones depend on the row."""
+"""The length of rows a student can read: positions it was made for, and where rotary ones depend on the row."""
 
 import math
 from typing import Any
@@ -10,8 +10,9 @@ from lark.student.student import LOADING_ERRORS, Student, get_base_model
 
 
 def read_max_positions(student: Student) -> float:
-    """Tokens of the longest row that the student was made for, by its config.json and `model.config` (infinite: it does
-    not say). Reads no weights; infinite as well where nothing can be read, which loading the weights will report.
+    """Read how many tokens the longest row has that the student was made for, by its config.json and `model.config`
+    (infinite: it does not say). Reads no weights; infinite as well where nothing can be read, which loading the weights
+    will report.
     """
     source, keywords = student.pretrained_arguments()
     try:
@@ -22,7 +23,7 @@ def read_max_positions(student: Student) -> float:
 
 
 def check_answer_room(student: Student, max_new_tokens: int) -> None:
-    """LarkError if answers of so many tokens leave a prompt no room in the student's positions."""
+    """Raise LarkError if answers of so many tokens leave a prompt no room in the student's positions."""
     positions = read_max_positions(student)
     if max_new_tokens >= positions:
         raise LarkError(
@@ -32,8 +33,8 @@ def check_answer_room(student: Student, max_new_tokens: int) -> None:
 
 
 def find_rope_border(model: Any) -> float:
-    """Tokens from which on rotary positions depend on the longest row of a forward pass (infinite: they never do): a
-    longer row would change the others'.
+    """Find from how many tokens on rotary positions depend on the longest row of a forward pass (infinite: they never
+    do): a longer row would change the others'.
     """
     config = get_base_model(model).config.get_text_config()
     found = math.inf
@@ -46,7 +47,7 @@ def find_rope_border(model: Any) -> float:
 
 
 def _rope_settings(parameters: Any) -> list[dict[str, Any]]:
-    """Those of all layers, or one of each kind of layer."""
+    """List the settings of all layers, or one of each kind of layer."""
     if not isinstance(parameters, dict):
         return []
     nested = [value for value in parameters.values() if isinstance(value, dict)]

@@ -121,9 +121,9 @@ class Parallelism:
     def divide_for_training(self, model: Any, method: str) -> None:
         """Divide all parameters of `model` over the ranks, in place, where it is to be divided.
 
-        Each layer is gathered when it runs, forwards and backwards, and what stands outside them (embedding, norm, head;
-        a tied one once) for as long as a micro-batch takes. Weights, gradients and the optimizer's state stay in the
-        weights' dtype; with precision=bf16-mixed, bfloat16 copies are what is gathered and multiplied. `method` names
+        Each layer is gathered when it runs, forwards and backwards, and what stands outside them (embedding, norm,
+        head; a tied one once) for as long as a micro-batch takes. Weights, gradients and the optimizer's state stay in
+        the weights' dtype; with precision=bf16-mixed, bfloat16 copies are what is gathered and multiplied. `method` names
         the method by which the model is called.
         """
         if not self.is_divided:
@@ -177,7 +177,7 @@ def call_as_method(model: Any, function: Callable[..., Tensor], *arguments: Any)
     """Call `function(model, *arguments)`, as a method of a divided model: it gathers what stands outside its layers for
     its own methods only.
     """
-    if not isinstance(model, FSDPModule):
+    if FSDPModule not in type(model).__mro__:
         return function(model, *arguments)
     setattr(model, function.__name__, MethodType(function, model))
     divided: Any = model

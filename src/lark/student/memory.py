@@ -17,7 +17,7 @@ SHARE_OF_FREE_MEMORY = 0.5  # the rest: logits in float32, what the allocator lo
 
 
 def estimate_scoring_tokens(model: Any, device: torch.device) -> int:
-    """Tokens whose activations, in a forward pass without gradients, fit into the free memory of the `model`'s device.
+    """Estimate how many tokens' activations, in a forward pass without gradients, fit into the device's free memory.
 
     What is alive at a time is one layer's: the residual stream with its copies, and what its matrices give, some of it
     rotated or gathered once more.
@@ -38,8 +38,8 @@ def estimate_scoring_tokens(model: Any, device: torch.device) -> int:
 
 
 def estimate_training_tokens(model: Any, device: torch.device, *, checkpointed: bool) -> int:
-    """Tokens whose activations, kept for the backward pass, fit into what the weights, their gradients and AdamW's
-    moments leave free of the `model`'s device.
+    """Estimate how many tokens' activations, kept for the backward pass, fit into what the weights, their gradients and
+    AdamW's moments leave free of the device.
 
     Kept are what its matrices take and give, and copies of the residual stream: in every layer, or, `checkpointed`, in
     one layer at a time beside one residual stream a layer.
@@ -60,11 +60,12 @@ def estimate_training_tokens(model: Any, device: torch.device, *, checkpointed: 
 
 
 def _own_bytes(parameter: torch.Tensor) -> int:
-    """On this rank."""
+    """Count the bytes this rank keeps."""
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).nbytes
 
 
 def get_free_bytes(device: torch.device, setting: str) -> int:
+    """Ask the device for its free memory. Raises LarkError naming `setting` where it does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -73,7 +74,7 @@ def get_free_bytes(device: torch.device, setting: str) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU's allocator, had no memory left."""
+    """Tell whether a device, or the CPU's allocator, had no memory left."""
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 

@@ -61,8 +61,8 @@ class Student:
     trust_remote_code: bool = False
     """Run code that comes with the weights; never on unless set."""
     adapter: str | tuple[str, ...] | None = None
-    """A folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights in their
-    order. What is trained starts from there.
+    """A folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights in
+    their order. What is trained starts from there.
     """
     config: dict[str, Any] | None = None
     """Entries of the student's config.json that are changed, such as {max_position_embeddings: 32768}."""
@@ -182,7 +182,7 @@ class Student:
         return chat if self.end_token is None else chat.replace_end_token(self.end_token)
 
     def load_model(self, dtype: torch.dtype, *, merge: bool = True) -> PreTrainedModel:
-        """Load the pre-trained weights, on the CPU and in eval mode. Raises LarkError if they or their head are of no use.
+        """Load the pre-trained weights, on the CPU and in eval mode. Raises LarkError if they or their head are no use.
 
         merge: whether the last adapter goes into the weights, or stays beside them: in bfloat16, weights swallow what
         is small against them.
@@ -290,13 +290,13 @@ class Student:
     def _unavailable(self, reason: object) -> LarkError:
         if self.folder is not None:
             return LarkError(
-                f"model.path={self.path} holds no student that transformers can load ({_first_line(reason)}); set it to a "
-                "folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
+                f"model.path={self.path} holds no student that transformers can load ({_first_line(reason)}); set it "
+                "to a folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
             )
         return LarkError(
             f"model={self.name}: {self.id} could be loaded neither from the local Hugging Face cache nor from the hub "
-            f"({_first_line(reason)}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log in if the "
-            "model is gated)"
+            f"({_first_line(reason)}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log "
+            "in if the model is gated)"
         )
 
 

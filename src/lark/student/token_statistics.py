@@ -50,8 +50,8 @@ class Head:
         return logits_NV
 
     def choose_chunk(self) -> int:
-        """Tokens whose logits are computed at a time: on a CPU no more than it takes (D) that reading the weights costs
-        less than writing the logits, on an accelerator whatever fits.
+        """Choose how many tokens' logits are computed at a time: on a CPU no more than it takes (D) that reading the
+        weights costs less than writing the logits, on an accelerator whatever fits.
         """
         row_bytes = 4 * self.weight_VD.shape[0]
         if self.weight_VD.device.type != "cpu":
@@ -85,9 +85,9 @@ class _Float32Product(torch.autograd.Function):
         return gradient_NV @ weight_VD if needs_hidden else None, gradient_NV.T @ hidden_ND if needs_weight else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TokenStatistics:
-    """One value a token: surprisal (nats), Brier score, entropy (nats), rank (1 = most likely), ln sum_v p(v)^2."""
+    """Values of each scored token: surprisal (nats), Brier score, entropy (nats), rank (1: likeliest), ln sum p^2."""
 
     surprisal_N: Tensor
     brier_N: Tensor
@@ -100,38 +100,30 @@ class TokenStatistics:
 def compute_token_statistics(
     hidden_ND: Tensor, target_N: Tensor, head: Head, *, top_k: int | None = None, compiled: bool = False
 ) -> TokenStatistics:
-    """Statistics of the observed tokens `target_N` under the student whose hidden states predict them.
+    """Compute statistics of the observed tokens `target_N` under the student whose hidden states predict them.
 
     `top_k` computes the Brier score as LARK's released code does: from the k largest logits, softmax renormalised
     over them, p(y) = 0 when y is outside. It is biased; None is exact.
     `compiled` fuses the passes over the logits by torch.compile, which takes it a quarter of a minute once a process
     (and a compiler: see `find_compile_failure`); the values are equal to 1e-6. It does nothing for `top_k`.
     """
-    of_logits = _fused_statistics() if compiled and top_k is None else partial(_statistics, top_k=top_k)
+    compute = _fuse() if compiled and top_k is None else partial(_compute_in_place, top_k=top_k)
     chunk = head.choose_chunk()
     pieces = [
-        of_logits(logits_NV, piece_N)
-        for i in range(0, len(target_N), chunk)
-        for logits_NV, piece_N in _pieces(head.compute_logits(hidden_ND[i : i + chunk]), target_N[i : i + chunk])
+        compute(logits_NV, piece_N)
+        for i in range(0, max(len(target_N), 1), chunk)
+        for logits_NV, piece_N in _split(head.compute_logits(hidden_ND[i : i + chunk]), target_N[i : i + chunk])
     ]
-    if not pieces:
-        empty = hidden_ND.new_zeros(0, dtype=torch.float32)
-        return TokenStatistics(
-            surprisal_N=empty, brier_N=empty, entropy_N=empty, rank_N=empty.long(), log_sum_p2_N=empty
-        )
-    surprisal, brier, entropy, rank, log_sum_p2 = (torch.cat(column) for column in zip(*pieces, strict=True))
-    return TokenStatistics(
-        surprisal_N=surprisal, brier_N=brier, entropy_N=entropy, rank_N=rank, log_sum_p2_N=log_sum_p2
-    )
+    return TokenStatistics(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
 
-def _pieces(logits_NV: Tensor, target_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _split(logits_NV: Tensor, target_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, PIECE_BYTES // (4 * logits_NV.shape[1])) if logits_NV.device.type == "cpu" else len(target_N)
     return zip(logits_NV.split(rows), target_N.split(rows), strict=True)
 
 
-def _statistics(logits_NV: Tensor, target_N: Tensor, top_k: int | None) -> tuple[Tensor, ...]:
-    """Overwrites `logits_NV`."""
+def _compute_in_place(logits_NV: Tensor, target_N: Tensor, top_k: int | None) -> tuple[Tensor, ...]:
+    """Compute the fields of TokenStatistics. Overwrites `logits_NV`."""
     target_N1 = target_N[:, None]
     own_N = logits_NV.gather(1, target_N1).squeeze(1)
     rank_N = 1 + (logits_NV > own_N[:, None]).sum(1)
@@ -143,12 +135,12 @@ def _statistics(logits_NV: Tensor, target_N: Tensor, top_k: int | None) -> tuple
     mass_N = exp_NV.sum(1)
     mass2_N = exp_NV.square().sum(1)
     moment_N = exp_NV.mul_(logits_NV.scatter_(1, target_N1, 0.0)).sum(1)  # sum of e^x x, x relative to the peak
-    surprisal_N, brier_N, *others = _from_masses(own_N - peak_N, mass_N, mass2_N, moment_N)
-    return surprisal_N, brier_N if brier_top_k_N is None else brier_top_k_N, others[0], rank_N, others[1]
+    surprisal_N, brier_N, entropy_N, log_sum_p2_N = _combine_masses(own_N - peak_N, mass_N, mass2_N, moment_N)
+    return surprisal_N, brier_N if brier_top_k_N is None else brier_top_k_N, entropy_N, rank_N, log_sum_p2_N
 
 
-def _out_of_place(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, ...]:
-    """`_statistics` in a form that fuses into two passes over the logits."""
+def _compute_out_of_place(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, ...]:
+    """Compute the same in a form that fuses into two passes over the logits."""
     own_N = logits_NV.gather(1, target_N[:, None]).squeeze(1)
     rank_N = 1 + (logits_NV > own_N[:, None]).sum(1)
     is_own_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device)[None] == target_N[:, None]
@@ -160,31 +152,30 @@ def _out_of_place(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, ...]:
     # compiled for a CPU, a sum is taken number by number: in float32 that would cost two digits
     exact = torch.float64 if logits_NV.device.type == "cpu" else torch.float32
     sums = [x_NV.sum(1, dtype=exact).float() for x_NV in (exp_NV, exp_NV.square(), moment_NV)]
-    masses = _from_masses(own_N - peak_N, *sums)
-    surprisal_N, brier_N, entropy_N, log_sum_p2_N = masses
+    surprisal_N, brier_N, entropy_N, log_sum_p2_N = _combine_masses(own_N - peak_N, *sums)
     return surprisal_N, brier_N, entropy_N, rank_N, log_sum_p2_N
 
 
 @cache
-def _fused_statistics() -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    return torch.compile(_out_of_place, dynamic=True)
+def _fuse() -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    return torch.compile(_compute_out_of_place, dynamic=True)
 
 
 @cache
 def find_compile_failure(device: torch.device) -> str | None:
-    """None if `token_statistics` can be compiled for `device`, else why not (most often: no C++ compiler)."""
+    """Find out why the statistics cannot be compiled for `device` (most often: no C++ compiler); None: they can."""
     logits_NV, target_N = torch.zeros(3, 5, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     try:
-        _fused_statistics()(logits_NV, target_N)
+        _fuse()(logits_NV, target_N)
     except (OSError, RuntimeError) as error:
         return str(error).strip().partition("\n")[0]
     return None
 
 
-def _from_masses(own_N: Tensor, mass_N: Tensor, mass2_N: Tensor, moment_N: Tensor) -> tuple[Tensor, ...]:
-    """Surprisal, Brier, entropy and ln sum p^2 of a token, from its logit x and the sums over the other tokens of e^x,
-    e^2x and e^x x; all x relative to the other tokens' peak, as a difference of two large logits is exact, their sum
-    is not.
+def _combine_masses(own_N: Tensor, mass_N: Tensor, mass2_N: Tensor, moment_N: Tensor) -> tuple[Tensor, ...]:
+    """Compute surprisal, Brier, entropy and ln sum p^2 of a token from its logit x and the sums over the other tokens
+    of e^x, e^2x and e^x x; all x relative to the other tokens' peak, as a difference of two large logits is exact,
+    their sum is not.
     """
     rest_N = mass_N.log()
     surprisal_N = F.softplus(rest_N - own_N, threshold=50.0)
@@ -198,7 +189,7 @@ def _from_masses(own_N: Tensor, mass_N: Tensor, mass2_N: Tensor, moment_N: Tenso
 
 
 def _brier_top_k(logits_NV: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
-    """||p - onehot(y)||^2 with p the softmax over the top_k largest logits, 0 elsewhere."""
+    """Compute ||p - onehot(y)||^2 with p the softmax over the top_k largest logits, 0 elsewhere."""
     error_NK = logits_NV.topk(min(top_k, logits_NV.shape[1]), dim=1).values.softmax(1)
     place_N1 = rank_N[:, None] - 1  # of y among the largest, which are in descending order
     inside_N1 = place_N1 < error_NK.shape[1]
@@ -207,8 +198,8 @@ def _brier_top_k(logits_NV: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
 
 
 def compute_weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tensor, head: Head) -> Tensor:
-    """sum_N coefficient_CN * -ln p(target_N), [C] in float32 (nats), in chunks whose logits are recomputed in the
-    backward pass: memory is one chunk's logits, whatever N and the vocabulary.
+    """Compute sum_N coefficient_CN * -ln p(target_N), [C] in float32 (nats), in chunks whose logits are recomputed in
+    the backward pass: memory is one chunk's logits, whatever N and the vocabulary.
     """
 
     def chunk(hidden: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
@@ -228,7 +219,7 @@ def compute_weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_
 def sum_by_trajectory(
     tokens: TokenStatistics, row_N: Tensor, position_N: Tensor, end_of_turn_R: Tensor, *, rows: int
 ) -> dict[str, Tensor]:
-    """Sums over each trajectory's span, float64 [R] (counts int64).
+    """Sum over each trajectory's span, float64 [R] (counts int64).
 
     `row_N` says which trajectory a token belongs to, `position_N` its place in the span, `end_of_turn_R` the span
     index of each row's end-of-turn token (-1: cut off; its values are then 0 and `has_end` is 0).
@@ -242,28 +233,21 @@ def sum_by_trajectory(
         return torch.zeros(rows, dtype=dtype).index_add_(0, row_N, x_N.to(dtype))
 
     is_end_N = position_N == end_of_turn_R[row_N]
-    sums = {
+    columns = {name: vars(tokens)[f"{name}_N"] for name in ("surprisal", "brier", "entropy", "rank")}
+    return {
         "num_tokens": total(torch.ones_like(row_N)),
-        "sum_surprisal": total(tokens.surprisal_N),
-        "sum_brier": total(tokens.brier_N),
-        "sum_entropy": total(tokens.entropy_N),
-        "sum_rank": total(tokens.rank_N),
+        **{f"sum_{name}": total(x_N) for name, x_N in columns.items()},
         "top1": total(tokens.rank_N == 1),
         "has_end": total(is_end_N),
-        "end_surprisal": total(torch.where(is_end_N, tokens.surprisal_N, 0.0)),
-        "end_brier": total(torch.where(is_end_N, tokens.brier_N, 0.0)),
-        "end_entropy": total(torch.where(is_end_N, tokens.entropy_N, 0.0)),
-        "end_rank": total(torch.where(is_end_N, tokens.rank_N, 0)),
+        **{f"end_{name}": total(torch.where(is_end_N, x_N, 0)) for name, x_N in columns.items()},
+        **{f"sum_rank_{clip}": total(tokens.rank_N.clamp(max=clip)) for clip in RANK_CLIPS},
     }
-    for clip in RANK_CLIPS:
-        sums[f"sum_rank_{clip}"] = total(tokens.rank_N.clamp(max=clip))
-    return sums
 
 
 def sum_by_step(
     surprisal_T: np.ndarray, steps: list[int], end: int, *, skip: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per step of one trajectory: its tokens, its summed surprisal (nats), and that of its first `skip` tokens alone.
+    """Sum by step of one trajectory: its tokens, its surprisal (nats), and that of its first `skip` tokens alone.
 
     `steps` are the span indices at which steps begin; tokens from `end` on (the end-of-turn token) belong to none.
     """

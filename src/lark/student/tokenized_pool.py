@@ -239,7 +239,7 @@ class TokenizedPool:
         ]
 
     def column(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Read a pool column for Candidates: teacher, answer, text (the trajectory), correct (1, 0, NaN) or any further."""
+        """Read a pool column for Candidates: teacher, answer, text (the trajectory), correct (1, 0, NaN) or another."""
         if name == "correct":
             return self.correct[rows]
         if name in ("teacher", "answer"):
