@@ -199,9 +199,9 @@ def test_chunked_equals_dense(monkeypatch, chunk, top_k):
     hidden_ND, target_N, head = random_case()
     dense = as_numpy(compute_token_statistics(hidden_ND, target_N, head, top_k=top_k))
     asked = []
-    logits = Head.logits
+    logits = Head.compute_logits
     monkeypatch.setattr(lark.student.token_statistics, "CHUNK_BYTES", 4 * 200 * chunk + 3)
-    monkeypatch.setattr(Head, "logits", lambda self, hidden: asked.append(len(hidden)) or logits(self, hidden))
+    monkeypatch.setattr(Head, "compute_logits", lambda self, hidden: asked.append(len(hidden)) or logits(self, hidden))
     chunked = as_numpy(compute_token_statistics(hidden_ND, target_N, head, top_k=top_k))
     for name in FIELDS:
         np.testing.assert_allclose(chunked[name], dense[name], rtol=2e-5, atol=1e-6, err_msg=name)

@@ -123,8 +123,8 @@ class Parallelism:
 
         Each layer is gathered when it runs, forwards and backwards, and what stands outside them (embedding, norm,
         head; a tied one once) for as long as a micro-batch takes. Weights, gradients and the optimizer's state stay in
-        the weights' dtype; with precision=bf16-mixed, bfloat16 copies are what is gathered and multiplied. `method` names
-        the method by which the model is called.
+        the weights' dtype; with precision=bf16-mixed, bfloat16 copies are what is gathered and multiplied. `method` is
+        the name of the method by which the model is called.
         """
         if not self.is_divided:
             return
