@@ -29,9 +29,9 @@ from inputs import add_arguments, open_data
 from profiles import operations, part_of, peak_bytes, profiler, shares
 from throughput import gemm_seconds, peak_rate
 
+from lark.common.table_cache import read_columns
 from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import Probe, ProbeModule, Work, measure
-from lark.scoring.table_cache import read_statistics
 from lark.student.attention import build_prefix_tree
 from lark.student.student import get_head
 from lark.student.tokenized_pool import TokenizedPool
@@ -52,7 +52,7 @@ def ours(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) -
         measure(trainer, module, {})
         _synchronise()
         seconds = time.perf_counter() - start
-        return seconds, module, read_statistics(module.folder)["loss"]
+        return seconds, module, read_columns(module.folder)["loss"]
 
 
 @torch.inference_mode()

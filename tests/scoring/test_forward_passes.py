@@ -6,10 +6,10 @@ import torch
 from transformers import AutoTokenizer
 
 from lark.common.cache import read_json
+from lark.common.table_cache import read_columns
 from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule, local_windows
 from lark.scoring.passes import ContentAlone, LocalWindows, MeanHidden
 from lark.scoring.statistics_pass import Work, measure
-from lark.scoring.table_cache import read_columns
 from lark.selection.scores.statistics import InstructionDifficulty, Likelihood, LocalLikelihood
 from lark.student.chat import TokenizedTrajectory
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lark.common.cache import is_complete
+from lark.common.table_cache import read_columns, read_row_numbers
 from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import STEP_COLUMNS, TOKEN_COLUMNS, Probe, ProbeModule
-from lark.scoring.table_cache import read_statistics, rows_done
 from lark.student.student import Student
 from lark.student.token_statistics import find_compile_failure
 
@@ -48,7 +48,7 @@ def direct(data, row):
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_statistics_against_the_models_own_logits(make_data, top_k):
     data = scored(make_data(probe={"top_k": top_k, "keep": "tokens"}))
-    columns = read_statistics(data.statistics_folder)
+    columns = read_columns(data.statistics_folder)
     for i in (0, 5, 17):
         logp_TV, y_T, encoded = direct(data, columns["row"][i])
         p_TV, own = np.exp(logp_TV), logp_TV[np.arange(len(y_T)), y_T]
@@ -86,13 +86,13 @@ def test_statistics_against_the_models_own_logits(make_data, top_k):
 
 
 def test_sums_alone_are_kept_unless_tokens_are_asked_for(make_data):
-    columns = read_statistics(scored(make_data()).statistics_folder)
+    columns = read_columns(scored(make_data()).statistics_folder)
     assert not set(TOKEN_COLUMNS) & set(columns)
 
 
 def test_batch_composition_changes_no_statistic(make_data):
-    alone = read_statistics(scored(make_data(cache="a", probe={"batch_tokens": 1})).statistics_folder)
-    together = read_statistics(scored(make_data(cache="b", probe={"batch_tokens": 100_000})).statistics_folder)
+    alone = read_columns(scored(make_data(cache="a", probe={"batch_tokens": 1})).statistics_folder)
+    together = read_columns(scored(make_data(cache="b", probe={"batch_tokens": 100_000})).statistics_folder)
     np.testing.assert_array_equal(alone["row"], together["row"])
     for name in SCALARS:
         np.testing.assert_allclose(alone[name], together[name], rtol=1e-5, err_msg=name)
@@ -104,7 +104,7 @@ def test_shared_prompts_change_no_statistic(make_data):
         name: scored(make_data(cache=name, probe={"share": name == "shared", "keep": "tokens"}))
         for name in ("shared", "apart")
     }
-    shared, apart = (read_statistics(data[name].statistics_folder) for name in ("shared", "apart"))
+    shared, apart = (read_columns(data[name].statistics_folder) for name in ("shared", "apart"))
     for name in SCALARS:
         np.testing.assert_allclose(shared[name], apart[name], rtol=1e-5, err_msg=name)
     for one, other in zip(shared["token_surprisal"], apart["token_surprisal"], strict=True):
@@ -117,7 +117,7 @@ def test_shared_prompts_change_no_statistic(make_data):
 
 
 def test_out_of_memory_halves_units_and_loses_nothing(make_data, monkeypatch):
-    expected = read_statistics(scored(make_data(cache="plenty")).statistics_folder)
+    expected = read_columns(scored(make_data(cache="plenty")).statistics_folder)
     measure, attempts = ProbeModule.measure, []
 
     def scarce(self, batch):
@@ -128,7 +128,7 @@ def test_out_of_memory_halves_units_and_loses_nothing(make_data, monkeypatch):
 
     monkeypatch.setattr(ProbeModule, "measure", scarce)
     data = scored(make_data(cache="scarce"))
-    columns = read_statistics(data.statistics_folder)
+    columns = read_columns(data.statistics_folder)
     np.testing.assert_array_equal(columns["row"], expected["row"])
     for name in SCALARS:
         np.testing.assert_allclose(columns[name], expected[name], rtol=1e-5, err_msg=name)
@@ -152,8 +152,8 @@ def test_compiled_statistics_are_the_same(make_data, compile):
             scored(make_data(probe={"compile": True}))
         return
     data = scored(make_data(probe={"compile": compile}))
-    expected = read_statistics(scored(make_data(cache="other")).statistics_folder)
-    columns = read_statistics(data.statistics_folder)
+    expected = read_columns(scored(make_data(cache="other")).statistics_folder)
+    columns = read_columns(data.statistics_folder)
     for name in SCALARS:
         np.testing.assert_allclose(columns[name], expected[name], rtol=1e-6, err_msg=name)
     assert data.costs[Statistics()]["choices"]["statistics"] == (
@@ -162,9 +162,9 @@ def test_compiled_statistics_are_the_same(make_data, compile):
 
 
 def test_the_trainers_precision_does_not_reach_the_statistics(make_data):
-    plain = read_statistics(scored(make_data(cache="a")).statistics_folder)
+    plain = read_columns(scored(make_data(cache="a")).statistics_folder)
     mixed = scored(make_data(cache="b", trainer={"precision": "bf16-mixed"}))
-    np.testing.assert_array_equal(plain["sum_surprisal"], read_statistics(mixed.statistics_folder)["sum_surprisal"])
+    np.testing.assert_array_equal(plain["sum_surprisal"], read_columns(mixed.statistics_folder)["sum_surprisal"])
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_killed_pass_goes_on_with_the_missing_rows_only(make_data, forwards):
     stop_before[0] = 4
     with pytest.raises(KillError):
         data.score()
-    done = rows_done(data.statistics_folder)
+    done = read_row_numbers(data.statistics_folder)
     assert 0 < len(done) < len(data.trajectories.scored) and not is_complete(data.statistics_folder)
 
     seen.clear()
@@ -215,9 +215,9 @@ def test_a_lost_part_is_computed_again_also_with_other_batches(make_data, forwar
     stop_before[0] = 4
     with pytest.raises(KillError):
         data.score()
-    before = set(rows_done(data.statistics_folder).tolist())
+    before = set(read_row_numbers(data.statistics_folder).tolist())
     min(data.statistics_folder.glob("part-*")).unlink()
-    kept = set(rows_done(data.statistics_folder).tolist())
+    kept = set(read_row_numbers(data.statistics_folder).tolist())
     lost = before - kept
     assert lost
     seen.clear()
@@ -243,7 +243,7 @@ def test_killed_between_the_last_row_and_the_manifest(make_data, forwards, monke
     seen.clear()
     again = scored(make_data())
     assert seen == [] and is_complete(again.statistics_folder)
-    assert len(read_statistics(again.statistics_folder)["row"]) == len(again.trajectories.scored)
+    assert len(read_columns(again.statistics_folder)["row"]) == len(again.trajectories.scored)
 
 
 def test_cached_equals_fresh_and_loads_no_student(make_data, monkeypatch):

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 import lark.selection.candidates
-from lark.scoring.columns import Columns
+from lark.common.table_cache import Columns
 from lark.scoring.passes import LocalWindows
 from lark.selection.candidates import Candidates
 
@@ -56,8 +56,8 @@ def test_where_keeps_every_column_of_the_rows_it_keeps():
 
 def test_statistics_are_read_when_asked_for_by_all_views():
     read = []
-    lazy = Columns({name: lambda name=name: read.append(name) or np.arange(4.0) for name in ("loss", "brier")})
-    windows = Columns({"window_surprisal": lambda: read.append("windows") or np.arange(4.0)})
+    lazy = Columns(("loss", "brier"), lambda name: read.append(name) or np.arange(4.0))
+    windows = Columns(["window_surprisal"], lambda name: read.append("windows") or np.arange(4.0))
     rows = replace(candidates(), statistics=lazy, passes={LocalWindows(): windows})
     some = rows.where(np.array([True, False, False, True])).as_baseline_for(None)  # type: ignore[arg-type]
     assert read == []
@@ -75,7 +75,7 @@ def test_a_column_of_another_length_is_an_error_of_ours():
 
 
 def test_blocks_of_statistics_from_memory_and_from_a_file(monkeypatch):
-    monkeypatch.setattr(lark.selection.candidates, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(lark.selection.candidates, "GROUP_ROWS", 3)
     rows = candidates()
     assert [block["loss"].tolist() for block in rows.blocks()] == [[0.1, 0.2, 0.3], [0.4]]
     tables = [pa.table({"loss": [0.1, 0.2, 0.3]}), pa.table({"loss": [0.4]})]

@@ -21,9 +21,9 @@ from torch.multiprocessing.spawn import spawn
 
 from lark.common.cache import read_json
 from lark.common.errors import LarkError
+from lark.common.table_cache import read_row_numbers
 from lark.scoring.passes import Gradients
 from lark.scoring.statistics_pass import PassModule
-from lark.scoring.table_cache import rows_done
 from lark.student.distributed import Lockstep, ShardedStrategy
 from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
 
@@ -194,7 +194,7 @@ def test_a_student_divided_over_two_ranks_killed_midway_goes_on_and_agrees_with_
     process = start(tmp_path, script, "trainer=fsdp", stop=4)
     kill_when(process, lambda: len(trace(tmp_path)) == 8)
     (folder,) = tmp_path.glob("cache/statistics/*/")
-    kept = set(rows_done(folder).tolist())
+    kept = set(read_row_numbers(folder).tolist())
     assert not (folder / "manifest.json").exists()
     for rank in (0, 1):
         measured = {row for by, rows in trace(tmp_path) for row in rows if by == rank}

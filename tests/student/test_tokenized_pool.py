@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import rows_of_a_pool, write_pool
 
-import lark.common.parts
+import lark.common.table_cache
 import lark.student.tokenized_pool
 from lark.answers.checker import Checker
 from lark.student.tokenized_pool import TokenizedPool
@@ -29,7 +29,7 @@ def open_pool(tmp_path, make_student):
 @pytest.fixture
 def small(monkeypatch):
     """Parts of seven rows, in batches of three or of 150 characters."""
-    monkeypatch.setattr(lark.common.parts, "PART_ROWS", 7)
+    monkeypatch.setattr(lark.common.table_cache, "PART_ROWS", 7)
     monkeypatch.setattr(lark.student.tokenized_pool, "BATCH_ROWS", 3)
     monkeypatch.setattr(lark.student.tokenized_pool, "BATCH_CHARACTERS", 150)
 

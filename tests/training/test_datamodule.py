@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import rows_of_a_pool
 
+from lark.common.table_cache import read_columns, read_row_numbers
 from lark.pool.pool import held_out
 from lark.scoring.passes import Gradients, LocalWindows, MeanHidden, Statistics
 from lark.scoring.statistics_pass import PassModule, ProbeModule
-from lark.scoring.table_cache import read_columns, rows_done
 from lark.selection.policies import Policy
 from lark.selection.rule import Rule
 from lark.selection.scores.coverage import Coverage
@@ -357,7 +357,7 @@ def test_a_killed_pass_of_any_kind_goes_on(score, make_data, monkeypatch):
         patch.setattr(PassModule, "predict_step", killing)
         with pytest.raises(KillError):
             data.run_pass(wanted, cached=False)
-    assert 0 < len(rows_done(data.pass_folder(wanted))) < len(data.scored)
+    assert 0 < len(read_row_numbers(data.pass_folder(wanted))) < len(data.scored)
     again = make_data(cache="killed", selector=score, probe=settings)
     again.prepare_data()
     again.run_pass(wanted, cached=False)

@@ -17,12 +17,11 @@ import torch
 
 from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.ranks import Claim
-from lark.scoring.columns import Columns
+from lark.common.table_cache import Columns, read_columns
 from lark.scoring.gradient_passes import GradientModule
 from lark.scoring.gradients import Parameters, _stepped, flat_gradients, gram, mean_surprisal
 from lark.scoring.passes import Gradients, Pass
 from lark.scoring.statistics_pass import PassModule, Work, measure
-from lark.scoring.table_cache import read_columns, read_statistics
 from lark.student.batching import MicroBatch
 from lark.student.student import decoder_layers, get_base_model
 from lark.training.datamodule import MODULES, TrajectoryDataModule
@@ -105,7 +104,7 @@ def measured(
     data: TrajectoryDataModule, wanted: Pass, row_N: np.ndarray, claim: Claim
 ) -> tuple[Columns, dict[str, Any]]:
     """The columns of a pass over these rows of the pool alone, and its manifest; from the cache or by the student (all
-    ranks take part). Statistics come with their means.
+    ranks take part).
     """
     work = Work(student=data.scorer, probe=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed)
     known = Gradients(parameters=wanted.parameters) if isinstance(wanted, ExactGradients) else wanted
@@ -123,5 +122,4 @@ def measured(
         if to_do:
             trainer = data.make_trainer(wanted.name.replace("_", " "))
             measure(trainer, module_class(wanted=wanted, work=work, folder=folder), identity)
-    read = read_statistics if wanted.name == "statistics" else read_columns
-    return read(folder), read_json(folder / "manifest.json")
+    return read_columns(folder), read_json(folder / "manifest.json")

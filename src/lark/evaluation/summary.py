@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from lark.common.cache import read_json
 from lark.comparison.inference import compute_paired_difference, compute_smallest_detectable
 from lark.evaluation.samples import per_problem
-from lark.scoring.table_cache import COST_COLUMNS
+from lark.scoring.passes import COST_COLUMNS
 from lark.training.arms import Arm, held_out_at_start
 from lark.training.datamodule import TrajectoryDataModule
 

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from lark.common.errors import LarkError
 
 PARAMETERS = ("trained", "all")
+COST_COLUMNS = ("forward_tokens", "backward_tokens", "computed_tokens", "seconds")
+"""Each row's cost while a pass runs; the manifest holds their sums."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 
 from lark.common.cache import write_json
 from lark.common.errors import LarkError
-from lark.scoring.passes import HeadGradients, Pass
+from lark.common.table_cache import list_parts, merge_parts, read_row_numbers, write_rows
+from lark.scoring.passes import COST_COLUMNS, HeadGradients, Pass
 from lark.scoring.progress import total_progress
-from lark.scoring.table_cache import merge, remove_shards, rows_done, write_shard
 from lark.student.attention import enable_prefix_sharing
 from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_padded, plan_prefix_units
 from lark.student.chat import SPANS, STEPS, TokenizedTrajectory
@@ -44,6 +44,8 @@ from lark.student.tokenized_pool import TokenizedPool
 COMPILE_FROM = {"cpu": 3e10, "cuda": 1e12}
 """Logits from which on compiling the statistics (15 s) pays: measured on a CPU (0.7 ns a logit), estimated for CUDA."""
 STEP_COLUMNS = ("step_tokens", "step_surprisal", "step_first_surprisal")
+MEANS = {"loss": "sum_surprisal", "brier": "sum_brier", "entropy": "sum_entropy"}
+"""Means over the span and the sums they come from."""
 TOKEN_COLUMNS = ("token_surprisal", "token_rank", "token_entropy", "token_log_sum_p2")
 
 
@@ -236,7 +238,7 @@ class PassModule(LightningModule):
 
     def predict_dataloader(self) -> DataLoader:
         """This rank's units that no shard holds yet."""
-        done_N = np.bincount(rows_done(self.folder), minlength=len(self.work.pool.length)) > 0
+        done_N = np.bincount(read_row_numbers(self.folder), minlength=len(self.work.pool.length)) > 0
         self.trainer.strategy.barrier("probe-listed")  # nobody writes before everybody has listed
         # All rows are cut, not only the remaining ones: a resumed pass computes the very batches it would have.
         remaining = [unit[~done_N[unit]] for unit in self.units()]
@@ -293,7 +295,7 @@ class PassModule(LightningModule):
 
     def _write(self) -> None:
         if self.buffer:
-            write_shard(self.folder, self.global_rank, self.buffer)
+            write_rows(self.folder, self.buffer, rank=self.global_rank)
             self.buffer = []
 
 
@@ -349,7 +351,8 @@ def table_rows(
     tokens: TokenStatistics,
     probe: Probe,
 ) -> list[dict[str, Any]]:
-    columns = {name: values.tolist() for name, values in sums.items()}
+    means = {mean: sums[total] / sums["num_tokens"] for mean, total in MEANS.items()}
+    columns = {name: values.tolist() for name, values in {**sums, **means}.items()}
     token_arrays = [
         x.float().cpu().numpy() for x in (tokens.surprisal_N, tokens.rank_N, tokens.entropy_N, tokens.log_sum_p2_N)
     ]
@@ -378,17 +381,18 @@ def measure(
     pass included, and what had to be done `before`. And it says what the pass chose by itself, and how fast it was.
     """
     module.folder.mkdir(parents=True, exist_ok=True)
-    resumed = len(np.unique(rows_done(module.folder)))
+    resumed = len(np.unique(read_row_numbers(module.folder)))
     trainer.predict(module, return_predictions=False)
     trainer.strategy.barrier("probe-written")
     throughput = total_progress(trainer)
     if trainer.is_global_zero:
-        cost = merge(module.folder, module.work.rows)
+        cost = merge_parts(module.folder, module.work.rows, summed=COST_COLUMNS)
         cost = {name: value + (before or {}).get(name, 0) for name, value in cost.items()}
         counts = {"rows": len(module.work.rows), "resumed_rows": resumed}
         facts = {"identity": identity, **counts, **cost, **throughput, "choices": module.choices()}
         write_json(module.folder / "manifest.json", facts)
-        remove_shards(module.folder)  # not before the folder is complete
+        for part in list_parts(module.folder):  # not before the folder is complete
+            part.unlink()
     module.student_model = None  # the next pass loads its own
     gc.collect()  # a student refers to itself
     release_memory(module.device)

@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
-from lark.scoring.columns import where
+from lark.common.table_cache import GROUP_ROWS, filter_rows
 from lark.scoring.passes import Pass
-from lark.scoring.table_cache import BLOCK_ROWS
 
 if TYPE_CHECKING:
     from lark.selection.selection import Selection
@@ -98,8 +97,8 @@ class Candidates:
             for table in self.read_blocks():
                 yield dict(zip(table.column_names, table.columns, strict=True))
             return
-        for start in range(0, len(self), BLOCK_ROWS):
-            yield {name: column[start : start + BLOCK_ROWS] for name, column in self.statistics.items()}
+        for start in range(0, len(self), GROUP_ROWS):
+            yield {name: column[start : start + GROUP_ROWS] for name, column in self.statistics.items()}
 
     def of(self, wanted: Pass) -> Mapping[str, np.ndarray]:
         """The columns of a pass, [N] each. Raises LarkError for one that the rule did not name in `needs`."""
@@ -121,8 +120,8 @@ class Candidates:
             self,
             problem_id=self.problem_id[keep_N],
             candidate_id=self.candidate_id[keep_N],
-            statistics=where(self.statistics, keep_N),
+            statistics=filter_rows(self.statistics, keep_N),
             row_N=self.row_N[keep_N],
             read_blocks=None,
-            passes={one: where(columns, keep_N) for one, columns in self.passes.items()},
+            passes={one: filter_rows(columns, keep_N) for one, columns in self.passes.items()},
         )

@@ -21,7 +21,7 @@ from lark.common.cache import build_once, file_hash, identity_hash
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
 from lark.common.log import announce, logger
-from lark.common.parts import Compute, in_parts
+from lark.common.table_cache import Compute, compute_table
 from lark.common.versions import CHECKING_LIBRARIES, formula_versions
 from lark.pool.contamination import find_overlap, repeated_problems
 from lark.pool.pool import arrow_column, extra_column, held_out, read_pool, text_column
@@ -137,7 +137,7 @@ class TokenizedPool:
             **formula_versions("tokens", libraries=("transformers", "tokenizers")),
             **self.chat.identity,
         }
-        return in_parts(
+        return compute_table(
             self.cache / "tokens", identity, len(self.rows), _TOKENS, lambda: nullcontext(self._tokenise), "tokenising"
         )
 
@@ -204,7 +204,7 @@ class TokenizedPool:
             "pattern": self.task.pattern,
             **formula_versions("verdicts", libraries=CHECKING_LIBRARIES),
         }
-        found = in_parts(
+        found = compute_table(
             self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"
         )
         correct[unknown] = arrow_column(found, "correct").to_numpy()

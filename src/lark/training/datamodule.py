@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.errors import LarkError
+from lark.common.table_cache import read_columns, read_row_groups, read_row_numbers
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
 from lark.scoring.gradient_passes import (
@@ -24,6 +25,7 @@ from lark.scoring.gradient_passes import (
     ProjectedGradientsModule,
 )
 from lark.scoring.passes import (
+    COST_COLUMNS,
     ContentAlone,
     GradientMatches,
     Gradients,
@@ -37,7 +39,6 @@ from lark.scoring.passes import (
 )
 from lark.scoring.progress import describe_pass
 from lark.scoring.statistics_pass import PassModule, Probe, ProbeModule, Work, measure
-from lark.scoring.table_cache import COST_COLUMNS, read_columns, read_statistics, rows_done, statistics_blocks
 from lark.selection.candidates import Candidates, did_you_mean
 from lark.selection.rule import Rule, prefix_errors
 from lark.selection.scores.statistics import STATISTICS, DropFirst
@@ -262,7 +263,7 @@ class TrajectoryDataModule(LightningDataModule):
                     raise LarkError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
                 warmup, before = self.warm_up(self, wanted)
             work = self._work(warmup)
-            done = len(rows_done(folder))
+            done = len(read_row_numbers(folder))
             self.say(
                 f"{label:<11} cache miss ({folder.name}): scoring {len(work.rows) - done:,} trajectories"
                 + (f", {done:,} are kept of a pass that was interrupted" if done else "")
@@ -290,11 +291,11 @@ class TrajectoryDataModule(LightningDataModule):
         passes, read_blocks = {}, None
         for wanted in self.needs:
             folder = self.pass_folder(wanted)
-            columns = read_statistics(folder) if wanted == Statistics() else read_columns(folder)
+            columns = read_columns(folder)
             assert np.array_equal(columns["row"], row_N)
             columns = columns.without("row")
             if wanted == Statistics():
-                statistics, read_blocks = columns, partial(statistics_blocks, folder)
+                statistics, read_blocks = columns, partial(read_row_groups, folder)
             else:
                 passes[wanted] = columns
         return Candidates(
