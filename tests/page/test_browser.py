@@ -11,6 +11,8 @@ from page_folders import HOSTILE, RULES, small_sweep
 from lark.comparison.summaries import read_summaries
 from lark.page.write import NAME, PLOTLY, write_page
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     "One.\nTwo.\nThe answer is \\boxed{0}.",
     "Uno \u2603 only here \U0001d400.",

@@ -102,9 +102,9 @@ def test_failed_runs_and_unfinished_ones_are_listed(tmp_path):
     write_json(runs[1] / "summary.json", {"status": "failed", "error": "out of memory"})
     shutil.rmtree(runs[2])
     found = contents(tmp_path)
-    lines = {line.folder: line for line in found.runs}
-    assert lines[str(runs[1])].status == "failed: out of memory"
-    assert lines[str(runs[0])].rules == "lark against random"
+    lines = {line["folder"]: line for line in found.runs}
+    assert lines[str(runs[1])]["status"] == "failed: out of memory"
+    assert lines[str(runs[0])]["rules"] == "lark against random"
     assert len(lines) == len(runs) - 1
 
 

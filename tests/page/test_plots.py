@@ -9,9 +9,17 @@ import pytest
 from page_folders import HOSTILE, RULES, small_sweep
 
 from lark.comparison.summaries import read_summaries
-from lark.page import arm_plots, diagnostic_plots, pool_plots
+from lark.page.arm_plots import plot_differences, plot_loss_curves, plot_teacher_shares
 from lark.page.contents import gather
-from lark.page.plots import Plot, looks_of, plain
+from lark.page.diagnostic_plots import (
+    list_diagnostic_plots,
+    plot_agreement,
+    plot_bins,
+    plot_correlations,
+    plot_loss_drop,
+)
+from lark.page.plots import Plot, assign_looks, escape_name
+from lark.page.pool_plots import plot_overlaps, plot_scores_by_teacher, plot_weights
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +32,7 @@ def group(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def looks(group):
-    return looks_of(list(group.curves))
+    return assign_looks(list(group.curves))
 
 
 def traces(plot: Plot) -> list[dict]:
@@ -35,20 +43,18 @@ def traces(plot: Plot) -> list[dict]:
 def every(group, looks) -> list[Plot]:
     (pool,), (diagnosis,) = group.pools, group.diagnoses
     return [
-        arm_plots.differences(group.compared),
-        arm_plots.loss_curves(group.curves, looks),
-        arm_plots.teacher_shares(group.teacher_shares),
-        pool_plots.weights(pool, looks, group.effective),
-        pool_plots.scores_by_teacher(pool),
-        pool_plots.overlaps(pool),
-        *diagnostic_plots.true_loss_drop(diagnosis),
-        *diagnostic_plots.correlations(diagnosis),
-        diagnostic_plots.bins(diagnosis),
+        plot_differences(group.compared),
+        plot_loss_curves(group.curves, looks),
+        plot_teacher_shares(group.teacher_shares),
+        plot_weights(pool, looks, group.effective),
+        plot_scores_by_teacher(pool),
+        plot_overlaps(pool),
+        *list_diagnostic_plots(diagnosis),
     ]
 
 
 def test_differences_are_the_tables(group):
-    plot = arm_plots.differences(group.compared)
+    plot = plot_differences(group.compared)
     (trace,) = traces(plot)
     for one, x, plus, minus in zip(
         group.compared.differences, trace["x"], trace["error_x"]["array"], trace["error_x"]["arrayminus"], strict=True
@@ -60,7 +66,7 @@ def test_differences_are_the_tables(group):
 
 
 def test_curves_are_means_over_seeds_between_the_lowest_and_the_highest(group, looks):
-    plot = arm_plots.loss_curves(group.curves, looks)
+    plot = plot_loss_curves(group.curves, looks)
     lines = {trace["name"]: trace for trace in traces(plot) if "name" in trace}
     bands = [trace for trace in traces(plot) if trace.get("fill") == "toself"]
     assert list(lines) == list(RULES) and len(bands) == len(RULES)
@@ -77,20 +83,20 @@ def test_seeds_with_other_steps_are_compared_where_both_have_been(looks):
         return [{"step": step, "held_out/loss": loss} for step, loss in points]
 
     curves = {"lark": {0: curve((0, 1.0), (10, 0.0)), 1: curve((0, 1.0), (4, 0.6), (6, 0.6))}}
-    *_, line = traces(arm_plots.loss_curves(curves, looks))
+    *_, line = traces(plot_loss_curves(curves, looks))
     assert line["x"] == [0, 4, 6]
     np.testing.assert_allclose(line["y"], [1.0, 0.6, 0.5])
 
 
 def test_a_rare_teacher_is_one_of_the_others():
     shares = {"lark": {f"t{i:02}": (12 - i) / 78 for i in range(12)}}
-    bars = traces(arm_plots.teacher_shares(shares))
+    bars = traces(plot_teacher_shares(shares))
     assert [bar["name"] for bar in bars][-1] == "5 others"
     assert sum(bar["x"][0] for bar in bars) == pytest.approx(100, abs=1e-2)
 
 
 def test_weights_are_cumulated_from_the_heaviest(group, looks):
-    plot = pool_plots.weights(group.pools[0], looks, group.effective)
+    plot = plot_weights(group.pools[0], looks, group.effective)
     lark, equal = traces(plot)
     weight = sorted((w for w in group.pools[0].choices[0].weights if w > 0), reverse=True)
     for x, y in zip(lark["x"], lark["y"], strict=True):
@@ -101,7 +107,7 @@ def test_weights_are_cumulated_from_the_heaviest(group, looks):
 
 def test_boxes_hold_what_is_left_of_scores_without_their_problems_mean(group):
     pool = group.pools[0]
-    plot = pool_plots.scores_by_teacher(pool)
+    plot = plot_scores_by_teacher(pool)
     for choice, trace in zip(pool.choices, traces(plot), strict=True):
         scores: dict[str, dict[str, float]] = {}
         columns = pool.sample.columns
@@ -117,7 +123,7 @@ def test_boxes_hold_what_is_left_of_scores_without_their_problems_mean(group):
 
 def test_overlaps_are_jaccard_indices_by_problem(group):
     pool = group.pools[0]
-    (trace,) = traces(pool_plots.overlaps(pool))
+    (trace,) = traces(plot_overlaps(pool))
     columns = pool.sample.columns
 
     def taken(choice):
@@ -139,7 +145,7 @@ def test_overlaps_are_jaccard_indices_by_problem(group):
 
 def test_points_are_standardised_within_their_problems(group):
     (diagnosis,) = group.diagnoses
-    _, plot = diagnostic_plots.true_loss_drop(diagnosis)
+    plot = plot_loss_drop(diagnosis)
     of_first = [trace for trace in traces(plot) if trace["meta"] == 0]
     assert sum(len(trace["x"]) for trace in of_first) == len(diagnosis.rows)
     by_problem: dict[str, list[float]] = {}
@@ -153,7 +159,7 @@ def test_points_are_standardised_within_their_problems(group):
 
 
 def test_intervals_reach_both_ways(group):
-    plot, _ = diagnostic_plots.true_loss_drop(group.diagnoses[0])
+    plot = plot_agreement(group.diagnoses[0])
     band, dots = traces(plot)
     means = group.diagnoses[0].found["fidelity"]["proxies"]
     for name, x, minus, plus in zip(
@@ -171,25 +177,25 @@ def test_what_is_not_there_is_said(group, looks):
     cheap = replace(diagnosis, rows=(), found={"correlations": diagnosis.found["correlations"]})
     no_sets = replace(group.compared, differences=tuple(replace(one, sets={}) for one in group.compared.differences))
     missing = [
-        arm_plots.differences(no_sets),
-        arm_plots.loss_curves({"lark": {0: []}}, looks),
-        arm_plots.teacher_shares({}),
-        pool_plots.weights(nothing, looks, {}),
-        pool_plots.scores_by_teacher(nothing),
-        pool_plots.overlaps(replace(pool, choices=pool.choices[:1])),
-        *diagnostic_plots.true_loss_drop(None),
-        *diagnostic_plots.true_loss_drop(cheap),
-        *diagnostic_plots.correlations(None),
-        diagnostic_plots.bins(cheap),
+        plot_differences(no_sets),
+        plot_loss_curves({"lark": {0: []}}, looks),
+        plot_teacher_shares({}),
+        plot_weights(nothing, looks, {}),
+        plot_scores_by_teacher(nothing),
+        plot_overlaps(replace(pool, choices=pool.choices[:1])),
+        *list_diagnostic_plots(None),
+        plot_agreement(cheap),
+        plot_loss_drop(cheap),
+        plot_bins(cheap),
     ]
     assert all(plot.figure is None and plot.missing.endswith(".") for plot in missing)
-    assert "diagnostics=full" in diagnostic_plots.bins(cheap).missing
-    assert all(plot.figure for plot in diagnostic_plots.correlations(cheap))
+    assert "diagnostics=full" in plot_bins(cheap).missing
+    assert all(plot.figure for plot in plot_correlations(cheap))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_no_markup(name):
-    shown = plain(name)
+    shown = escape_name(name)
     assert "<" not in shown and ">" not in shown
     assert html.unescape(shown) == " ".join(name.split())
 

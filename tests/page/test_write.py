@@ -14,7 +14,7 @@ from lark import report
 from lark.common.cache import write_json
 from lark.comparison.summaries import read_summaries
 from lark.page import write
-from lark.page.write import NAME, PLOTLY, sorted_by, write_own_page, write_page
+from lark.page.write import NAME, PLOTLY, parse_number, write_own_page, write_page
 
 VOID = ("meta", "link", "input", "br", "img")
 
@@ -181,5 +181,5 @@ def test_a_page_that_cannot_be_written_is_a_warning(folder, monkeypatch, caplog)
         ("", None),
     ],
 )
-def test_cells_are_sorted_by_their_numbers(text, value):
-    assert sorted_by(text) == (value if value is None else pytest.approx(value))
+def test_cells_are_parse_number_their_numbers(text, value):
+    assert parse_number(text) == (value if value is None else pytest.approx(value))

@@ -1,97 +1,170 @@
-"""What every plot of the page has: a Plotly figure, a sentence on how to read it, and the same in words.
+"""Scaffold the page's plots: a Plotly figure, how to read it, and its figures in words.
 
 Colours are the style sheet's variables, so that figures follow the theme. Names come from users: what Plotly would read
 as markup is escaped.
 """
 
+import functools
 import html
 import math
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import resources
+from typing import Any, ParamSpec
 
 import numpy as np
 import plotly.graph_objects as go
 
+from lark.common.groups import Groups
+
+P = ParamSpec("P")
 COLOURS = 8
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "x", "star", "triangle-down")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """figure: data and layout; None where there is nothing to show, and `missing` says why.
-
-    sentence: what it shows and how to read it. words: its figures, for who does not see it. choices: where traces are
-    one of several views (their `meta`), the views' names, each with a remark; `choose` says what is chosen.
-    """
+    """Hold one plot of the page."""
 
     key: str
     title: str
-    sentence: str
-    words: str = ""
-    figure: dict[str, Any] | None = None
-    missing: str = ""
+    reading: str
+    """What it shows and how to read it."""
     choose: str = ""
+    """What is chosen where traces are one of several views (their `meta`)."""
+    figure: dict[str, Any] | None = None
+    """Data and layout; None where there is nothing to show, and `missing` says why."""
+    words: str = ""
+    """Its figures, for readers who do not see it."""
     choices: tuple[tuple[str, str], ...] = ()
+    """The views' names, each with a remark."""
+    missing: str = ""
 
     def __post_init__(self) -> None:
         assert (self.figure is None) == bool(self.missing)
 
 
-def whiskers(low: np.ndarray, middle: np.ndarray, high: np.ndarray) -> dict[str, Any]:
-    """Intervals round marks at `middle`, as a trace's error_x."""
-    ends = {"array": rounded(high - middle), "arrayminus": rounded(middle - low)}
-    return {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 4}
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Hold what a drawing function found to show, see `Plot`."""
+
+    figure: dict[str, Any]
+    words: str
+    choices: tuple[tuple[str, str], ...] = ()
+    remark: str = ""
+    """Goes on after the plot's `reading`."""
+
+
+def make_plot(key: str, drawn: Drawn | str) -> Plot:
+    """Make a plot of what was drawn, or of the sentence that says why there is nothing to draw."""
+    text = _read_readings()[key]
+    if isinstance(drawn, str):
+        return Plot(key=key, **text, missing=drawn)
+    text = text | {"reading": text["reading"] + drawn.remark}
+    return Plot(key=key, **text, figure=drawn.figure, words=drawn.words, choices=drawn.choices)
+
+
+@functools.cache
+def _read_readings() -> dict[str, dict[str, Any]]:
+    return tomllib.loads((resources.files("lark.page") / "readings.toml").read_text(encoding="utf-8"))
+
+
+def define_plot(key: str) -> Callable[[Callable[P, Drawn | str]], Callable[P, Plot]]:
+    """Turn a function that draws, or says why there is nothing to draw, into one that returns the whole plot."""
+
+    def decorate(draw: Callable[P, Drawn | str]) -> Callable[P, Plot]:
+        @functools.wraps(draw)
+        def draw_plot(*args: P.args, **kwargs: P.kwargs) -> Plot:
+            return make_plot(key, draw(*args, **kwargs))
+
+        return draw_plot
+
+    return decorate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How the marks of one label look in every plot: colours repeat after eight, dashes do not until forty."""
+    """Say how the marks of one label look in every plot: colours repeat after eight, dashes not before forty."""
 
-    number: int
-
-    @property
-    def name(self) -> str:
-        return f"c{self.number % COLOURS + 1}"
+    name: str
+    """The style sheet's class."""
+    dash: str
 
     @property
     def colour(self) -> str:
+        """The colour of lines and marks."""
         return f"var(--{self.name})"
 
-    @property
-    def soft(self) -> str:
-        return f"var(--{self.name}-soft)"
 
-    @property
-    def dash(self) -> str:
-        return DASHES[self.number // COLOURS % len(DASHES)] if self.number >= COLOURS else "solid"
-
-
-def looks_of(labels: Sequence[str]) -> dict[str, Look]:
-    """Of trained students, in the order of the labels."""
-    return {label: Look(number=number) for number, label in enumerate(labels)}
+def assign_looks(labels: Sequence[str]) -> dict[str, Look]:
+    """Assign a look to each label, in their order."""
+    return {
+        label: Look(name=f"c{number % COLOURS + 1}", dash=DASHES[number // COLOURS % len(DASHES)])
+        for number, label in enumerate(labels)
+    }
 
 
-def plain(name: object) -> str:
-    """A user's name as Plotly shows it: no markup, no line of its own."""
-    return html.escape(" ".join(str(name).split()), quote=False)
+def get_colour(number: int) -> str:
+    """Get the colour of the series of this number."""
+    return f"var(--c{number % COLOURS + 1})"
 
 
-def clipped(name: str, limit: int = 34) -> str:
-    return name if len(name) <= limit else f"{name[: limit - 1]}…"
+def escape_name(name: object, limit: int = 1_000) -> str:
+    """Write a user's name as Plotly shows it: no markup, in one line, cut at `limit` characters."""
+    text = str(name) if len(str(name)) <= limit else f"{str(name)[: limit - 1]}…"
+    return html.escape(" ".join(text.split()), quote=False)
 
 
-def label_height(count: int, *, each: int = 26, around: int = 140) -> int:
-    """Pixels of a figure with a row for each of so many names."""
-    return around + each * count
+def round_values(values: Sequence[float] | np.ndarray) -> list[float | None]:
+    """Round to five digits, for looking at; None for what is not finite."""
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
 
 
-def figure_of(traces: Sequence[Any], *, height: int, **layout: Any) -> dict[str, Any]:
-    """Checked by Plotly, without its template: the page brings its own."""
+def subtract_means(x_N: np.ndarray, groups: Groups) -> np.ndarray:
+    """Subtract from each value the mean of its problem's known values, float64 [N]; NaN is not known."""
+    known_N = np.isfinite(x_N)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return x_N - groups.spread(groups.sum(np.where(known_N, x_N, 0.0)) / groups.sum(known_N.astype(float)))
+
+
+def make_axis(title: str, **more: Any) -> dict[str, Any]:
+    """Make an axis of the layout."""
+    return {"title": {"text": title}, **more}
+
+
+def order_labels(labels: Sequence[str]) -> dict[str, Any]:
+    """Make a y axis that has the labels from top to bottom."""
+    return {"categoryarray": list(labels)[::-1], "categoryorder": "array"}
+
+
+def make_line(name: str, x: Sequence[Any], y: Sequence[Any], *, colour: str, dash: str = "solid", **more: Any) -> Any:
+    """Make a line of a plot."""
+    line = {"color": colour, "dash": dash, "width": 2}
+    return go.Scatter(name=escape_name(name, 34), x=x, y=y, line=line, **{"mode": "lines", **more})
+
+
+def make_dots(
+    labels: Sequence[str], low: np.ndarray, middle: np.ndarray, high: np.ndarray, *, form: str, **more: Any
+) -> Any:
+    """Make a dot a label with its interval as whiskers. form: a d3 format, with a unit after it."""
+    ends = {"array": round_values(high - middle), "arrayminus": round_values(middle - low)}
+    marker = {"size": 9, **more.pop("marker")}
+    return go.Scatter(
+        x=round_values(middle),
+        y=labels,
+        mode="markers",
+        marker=marker,
+        error_x={"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 4},
+        customdata=[round_values(pair) for pair in zip(low, high, strict=True)],
+        hovertemplate=f"%{{y}}: %{{x:{form}}} [%{{customdata[0]:{form}}}, %{{customdata[1]:{form}}}]<extra></extra>",
+        **more,
+    )
+
+
+def make_figure(traces: Sequence[Any], *, height: int, **layout: Any) -> dict[str, Any]:
+    """Make a figure that Plotly has checked, without its template: the page brings its own. height: pixels."""
     figure = go.Figure(data=list(traces), layout={"height": height, **layout}).to_dict()
     figure["layout"].pop("template", None)
     return figure
-
-
-def rounded(values: Sequence[float] | np.ndarray) -> list[float | None]:
-    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in map(float, values)]
