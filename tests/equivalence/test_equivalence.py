@@ -1,7 +1,7 @@
 """Runs that must agree: resumed and uninterrupted, one process and two, killed and left alone.
 
-The other invariants stand beside what they are about: test_student.py (micro-batches, packing, weights),
-test_probe.py (batch composition, cached = fresh), test_data.py (order of the pool).
+The other invariants stand beside what they are about: test_sft_module.py (micro-batches, packing, weights),
+test_statistics_pass.py (batch composition, cached = fresh), test_datamodule.py (order of the pool).
 """
 
 from functools import partial
@@ -134,11 +134,13 @@ def uninterrupted(tmp_path_factory, start):
     return logs
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(uninterrupted, start, tmp_path):
     finish(start(tmp_path, *TWO_RANKS))
     assert_same(tmp_path, uninterrupted, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_torchrun_equal_one(uninterrupted, start, tmp_path):
     # a folder each, as when the clock's second changes between the two
     each_its_own = "hydra.run.dir=${paths.logs}/runs/rank${oc.env:RANK}"
@@ -149,6 +151,7 @@ def test_two_ranks_of_torchrun_equal_one(uninterrupted, start, tmp_path):
     assert_same(tmp_path, uninterrupted, tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_choose_by_gradients_as_one_does(start, tmp_path):
     """Passes of several kinds, and a warm-up arm that is trained before one of them."""
     words = ("selector=lark_exact", "baseline=grad_match", "baseline.score.validation_problems=4")
@@ -165,6 +168,7 @@ def test_two_ranks_choose_by_gradients_as_one_does(start, tmp_path):
     np.testing.assert_allclose(columns["two"][1], columns["one"][1], rtol=0, atol=1e-3 * spread)
 
 
+@pytest.mark.slow
 def test_killed_while_scoring_and_while_training_it_goes_on(uninterrupted, start, tmp_path):
     parts = partial(tmp_path.glob, "cache/statistics/*/part-*")
     kill_when(start(tmp_path), lambda: any(parts()))
@@ -182,6 +186,7 @@ def test_killed_while_scoring_and_while_training_it_goes_on(uninterrupted, start
     assert_same(tmp_path, uninterrupted, tolerance=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("trainer=fsdp", *TWO_DEVICES), TWO_RANKS], ids=["fsdp", "ddp"])
 def test_two_ranks_stopped_by_sigterm_while_scoring_and_while_training_go_on(ranks, uninterrupted, start, tmp_path):
     """A divided student's checkpoint is a folder that each rank writes its part of."""

@@ -23,6 +23,7 @@ from lark.tasks.task import Task
 from lark.training.recipe import Recipe
 from lark.training.sft_module import SFTModule
 
+pytestmark = pytest.mark.slow  # two real processes
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 STEPS = 5
 UNEVEN = {"batch_size": 7, "micro_batch_tokens": 150, "average": "token"}

@@ -275,12 +275,6 @@ def test_a_template_that_does_not_fit_is_an_error(template, message):
         chat_for("chatml", template=template).encode([turns("hi", "<think></think>hello\n")])
 
 
-@pytest.mark.parametrize(("setting", "value"), [("span", "all"), ("step_splitter", "words")])
-def test_an_unknown_setting_is_an_error(setting, value):
-    with pytest.raises(ValueError, match=f"probe.{setting}='{value}' is unknown; set it to one of"):
-        chat_for("chatml", **{setting: value})
-
-
 def test_the_printed_sample_marks_the_trained_tokens():
     chat = chat_for("chatml")
     row = chat.encode([turns("hi", "hello ☃b")])[0]
@@ -300,12 +294,6 @@ def test_templates_are_found_by_name_by_path_or_in_the_tokenizer(tmp_path):
         load_template("alpaca", tokenizer)
     tokenizer.chat_template = "of its own"
     assert load_template("own", tokenizer) == "of its own"
-
-
-def test_a_template_may_use_the_tokenizers_special_tokens():
-    template = "{% for m in messages %}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}"
-    chat = chat_for("chatml", template=template)
-    assert parts(chat, chat.encode([turns("hi", "hello")])[0]) == ("hi<|im_end|>", "hello<|im_end|>")
 
 
 def test_the_identity_tells_templates_spans_and_splitters_apart():
