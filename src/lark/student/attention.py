@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+TREE_ATTENTION = "prefix_tree_sdpa"  # its name among transformers' implementations
 PADDING = 0.15  # of a group's attention at most; more groups mean more and smaller calls
 GROUP_TOKENS = 32768  # of a group at most: what is gathered at a time, however much longer sequences are than the tree
 
@@ -119,10 +120,10 @@ def enable_prefix_sharing(model: Any, implementation: str) -> str | None:
         return f"{type(model).__name__} does not mix tokens by attention alone"
     windows = set[int]()
     inner = partial(_attend_in_window, ALL_ATTENTION_FUNCTIONS[implementation])
-    AttentionInterface.register("prefix_tree_sdpa", partial(_attend_tree, inner, windows))
+    AttentionInterface.register(TREE_ATTENTION, partial(_attend_tree, inner, windows))
     with torch.inference_mode():
         rows, padded = _compute_trial_rows(model)
-        model.set_attn_implementation("prefix_tree_sdpa")
+        model.set_attn_implementation(TREE_ATTENTION)
         reason = _try_tree(model, rows, padded) or _find_hidden_window(model.config.get_text_config(), windows)
     if reason is not None:
         model.set_attn_implementation(implementation)

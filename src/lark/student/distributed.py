@@ -108,7 +108,7 @@ class Parallelism:
         """Divide the layers of a frozen student over the ranks, in place, where it is to be divided."""
         if self.is_divided:
             self._lockstep = Lockstep(model, self._mesh)
-            logger.info("sharded     %s", self._lockstep.describe())
+            logger.info("student divided: %s", self._lockstep.describe())
 
     def finish_forward_passes(self) -> None:
         """Take part in the other ranks' forward passes until no rank has one left; every rank calls this once."""
@@ -180,8 +180,7 @@ def call_as_method(model: Any, function: Callable[..., Tensor], *arguments: Any)
     if FSDPModule not in type(model).__mro__:
         return function(model, *arguments)
     setattr(model, function.__name__, MethodType(function, model))
-    divided: Any = model
-    register_fsdp_forward_method(divided, function.__name__)
+    register_fsdp_forward_method(model, function.__name__)
     return getattr(model, function.__name__)(*arguments)
 
 

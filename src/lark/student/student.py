@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 
 from lark.common.cache import file_hash, read_json, write_json
 from lark.common.errors import LarkError
-from lark.student.attention import PrefixTree
+from lark.student.attention import TREE_ATTENTION, PrefixTree
 from lark.student.chat import Chat, load_template
 from lark.student.token_statistics import Head
 
@@ -338,6 +338,8 @@ def compute_hidden_states(
     prefix tree (once `lark.student.attention.enable_prefix_sharing` has made the student understand one).
     """
     decoder: Any = get_base_model(model).get_decoder()
+    # Ranks take rank 0's word for it; one whose own trial failed would let every document see the others.
+    assert tree is None or decoder.config._attn_implementation == TREE_ATTENTION, "a student that takes no prefix tree"
     shared = {} if tree is None else {"prefix_tree": tree}
     output = decoder(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False, **shared)
     return output.last_hidden_state.flatten(0, 1)
