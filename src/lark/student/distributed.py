@@ -108,7 +108,7 @@ class Parallelism:
         """Divide the layers of a frozen student over the ranks, in place, where it is to be divided."""
         if self.is_divided:
             self._lockstep = Lockstep(model, self._mesh)
-            logger.info("student divided: %s", self._lockstep.describe())
+            logger.info("the student's layers are divided over %d ranks", self.world_size)
 
     def finish_forward_passes(self) -> None:
         """Take part in the other ranks' forward passes until no rank has one left; every rank calls this once."""
@@ -237,8 +237,6 @@ class Lockstep:
         self.decoder: Any = get_base_model(model).get_decoder()
         self.mesh, self.running = mesh, False
         layers = _known_layers(model)
-        self.layer_bytes = sum(p.nbytes for layer in layers for p in layer.parameters())
-        self.other_bytes = sum(p.nbytes for p in model.parameters()) - self.layer_bytes
         gc.collect()  # an earlier pass's student refers to itself: it would stay on the device
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -249,15 +247,6 @@ class Lockstep:
             self.decoder.register_forward_pre_hook(self._begin, prepend=True),
             self.decoder.register_forward_hook(self._end),
         ]
-
-    def describe(self) -> str:
-        """Say what each rank keeps."""
-        ranks = self.mesh.size()
-        layers, each, rest = (x / 2**20 for x in (self.layer_bytes, self.layer_bytes / ranks, self.other_bytes))
-        return (
-            f"the layers' {layers:,.1f} MiB over {ranks} ranks, {each:,.1f} MiB each; embedding, head and norm, "
-            f"{rest:,.1f} MiB, whole on every rank"
-        )
 
     def finish(self) -> None:
         """Take part in the other ranks' forward passes until no rank has one left."""

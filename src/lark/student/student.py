@@ -3,8 +3,8 @@
 import copy
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,6 @@ class Student:
     """
     config: dict[str, Any] | None = None
     """Entries of the student's config.json that are changed, such as {max_position_embeddings: 32768}."""
-    _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -125,37 +124,33 @@ class Student:
 
     def identity(self) -> dict[str, str | None]:
         """Identify the weights: hub id and revision, or a hash of the local files; likewise merged adapters."""
-        merged = {"adapter": self._hash("adapter", self._adapter_files)} if self.adapters else {}
+        found = {"id": self.id, "revision": self._commit} if self.folder is None else {"weights": self._weights_hash}
+        if self.adapters:
+            found["adapter"] = self._adapter_hash
         if self.config:
-            merged["config"] = json.dumps(self.config, sort_keys=True)
-        if self.folder is None:
-            return {"id": self.id, "revision": self._commit(), **merged}
-        return {"weights": self._hash("weights", self._weight_files), **merged}
+            found["config"] = json.dumps(self.config, sort_keys=True)
+        return found
 
-    def _hash(self, name: str, files: Callable[[], list[Path]]) -> str:
-        if name not in self._hashes:  # 135M parameters hash in a fraction of a second; once a process is enough
-            self._hashes[name] = "-".join(file_hash(file)[:16] for file in files())
-        return self._hashes[name]
-
-    def _weight_files(self) -> list[Path]:
+    @cached_property  # 135M parameters hash in a fraction of a second; once a process is enough
+    def _weights_hash(self) -> str:
         assert self.folder is not None
         if self._is_gguf:
-            return [Path(str(self.path))]
+            return _hash_files([Path(str(self.path))])
         patterns = (*_WEIGHTS, "*.py") if self.trust_remote_code else _WEIGHTS  # code from the folder computes too
-        return sorted({f for pattern in patterns for f in self.folder.glob(pattern)})
+        return _hash_files(sorted({f for pattern in patterns for f in self.folder.glob(pattern)}))
 
-    def _adapter_files(self) -> list[Path]:
-        return [f for folder in self.adapters for f in sorted(Path(folder).glob("adapter_*"))]
+    @cached_property
+    def _adapter_hash(self) -> str:
+        return _hash_files([f for folder in self.adapters for f in sorted(Path(folder).glob("adapter_*"))])
 
+    @cached_property
     def _commit(self) -> str:
         """Look up the commit that `revision` stands for now: a branch moves, and caches must notice."""
-        if "commit" not in self._hashes:
-            try:
-                path = cached_file(str(self.id), "config.json", revision=self.revision)
-            except OSError as error:
-                raise self._unavailable(error) from error
-            self._hashes["commit"] = Path(str(path)).parent.name  # .../snapshots/<commit>/config.json
-        return self._hashes["commit"]
+        try:
+            path = cached_file(str(self.id), "config.json", revision=self.revision)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        return Path(str(path)).parent.name  # .../snapshots/<commit>/config.json
 
     def resolve_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype that the setting means on `device`."""
@@ -283,7 +278,7 @@ class Student:
     def describe_base(self) -> dict[str, str | None]:
         """Name the weights an adapter is for as adapter_config.json does."""
         if self.folder is None:
-            return {"base_model_name_or_path": self.id, "revision": self._commit()}
+            return {"base_model_name_or_path": self.id, "revision": self._commit}
         place = Path(str(self.path)) if self._is_gguf else self.folder
         return {"base_model_name_or_path": str(place.absolute())}
 
@@ -298,6 +293,10 @@ class Student:
             f"({_first_line(reason)}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log "
             "in if the model is gated)"
         )
+
+
+def _hash_files(files: list[Path]) -> str:
+    return "-".join(file_hash(file)[:16] for file in files)
 
 
 def _first_line(error: object) -> str:

@@ -41,7 +41,7 @@ def arm_facts(arm: "Arm", data: "TrajectoryDataModule", run: str | Path | None) 
     revision pinned to the commit that was trained.
     """
     student = data.student
-    settings = {field.name: getattr(student, field.name) for field in dataclasses.fields(student) if field.init}
+    settings = {field.name: getattr(student, field.name) for field in dataclasses.fields(student)}
     for name in ("path", "template"):
         settings[name] = _absolute(settings[name])
     if settings.get("adapter"):
