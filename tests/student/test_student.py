@@ -181,7 +181,7 @@ def test_a_student_says_which_setting_is_wrong(make_student, settings, message):
     ],
 )
 def test_positions_that_depend_on_the_longest_row(rope, border):
-    """From `find_rope_border` on, a row's hidden states change with what it is computed beside; up to it, they do not."""
+    """From the border on, a row's hidden states change with what it is computed beside; up to it, they do not."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

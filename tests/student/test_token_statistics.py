@@ -227,7 +227,8 @@ def test_fused_equals_plain(stance):
 
 @pytest.mark.slow
 def test_no_compiler_is_a_reason_not_an_error(tmp_path):
-    script = "import torch; from lark.student.token_statistics import find_compile_failure; print(find_compile_failure(torch.device('cpu')))"
+    module = "lark.student.token_statistics"
+    script = f"import torch, {module} as m; print(m.find_compile_failure(torch.device('cpu')))"
     environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "compiler" in found.stdout
