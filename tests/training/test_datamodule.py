@@ -122,14 +122,11 @@ def test_held_out_coefficients_add_up(make_data):
 
 
 def test_null_verdicts_are_filled_by_the_checker_and_counted(make_data, monkeypatch):
-    said = []
-    data = ready(make_data(say=said.append))
-    pool = data.trajectories
+    pool = ready(make_data()).trajectories
     truth = np.array([row["truth"] for row in rows_of_a_pool()], float)
     np.testing.assert_array_equal(pool.correct, truth)
     assert 0 < truth[:4].sum() < 4, "the four that were null are not all alike"
     assert pool.verdicts == {"filled": 4, "timed_out": 0}
-    assert any("4 verdicts filled in by the checker" in line for line in said)
     monkeypatch.setattr("lark.student.tokenized_pool.Checker", lambda *_, **__: pytest.fail("checked again"))
     np.testing.assert_array_equal(ready(make_data()).trajectories.correct, truth)
 
@@ -155,12 +152,10 @@ def test_overlong_rows_are_dropped_and_counted(make_data):
 
 def test_overlong_rows_are_cut_and_counted(make_data):
     whole = ready(make_data()).trajectories
-    said = []
-    pool = ready(make_data(task={"max_length": 70, "overlong": "truncate"}, say=said.append)).trajectories
+    pool = ready(make_data(task={"max_length": 70, "overlong": "truncate"})).trajectories
     np.testing.assert_array_equal(pool.length, np.minimum(whole.length, 70))
     cut = np.flatnonzero(whole.length > 70)
     assert pool.dropped["overlong"] == 0 and pool.truncated == len(cut)
-    assert any(f"{len(cut)} cut to task.max_length" in line for line in said)
     for short, full in zip(pool.read_tokens(cut), whole.read_tokens(cut), strict=True):
         assert short.input_ids == full.input_ids[:70] and short.end_of_turn == -1
 
@@ -287,7 +282,6 @@ def test_another_students_choice(max_length, make_data, other_student):
     too_long = len(own.scored) - len(theirs.scored)
     assert (too_long > 0) == (max_length == 85) and mixed.dropped["overlong_for_scorer"] == too_long
     assert any(line.startswith(f"asked       other, whose choice small gets; {too_long:,} ") for line in said)
-    assert sum(line.startswith("pool ") for line in said) == 1
     row = mixed.selections["selector"].row
     np.testing.assert_array_equal(mixed.trajectories.length[row] + 10, mixed.scored_trajectories.length[row])
     step = mixed.set_active_arm("selector").step(0)
