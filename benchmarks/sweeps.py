@@ -12,7 +12,7 @@ import numpy as np
 
 from lark.common.cache import write_json
 from lark.comparison.inference import compute_paired_difference, compute_smallest_detectable
-from lark.page.pool_sample import NAME, shortened
+from lark.page.pool_sample import NAME, shorten
 
 RULES = ("lark", "random", "longest", "shortest", "likelihood", "rsr", "entropy", "lark_length")
 TEACHERS = ("qwen3-8b", "deepseek-r1", "llama-3.1-70b", "phi-4", "gpt-oss-20b")
@@ -99,7 +99,7 @@ class _Pool:
         """candidates.jsonl.gz, as lark.page.pool_sample does."""
         count = len(self.names)
         ids = [str(i) for i in range(self.problems)]
-        short = [shortened(text) for text in self.texts]
+        short = [shorten(text) for text in self.texts]
         facts = {
             "task": "made_up",
             "model": "smollm2",

@@ -256,34 +256,6 @@ def test_the_interval_excludes_0_at_the_smallest_detectable_difference(seeds, se
     assert least <= detected <= most
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "settings", "message"),
-    [
-        (np.zeros((3, 4)), np.zeros((3, 5)), {}, r"got \(3, 4\) and \(3, 5\)"),
-        (np.zeros(4), np.zeros(4), {}, r"got \(4,\) and \(4,\)"),
-        (np.zeros((3, 0)), np.zeros((3, 0)), {}, r"got \(3, 0\)"),
-        (np.full((3, 4), np.nan), np.zeros((3, 4)), {}, "12 of 12 differences are NaN"),
-        (np.zeros((3, 4)), np.zeros((3, 4)), {"level": 95}, "level=95 is not between 0 and 1"),
-        (np.zeros((3, 4)), np.zeros((3, 4)), {"resamples": 5}, "resamples=5 is too few"),
-    ],
-)
-def test_bad_input_of_paired_difference(a, b, settings, message):
-    with pytest.raises(ValueError, match=message):
-        compute_paired_difference(a, b, **settings)
-
-
-def test_bad_input_of_the_tests():
-    with pytest.raises(ValueError, match="1 of 2 differences are NaN"):
-        compute_sign_flip_p(np.array([np.nan, 1.0]))
-    with pytest.raises(ValueError, match=r"shape \(2, 2\); average over seeds first"):
-        compute_sign_flip_p(np.zeros((2, 2)))
-    for wrong in ([0.5, 1.5], [np.nan], [[0.1]]):
-        with pytest.raises(ValueError, match="p-values between 0 and 1"):
-            adjust_holm(wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"power=1\.0"):
-        compute_smallest_detectable(1.0, power=1.0)
-
-
 def test_interval_of_a_mean_is_that_of_a_difference_from_0_within_0_and_1():
     rng = np.random.default_rng(0)
     value_P = rng.binomial(4, rng.beta(0.3, 0.3, 60)) / 4

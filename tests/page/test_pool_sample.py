@@ -9,7 +9,7 @@ from conftest import rows_of_a_pool
 
 from lark.common.groups import Groups
 from lark.page import pool_sample
-from lark.page.pool_sample import NAME, read_sample, sample_problems, shortened, write_sample
+from lark.page.pool_sample import NAME, read_sample, sample_problems, shorten, write_sample
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def test_a_run_that_left_no_file_has_no_sample(tmp_path):
 
 def test_a_text_at_the_limit_is_whole():
     limit = pool_sample.HEAD + pool_sample.TAIL
-    assert shortened("x" * limit) == {"text": "x" * limit}
-    longer = shortened("a" * pool_sample.HEAD + "b" + "c" * pool_sample.TAIL)
+    assert shorten("x" * limit) == {"text": "x" * limit}
+    longer = shorten("a" * pool_sample.HEAD + "b" + "c" * pool_sample.TAIL)
     assert longer == {"text": "a" * pool_sample.HEAD, "left_out": 1, "tail": "c" * pool_sample.TAIL}
 
 

@@ -181,5 +181,5 @@ def test_a_page_that_cannot_be_written_is_a_warning(folder, monkeypatch, caplog)
         ("", None),
     ],
 )
-def test_cells_are_parse_number_their_numbers(text, value):
+def test_cells_are_sorted_by_their_numbers(text, value):
     assert parse_number(text) == (value if value is None else pytest.approx(value))

@@ -84,6 +84,7 @@ class Difference:
 
     @property
     def label(self) -> str:
+        """The difference's name in tables."""
         return f"{self.selector} - {self.baseline}"
 
 
@@ -102,6 +103,8 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class GridRow:
+    """Hold one pair's differences over tasks, models and evaluation sets."""
+
     label: str
     cells: tuple[Interval | None, ...]
     """One a column; None where the pair was not run."""
@@ -112,12 +115,11 @@ class GridRow:
     ties: int
     losses: int
 
-    def __post_init__(self) -> None:
-        assert self.wins + self.ties + self.losses <= len(self.cells)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
+    """Hold what many runs came to together."""
+
     runs: int
     """Finished runs, which are compared."""
     groups: tuple[Group, ...]

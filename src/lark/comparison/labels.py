@@ -1,4 +1,4 @@
-"""What the arms of many runs are called: one label an arm, the same in every seed.
+"""Label the arms of many runs: one label an arm, the same in every seed.
 
 An arm serves many runs, and one rule may have several arms of one seed, whose settings differ. A label is the rule's
 name and the fewest settings that tell the rule's arms apart: "lark budget=1", "random for rsr". The seed is never part
@@ -13,7 +13,7 @@ from typing import Any
 
 UNTRAINED = "before training"
 _OF_AN_UNTRAINED_STUDENT = ("task.", "model.", "evaluation.", "probe.span")
-"""Beginnings of the settings that can tell two untrained students, and what is measured of them, apart."""
+"""Beginnings of the settings that can tell two untrained students apart, and what is measured of them."""
 
 _ITSELF = "itself"  # in place of the selector's name, where a baseline is the same rule
 
@@ -25,10 +25,12 @@ Figures = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
+    """Hold the arms of runs under their labels."""
+
     arms: Mapping[str, Mapping[int, Figures]]
-    """By label and seed."""
+    """Figures by label and seed."""
     runs: tuple[Mapping[str, str], ...]
-    """For each run the labels of its arms by their names (before, baseline, selector)."""
+    """The labels of each run's arms by their names (before, baseline, selector)."""
     notes: tuple[str, ...]
     """Arms that no setting tells apart."""
 
@@ -44,12 +46,12 @@ def label_arms(runs: Sequence[Summary]) -> Labelled:
     to two students (the code or the data changed in between), the last one given counts, and a note says so. Otherwise
     the order of the runs does not matter.
     """
-    follows_seed = _following_the_seed(runs)
+    follows_seed = _find_seed_settings(runs)
     seen: dict[tuple[str, bool], list[_Appearance]] = {}  # by rule and whether trained: any rule may be named UNTRAINED
     for number, run in enumerate(runs):
         for name, arm in run["arms"].items():
             rule = UNTRAINED if name == "before" else arm["rule"]
-            settings = _settings(run, name, follows_seed)
+            settings = _list_settings(run, name, follows_seed)
             one = _Appearance(run=number, name=name, seed=run["seed"], arm=arm, settings=settings)
             seen.setdefault((rule, name != "before"), []).append(one)
 
@@ -57,11 +59,11 @@ def label_arms(runs: Sequence[Summary]) -> Labelled:
     labels: tuple[dict[str, str], ...] = tuple({} for _ in runs)
     notes = []
     for (rule, _), appearances in seen.items():
-        names = _varying(appearances)
+        names = _list_varying(appearances)
         last: dict[_Values, dict[int, _Appearance]] = {}
         replaced: dict[int, None] = {}
         for one in appearances:
-            of_seed = last.setdefault(one.values(names), {})
+            of_seed = last.setdefault(one.get_values(names), {})
             if one.seed in of_seed and of_seed[one.seed].student != one.student:
                 replaced[one.seed] = None
             of_seed[one.seed] = one
@@ -71,12 +73,12 @@ def label_arms(runs: Sequence[Summary]) -> Labelled:
             for seed in replaced
         ]
         role = "selector" if any(one.name == "selector" for one in appearances) else "baseline"
-        label_of = _labels(rule, [name.replace("own.", f"{role}.", 1) for name in names], _same_arms(last))
+        label_of = _make_labels(rule, [name.replace("own.", f"{role}.", 1) for name in names], _group_same_arms(last))
         while not arms.keys().isdisjoint(label_of.values()):  # a rule may be named like the label of another's arm
             label_of = {values: f"rule {label}" for values, label in label_of.items()}
         for one in appearances:
-            label = label_of[one.values(names)]
-            arms.setdefault(label, {})[one.seed] = last[one.values(names)][one.seed].arm
+            label = label_of[one.get_values(names)]
+            arms.setdefault(label, {})[one.seed] = last[one.get_values(names)][one.seed].arm
             labels[one.run][one.name] = label
     return Labelled(arms=arms, runs=labels, notes=tuple(notes))
 
@@ -87,7 +89,7 @@ _Student = tuple[int, str, str]  # seed, hash and accuracies
 
 @dataclass(frozen=True, kw_only=True)
 class _Appearance:
-    """An arm in a run, with the settings it may depend on as text."""
+    """Hold an arm of a run, with the settings it may depend on as text."""
 
     run: int
     name: str
@@ -97,40 +99,39 @@ class _Appearance:
 
     @cached_property
     def student(self) -> _Student:
-        """The same for the same student, evaluated in the same way."""
+        """Identify the student and how it was evaluated."""
         return self.seed, self.arm["hash"], json.dumps(self.arm["per_problem"], sort_keys=True)
 
-    def values(self, names: Sequence[str]) -> _Values:
+    def get_values(self, names: Sequence[str]) -> _Values:
         return tuple(self.settings.get(name) for name in names)
 
 
-def _following_the_seed(runs: Sequence[Summary]) -> set[tuple[str, str]]:
-    """Settings such as selector.score.seed, after the rule they belong to, that are the run's seed wherever that rule
-    has them.
-    """
+def _find_seed_settings(runs: Sequence[Summary]) -> set[tuple[str, str]]:
+    """Find settings such as selector.score.seed that are the run's seed wherever their rule has them."""
     follows: dict[tuple[str, str], bool] = {}
     for run in runs:
         for name, value in run["settings"].items():
             if name.endswith("seed"):
-                setting = _with_its_rule(run, name)
+                setting = _name_rule(run, name)
                 follows[setting] = follows.get(setting, True) and value == run["seed"]
     return {setting for setting, always in follows.items() if always}
 
 
-def _with_its_rule(run: Summary, name: str) -> tuple[str, str]:
-    """A setting after the rule it belongs to; after "" if it belongs to none."""
+def _name_rule(run: Summary, name: str) -> tuple[str, str]:
+    """Put the rule that a setting belongs to before its name; "" if it belongs to none."""
     group = name.partition(".")[0]
     return (run["arms"][group]["rule"] if group in run["arms"] else ""), name
 
 
-def _settings(run: Summary, arm: str, ignored: set[tuple[str, str]]) -> dict[str, str]:
-    """The settings that an arm may depend on. Its own rule's are called own.*, those of the selector that a baseline is
-    matched to for.*.
+def _list_settings(run: Summary, arm: str, ignored: set[tuple[str, str]]) -> dict[str, str]:
+    """List the settings that an arm may depend on.
+
+    Its own rule's are called own.*, those of the selector that a baseline is matched to for.*.
     """
-    found = {"for.name": _ITSELF if _chooses_as_its_selector(run) else run["arms"]["selector"]["rule"]}
+    found = {"for.name": _ITSELF if _is_unweighted_selector(run) else run["arms"]["selector"]["rule"]}
     found = found if arm == "baseline" else {}
     for name, value in run["settings"].items():
-        if _with_its_rule(run, name) in ignored or (arm == "before" and not name.startswith(_OF_AN_UNTRAINED_STUDENT)):
+        if _name_rule(run, name) in ignored or (arm == "before" and not name.startswith(_OF_AN_UNTRAINED_STUDENT)):
             continue
         group, _, rest = name.partition(".")
         if group == arm:
@@ -143,28 +144,28 @@ def _settings(run: Summary, arm: str, ignored: set[tuple[str, str]]) -> dict[str
     return found
 
 
-def _chooses_as_its_selector(run: Summary) -> bool:
-    """Whether selector and baseline are the same rule but for the policy, which a baseline does not have."""
+def _is_unweighted_selector(run: Summary) -> bool:
+    """Check that both arms are the same rule but for the policy, which a baseline does not have."""
 
-    def of(group: str) -> dict[str, Any]:
+    def list_own(group: str) -> dict[str, Any]:
         named = {name.removeprefix(f"{group}."): value for name, value in run["settings"].items()}
         return {name: value for name, value in named.items() if name.partition(".")[0] in ("score", "filter")}
 
     rules = {run["arms"][group]["rule"] for group in ("selector", "baseline") if group in run["arms"]}
-    return len(rules) == 1 and of("selector") == of("baseline")
+    return len(rules) == 1 and list_own("selector") == list_own("baseline")
 
 
-def _varying(appearances: Sequence[_Appearance]) -> list[str]:
-    """The settings in which appearances differ; in front those that a label names rather than others."""
+def _list_varying(appearances: Sequence[_Appearance]) -> list[str]:
+    """List the settings in which appearances differ; in front those that a label names rather than others."""
     names = {name for one in appearances for name in one.settings}
     varying = [name for name in names if len({one.settings.get(name) for one in appearances}) > 1]
     return sorted(varying, key=lambda name: ("._" in name, name.count("."), len(name), name))
 
 
-def _same_arms(appearances: Mapping[_Values, Mapping[int, _Appearance]]) -> list[list[_Values]]:
-    """Which settings are the same arm, from the arms by settings and seed.
+def _group_same_arms(appearances: Mapping[_Values, Mapping[int, _Appearance]]) -> list[list[_Values]]:
+    """Group settings that are the same arm, from the arms by settings and seed.
 
-    Those linked by students they share, if that gives no seed two students. Else it is open which of them belong
+    They are linked by students they share, if that gives no seed two students. Else it is open which of them belong
     together, and only those with the same students of the same seeds do.
     """
     students = {values: frozenset(one.student for one in of_seed.values()) for values, of_seed in appearances.items()}
@@ -181,8 +182,8 @@ def _same_arms(appearances: Mapping[_Values, Mapping[int, _Appearance]]) -> list
     return list(classes.values())
 
 
-def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]]) -> dict[_Values, str]:
-    """The label of each class of settings that are the same arm: what all of a class share, if that tells it apart."""
+def _make_labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]]) -> dict[_Values, str]:
+    """Label each class of settings that are the same arm by what all of it share, if that tells it apart."""
     kept = list(range(len(names)))
     for index in reversed(kept):  # without this one, are the classes still disjoint?
         fewer = [i for i in kept if i != index]
@@ -190,20 +191,20 @@ def _labels(rule: str, names: Sequence[str], classes: Sequence[Sequence[_Values]
         if sum(map(len, restricted)) == len(set().union(*restricted)):
             kept = fewer
 
-    def text(values: _Values, indices: Sequence[int]) -> str:
-        return " ".join([rule, *(_text(names[i], values[i]) for i in indices if values[i] is not None)])
+    def join_text(values: _Values, indices: Sequence[int]) -> str:
+        return " ".join([rule, *(_format_setting(names[i], values[i]) for i in indices if values[i] is not None)])
 
     fixed = [[i for i in kept if len({values[i] for values in members}) == 1] for members in classes]
-    short = [text(members[0], indices) for members, indices in zip(classes, fixed, strict=True)]
+    short = [join_text(members[0], indices) for members, indices in zip(classes, fixed, strict=True)]
     labels = [
-        label if short.count(label) == 1 else " or ".join(sorted({text(values, kept) for values in members}))
+        label if short.count(label) == 1 else " or ".join(sorted({join_text(values, kept) for values in members}))
         for label, members in zip(short, classes, strict=True)
     ]
     assert len(set(labels)) == len(classes), f"labels of {rule} do not tell its arms apart: {labels}"
     return {values: label for label, members in zip(labels, classes, strict=True) for values in members}
 
 
-def _text(name: str, value: str | None) -> str:
+def _format_setting(name: str, value: str | None) -> str:
     if name == "for.name" and value == _ITSELF:  # the same rows, but for their weights
         return "with equal weights"
     if name == "for.name":

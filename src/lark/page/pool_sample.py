@@ -1,4 +1,4 @@
-"""candidates.jsonl.gz: a sample of a run's problems with all their candidates, and what each rule made of them.
+"""Write and read candidates.jsonl.gz: a sample of a run's problems with all candidates, and every rule's choice.
 
 The first line holds the run's facts and a column for every figure, the further lines the texts, a problem each. So the
 figures of many runs over one pool are read without their texts.
@@ -35,7 +35,7 @@ BATCH = 256  # rows read at once
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSample:
-    """What a run left of its pool; `read_sample` reads it.
+    """Hold what a run left of its pool; `read_sample` reads it.
 
     facts: task, model, seed, settings, pool (an identity: texts of the same one are the same), problems and
     trajectories shown, of_problems and of_trajectories, cut (texts cut in the middle), arms (by role: rule, hash, and
@@ -52,12 +52,14 @@ class PoolSample:
 
     @cached_property
     def groups(self) -> Groups:
+        """The candidates by problem."""
         return Groups.from_ids(self.columns["problem_id"])
 
     def read_texts(self) -> Iterator[dict[str, Any]]:
-        """A problem after the other: problem_id, question, answer, prompt (as the student reads it), and `texts`, one a
-        candidate in the order of the columns: what is trained (see `shortened`), end (of turn, as it is trained; empty
-        if task.max_length cut it off) and untrained (what follows it then; None: nothing).
+        """Yield a problem after the other: problem_id, question, answer, prompt (as the student reads it), and `texts`.
+
+        The texts are one a candidate in the order of the columns: what is trained (see `shorten`), end (of turn, as it
+        is trained; empty if task.max_length cut it off) and untrained (what follows it then; None: nothing).
         """
         with gzip.open(self.path, "rt", encoding="utf-8") as file:
             for line in itertools.islice(file, 1, None):
@@ -65,7 +67,7 @@ class PoolSample:
 
 
 def read_sample(folder: Path) -> PoolSample | None:
-    """What the run in `folder` left; None if it left nothing, as one that failed early or of an older version."""
+    """Read what the run in `folder` left; None if it left nothing, as one that failed early or of an older version."""
     path = folder / NAME
     if not path.is_file():
         return None
@@ -74,10 +76,10 @@ def read_sample(folder: Path) -> PoolSample | None:
 
 
 def sample_problems(groups: Groups, ids: Sequence[str], *, limit: int) -> np.ndarray:
-    """Rows [n], ascending, of whole problems with `limit` candidates at most, chosen by the hash of their ids, so that
-    every run over a pool has the same. Of a pool whose every problem has more, the first candidates of one.
+    """Choose whole problems with `limit` candidates at most, by the hash of their ids.
 
-    ids: of the problems, in the order of `groups`.
+    So every run over a pool has the same. Where every problem has more candidates: the first candidates of one. Returns
+    rows [n], ascending. ids: the problems' ids, in the order of `groups`.
     """
     order = sorted(range(groups.count), key=lambda problem: hashlib.sha256(f"page {ids[problem]}".encode()).digest())
     kept, room, least = [], limit, int(groups.size.min())
@@ -93,12 +95,12 @@ def sample_problems(groups: Groups, ids: Sequence[str], *, limit: int) -> np.nda
 
 
 def write_sample(folder: Path, data: "TrajectoryDataModule", settings: Mapping[str, Any]) -> None:
-    """candidates.jsonl.gz of a run, with the choices made so far. `settings` are the run's, as its summary has them."""
+    """Write a run's candidates.jsonl.gz with the choices made so far; settings: as the run's summary has them."""
     candidates, pool = data.candidates, data.trajectories
     ids = list(dict.fromkeys(candidates.problem_id.tolist()))
     rows = sample_problems(candidates.groups, ids, limit=TRAJECTORIES)
     row_n = candidates.row_N[rows]
-    texts, characters, cut = _texts(data, row_n)
+    texts, characters, cut = _read_texts(data, row_n)
     statistics = candidates.statistics
     columns = {
         "problem_id": candidates.problem_id[rows].tolist(),
@@ -106,15 +108,15 @@ def write_sample(folder: Path, data: "TrajectoryDataModule", settings: Mapping[s
         "teacher": [None if teacher is None else str(teacher) for teacher in candidates["teacher"][rows]],
         "correct": [None if np.isnan(known) else bool(known) for known in pool.correct[row_n]],
         "tokens": pool.span_tokens[row_n].tolist(),
-        "loss": _numbers(statistics["loss"][rows]) if "loss" in statistics else [None] * len(rows),
+        "loss": _round_values(statistics["loss"][rows]) if "loss" in statistics else [None] * len(rows),
         "characters": characters,
     }
     weights: dict[str, list[float]] = {}
     for role, selection in data.selections.items():
         weight_N = np.zeros(len(candidates))
         weight_N[np.searchsorted(candidates.row_N, selection.row)] = selection.weight
-        weights[role] = [_short(weight) for weight in weight_N[rows]]
-    scored = {role: _numbers(selection.score_N[rows]) for role, selection in data.selections.items()}
+        weights[role] = [_round(weight) for weight in weight_N[rows]]
+    scored = {role: _round_values(selection.score_N[rows]) for role, selection in data.selections.items()}
     seen = {
         "rows": [pool.fingerprint, columns["problem_id"], columns["candidate_id"]],
         "span": pool.chat.span_identity,
@@ -132,7 +134,11 @@ def write_sample(folder: Path, data: "TrajectoryDataModule", settings: Mapping[s
         "of_trajectories": len(candidates),
         "cut": cut,
         "arms": {
-            role: {"rule": data.rules[role].name, "hash": _hash(selection), "record": nan_to_none(selection.record)}
+            role: {
+                "rule": data.rules[role].name,
+                "hash": _hash_selection(selection),
+                "record": nan_to_none(selection.record),
+            }
             for role, selection in data.selections.items()
         },
     }
@@ -145,15 +151,16 @@ def write_sample(folder: Path, data: "TrajectoryDataModule", settings: Mapping[s
         file.writelines((json.dumps(line, allow_nan=False) + "\n").encode() for line in (head, *texts))
 
 
-def _hash(selection: Any) -> str:
+def _hash_selection(selection: Any) -> str:
     return identity_hash(
         {name: hashlib.sha256(getattr(selection, name).tobytes()).hexdigest() for name in ("row", "weight")}
     )
 
 
-def _texts(data: "TrajectoryDataModule", row_n: np.ndarray) -> tuple[list[dict[str, Any]], list[int], int]:
-    """The lines of the problems, in the order of their first rows; the characters of each trajectory, [n]; and how many
-    were cut in the middle.
+def _read_texts(data: "TrajectoryDataModule", row_n: np.ndarray) -> tuple[list[dict[str, Any]], list[int], int]:
+    """Read a line a problem, in the order of their first rows.
+
+    Returns also the characters of each trajectory, [n], and how many texts were cut in the middle.
     """
     pool, problems, characters, cut = data.trajectories, {}, [], 0
 
@@ -167,36 +174,36 @@ def _texts(data: "TrajectoryDataModule", row_n: np.ndarray) -> tuple[list[dict[s
             problem = problems.setdefault(row["problem_id"], {"problem_id": row["problem_id"], "texts": []})
             if not problem["texts"]:
                 question = next((turn["content"] for turn in reversed(asked) if turn["role"] == "user"), "")
-                problem |= {"question": shortened(question), "answer": row["answer"]}
-                problem["prompt"] = shortened(decode(encoded.input_ids[: encoded.prompt_tokens]))
-            text = _parts(trajectory["content"], encoded, decode)
+                problem |= {"question": shorten(question), "answer": row["answer"]}
+                problem["prompt"] = shorten(decode(encoded.input_ids[: encoded.prompt_tokens]))
+            text = _split_trained(trajectory["content"], encoded, decode)
             characters.append(len(trajectory["content"]))
             cut += any("tail" in part for part in (text, text["untrained"] or {}))
             problem["texts"].append(text)
     return list(problems.values()), characters, cut
 
 
-def shortened(text: str) -> dict[str, Any]:
-    """As {"text"}, and of a long one also left_out (characters in the middle) and tail."""
+def shorten(text: str) -> dict[str, Any]:
+    """Shorten a text to {"text"}, of a long one with left_out (characters in the middle) and tail."""
     if len(text) <= HEAD + TAIL:
         return {"text": text}
     return {"text": text[:HEAD], "left_out": len(text) - HEAD - TAIL, "tail": text[-TAIL:]}
 
 
-def _parts(content: str, encoded: "TokenizedTrajectory", decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """The span is the content and its end of turn, unless the row was cut to task.max_length."""
+def _split_trained(content: str, encoded: "TokenizedTrajectory", decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """Split a trajectory into what is trained, its end of turn, and what task.max_length cut off."""
     span = encoded.input_ids[encoded.prompt_tokens :]
     if encoded.end_of_turn >= 0:
-        return shortened(content) | {"end": decode(span[encoded.end_of_turn :]), "untrained": None}
+        return shorten(content) | {"end": decode(span[encoded.end_of_turn :]), "untrained": None}
     alike = (a == b for a, b in zip(content, decode(span), strict=False))
     trained = sum(itertools.takewhile(bool, alike))
-    return shortened(content[:trained]) | {"end": "", "untrained": shortened(content[trained:])}
+    return shorten(content[:trained]) | {"end": "", "untrained": shorten(content[trained:])}
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [_short(value) if np.isfinite(value) else None for value in np.asarray(values, np.float64)]
+def _round_values(values: np.ndarray) -> list[float | None]:
+    return [_round(value) if np.isfinite(value) else None for value in np.asarray(values, np.float64)]
 
 
-def _short(value: float) -> float:
-    """Five digits: for looking at."""
+def _round(value: float) -> float:
+    """Round to five digits, for looking at."""
     return float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""What the page's browser of trajectories shows: of each pool the texts of a bounded sample, and who chose what."""
+"""Pack what the page's browser of trajectories shows: texts of a bounded sample of each pool, and who chose what."""
 
 import base64
 import gzip
@@ -16,14 +16,14 @@ PACKED_BYTES = 2_000_000
 
 
 def pack(pools: Sequence[PoolContents]) -> tuple[list[dict[str, Any]], str]:
-    """For each pool what the page can say before it unpacks anything, and all of them packed: JSON, gzip, base64.
+    """Pack pools as JSON, gzip, base64; returns also what the page can say of each before it unpacks anything.
 
     Together they have TRAJECTORIES trajectories and PACKED_BYTES at most, for which whole problems are left out by the
     hash of their ids; every pool keeps one.
     """
     limit = TRAJECTORIES // max(len(pools), 1)
     while True:
-        shown = [_browsed(pool, limit) for pool in pools]
+        shown = [_list_problems(pool, limit) for pool in pools]
         packed = base64.b64encode(gzip.compress(json.dumps(shown, allow_nan=False).encode(), mtime=0)).decode()
         if len(packed) <= PACKED_BYTES or limit <= 1:
             break
@@ -46,15 +46,15 @@ def pack(pools: Sequence[PoolContents]) -> tuple[list[dict[str, Any]], str]:
     return heads, packed
 
 
-def _browsed(pool: PoolContents, limit: int) -> dict[str, Any]:
-    """rules: label, seeds, scored; teachers; problems with their candidates as rows."""
+def _list_problems(pool: PoolContents, limit: int) -> dict[str, Any]:
+    """List a pool's rules (label, seeds, scored), teachers, and problems with their candidates as rows."""
     sample, columns = pool.sample, pool.sample.columns
     ids = list(dict.fromkeys(columns["problem_id"]))
     kept = set(sample_problems(sample.groups, ids, limit=max(limit, 1)).tolist())
     rows_of = {ids[group]: rows.tolist() for group, rows in enumerate(sample.groups.split())}
     teachers = list(dict.fromkeys(str(teacher) for teacher in columns["teacher"]))
     problems = []
-    chosen = [_chosen(choice) for choice in pool.choices]
+    chosen = [_list_chosen(choice) for choice in pool.choices]
     scores = [choice.scores for choice in pool.choices]
     for problem in sample.read_texts():
         rows = [row for row in rows_of[problem["problem_id"]] if row in kept]
@@ -79,8 +79,8 @@ def _browsed(pool: PoolContents, limit: int) -> dict[str, Any]:
     return {"name": pool.name, "rules": rules, "teachers": teachers, "problems": problems}
 
 
-def _chosen(choice: Choice) -> dict[int, tuple[float, int]]:
-    """By row that was chosen in any seed: the mean weight where it was, and in how many seeds."""
+def _list_chosen(choice: Choice) -> dict[int, tuple[float, int]]:
+    """List the rows chosen in any seed, with their mean weight there and in how many seeds."""
     weight_Sn = np.array([sample.weights[role] for role, sample in choice.by_seed.values()])
     seeds_n = (weight_Sn > 0).sum(0)
     return {
