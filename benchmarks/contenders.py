@@ -17,7 +17,7 @@ from lark.student.student import get_base_model
 from lark.student.tokenized_pool import TokenizedPool
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.sft_module import SFTModule
-from lark.training.trainer import trainer_of
+from lark.training.trainer import TrainerFactory
 
 IGNORED = -100
 
@@ -101,7 +101,7 @@ def train_ours(data: TrajectoryDataModule, steps: int, folder: Path, profile: An
     """SFTModule as a run trains it; the student."""
     node = {"_target_": "lightning.Trainer", "_partial_": True, "accelerator": "auto", "devices": 1, "num_nodes": 1}
     precision = "bf16-mixed" if data.student.dtype == "bfloat16" else "32-true"
-    _, make_trainer = trainer_of(OmegaConf.create(node | {"strategy": "auto", "precision": precision}), folder)
+    make_trainer = TrainerFactory(OmegaConf.create(node | {"strategy": "auto", "precision": precision}), folder).make
     module = SFTModule(student=data.student, recipe=data.recipe, steps=steps, seed=data.seed, folder=folder)
     following = Follow(profile)
     trainer = make_trainer(max_steps=steps, callbacks=[following], num_sanity_val_steps=0, log_every_n_steps=1)

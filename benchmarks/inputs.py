@@ -1,7 +1,6 @@
 """What the benchmarks measure: a pool and a student, the embedded ones unless others are named."""
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from lightning import Trainer
 from transformers.utils import logging
 
-from lark.experiment.description import quiet_libraries
+from lark.experiment.console import quiet_libraries
 from lark.scoring.statistics_pass import Probe
 from lark.selection.policies import Policy
 from lark.selection.rule import Rule
@@ -71,7 +70,6 @@ def open_data(
         seed=0,
         cache=cache,
         make_trainer=lambda label: trainer(callbacks=[callback(label) for callback in callbacks]),
-        say=partial(print, file=sys.stderr),
     )
     data.prepare_data()
     return data

@@ -78,7 +78,7 @@ def write_pool(folder: Path, rows: Iterator[dict[str, Any]], form: str) -> None:
 
 def work(pool: Path, cache: Path, scoring: bool) -> None:
     """What the fresh process does; a line on stdout says when a part begins, the last one what it was."""
-    from lark.experiment.description import quiet_libraries
+    from lark.experiment.console import quiet_libraries
 
     quiet_libraries()
     warm = cache / "warm-up"
@@ -99,7 +99,7 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     """From the pool to the written selection; `begin` hears of each part. Returns the tokens of each row."""
     from lightning import Trainer
 
-    from lark.experiment.description import write_statistics
+    from lark.experiment.statistics_file import write_statistics
     from lark.pool.pool import read_pool
     from lark.scoring.statistics_pass import Probe
     from lark.selection.policies import Policy
@@ -123,7 +123,6 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
         seed=0,
         cache=cache,
         make_trainer=lambda label: Trainer(**quiet, default_root_dir=cache),
-        say=lambda text: None,
     )
     begin("read")
     read_pool(pool, cache=cache)

@@ -135,9 +135,7 @@ def make_data(tmp_path, make_student, make_trainer):
     from lark.training.datamodule import TrajectoryDataModule
     from lark.training.recipe import Recipe
 
-    def make(
-        rows=None, *, cache="cache", task=None, probe=None, recipe=None, student=None, trainer=None, say=None, **rules
-    ):
+    def make(rows=None, *, cache="cache", task=None, probe=None, recipe=None, student=None, trainer=None, **rules):
         pool = write_pool(tmp_path / f"{cache}.jsonl", rows_of_a_pool() if rows is None else rows)
         fixed = {"name": "sums", "pool": str(pool), "checker": "number", "held_out": 0.25, "max_length": 256}
         return TrajectoryDataModule(
@@ -153,7 +151,6 @@ def make_data(tmp_path, make_student, make_trainer):
             seed=0,
             cache=tmp_path / cache,
             make_trainer=lambda label: make_trainer(**{"inference_mode": False} | (trainer or {})),
-            say=say or (lambda text: None),
         )
 
     return make

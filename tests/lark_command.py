@@ -33,8 +33,13 @@ class Done:
     @property
     def folder(self) -> Path:
         """The run folder it printed."""
-        (line,) = (line for line in self.out.splitlines() if line.startswith("run "))
-        return Path(line.split(maxsplit=1)[1])
+        (line,) = (line for line in self.out.splitlines() if line.startswith("LARK "))
+        return Path(line.split()[-1])
+
+    @property
+    def log(self) -> str:
+        """What it logged."""
+        return (self.folder / "run.log").read_text()
 
 
 def lark(*words: object) -> Done:

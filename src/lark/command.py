@@ -30,6 +30,7 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
     child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
     sys.argv = configuration.absolute_config_path(sys.argv)
     os.environ[configuration.SWEEP_VARIABLE] = configuration.sweep_name(sys.argv)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of libraries; ours say themselves where they are shown
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
         _join(Path(child), job) if child else hydra_main()

@@ -22,7 +22,7 @@ from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "selector", "baseline", "diagnostics", "trainer", "logger")
 BLOCKS = ("probe", "sft", "evaluation")
-VALUES = ("seed", "stop_after", "budget", "match", "paths")
+VALUES = ("seed", "stop_after", "verbose", "budget", "match", "paths")
 STOPS = ("statistics", "selection", "training")
 SWEEP_VARIABLE = "LARK_SWEEP"
 MATCHES = ("trajectories", "tokens")
@@ -87,6 +87,8 @@ def check(config: DictConfig) -> None:
     check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
     if config.stop_after not in (None, *STOPS):
         raise LarkError(f"stop_after={config.stop_after} is unknown; set it to one of {', '.join(STOPS)}, or null")
+    if not isinstance(config.verbose, bool):
+        raise LarkError(f"verbose={config.verbose} is not true or false; set one of them")
     if config.match not in MATCHES:
         raise LarkError(f"match={config.match} is unknown; set it to {' or '.join(MATCHES)}")
     scorer = config.probe.get("model")

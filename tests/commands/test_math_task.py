@@ -68,7 +68,7 @@ def test_from_the_pool_to_the_table(place: Path, qwen: Path) -> None:
         "evaluation problems that are in the pool: 1 of 4 mine, 0 of 2 math500",
         "problems of the pool are in evaluation sets: 0 (mine/4)",
     ):
-        assert words in done.out, words
+        assert words in done.out + done.err + done.log, words
     assert read_json(done.folder / "summary.json")["status"] == "finished"
     (selection,) = done.folder.glob("selector/selection.jsonl")
     chosen = [json.loads(line) for line in selection.read_text().splitlines()]

@@ -82,12 +82,12 @@ def wandb_runs(logs: Path, group: str) -> dict:
 # ---- one run
 
 
-def test_it_prints_what_it_does_and_the_table(first: Done) -> None:
-    for word in ("run ", "logging ", "pool ", "statistics ", "selector ", "baseline ", "recipe ", *ROWS, "summary "):
+def test_it_prints_a_line_a_stage_and_the_table(first: Done) -> None:
+    for word in ("LARK ", "pool ", "example ", "scoring ", "selected ", "training ", *ROWS, "report "):
         assert f"\n{word}" in f"\n{first.out}".replace("\n ", "\n"), word
-    assert "cache miss" in first.out
-    assert len(first.out.splitlines()) < 60
+    assert len(first.out.splitlines()) < 40
     assert not first.err  # no progress lines, no library chatter: this run is over in seconds
+    assert "statistics: scoring" in first.log and "recipe: " in first.log
 
 
 def test_run_folder(first: Done) -> None:
@@ -210,7 +210,7 @@ def test_the_second_run_computes_nothing(first: Done, logs: Path) -> None:
     trained = {path: path.stat().st_mtime_ns for path in (logs / "arms").rglob("*.safetensors")}
     done = small(logs, "second", "logger=offline")
     assert done.code == 0
-    assert "cache hit" in done.out
+    assert "found in the cache" in done.out
     assert set(actions(done.folder).values()) == {"reuse"}
     assert "reuse" in [
         value for key, value in json.loads((done.folder / "plan.json").read_text()).items() if "statistics" in key
@@ -245,6 +245,7 @@ def test_replay(first: Done) -> None:
     assert_sentence(refused, "a replay keeps its groups", "selector.<name>=...", "longest")
 
 
+@pytest.mark.slow
 def test_report_prints_the_same_table(first: Done) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lark.report", first.folder], capture_output=True, text=True, check=True
@@ -288,11 +289,12 @@ def test_no_baseline(first: Done, logs: Path) -> None:
     assert content["sets"]["eval"]["difference"]["estimate"] == pytest.approx(a - b)
 
 
+@pytest.mark.slow
 def test_two_rules_that_choose_alike_are_one_arm(first: Done, logs: Path) -> None:
     words = ["selector=longest", "baseline=longest", "sft.lr=1.5e-4"]
     done = small(logs, "twins", *words)
     assert done.code == 0, done.err
-    assert "no difference is possible" in done.out
+    assert "! selector and baseline chose the same rows" in done.err
     assert actions(done.folder) == {"before": "reuse", "baseline": "reuse", "selector": "train"}
     again = small(logs, "twins-more", *words, "evaluation.samples=3")  # the arm is there, its evaluation is another
     assert again.code == 0, again.err
@@ -300,6 +302,7 @@ def test_two_rules_that_choose_alike_are_one_arm(first: Done, logs: Path) -> Non
     assert arms["selector"]["metrics"] == arms["baseline"]["metrics"] and "avg@3" in arms["selector"]["metrics"]["eval"]
 
 
+@pytest.mark.slow
 def test_a_baseline_with_as_many_tokens(first: Done, logs: Path) -> None:
     words = ["baseline=longest", "stop_after=selection"]
     tokens = {}
@@ -312,14 +315,13 @@ def test_a_baseline_with_as_many_tokens(first: Done, logs: Path) -> None:
     assert tokens["tokens"]["baseline"] == pytest.approx(tokens["tokens"]["selector"], abs=60)  # half a trajectory
     difference = tokens["tokens"]["baseline"] - tokens["tokens"]["selector"]
     assert records["baseline"]["policy"]["tokens_minus_selector"] == difference
-    assert f"{difference:+,} tokens against the selector" in done.out or difference == 0
     assert records["baseline"]["matched"] is True
 
 
+@pytest.mark.slow
 def test_the_choice_of_another_student(first: Done, logs: Path) -> None:
     done = small(logs, "scorer", "probe.model=tiny_b", "stop_after=selection")
     assert done.code == 0, done.err
-    assert "cache miss" in done.out
     own, theirs = ((first.folder, done.folder)[i] / "selector" / "selection.jsonl" for i in (0, 1))
     assert own.read_text() != theirs.read_text()
     words = ["model=tiny_b", "stop_after=selection"]
@@ -327,6 +329,7 @@ def test_the_choice_of_another_student(first: Done, logs: Path) -> None:
     assert (other.folder / "selector" / "selection.jsonl").read_text() == theirs.read_text()
 
 
+@pytest.mark.slow
 def test_a_rule_in_the_working_folder(first: Done, logs: Path, tmp_path: Path) -> None:
     (tmp_path / "my_rules.py").write_text(RULES)
     words = [*SMALL, f"paths.logs={logs}", f"hydra.run.dir={logs / 'runs' / 'custom'}", "stop_after=selection"]
@@ -348,6 +351,7 @@ def test_a_rule_in_the_working_folder(first: Done, logs: Path, tmp_path: Path) -
 # ---- multirun
 
 
+@pytest.mark.slow
 def test_multirun_shares_arms_goes_on_after_a_failure_and_goes_on_again(logs: Path, first: Done) -> None:
     words = ["-m", *SMALL, f"paths.logs={logs}", "sft.lr=1e-4", "baseline=random,longest", "budget=2,0"]
     done = lark(*words)
@@ -373,6 +377,7 @@ def test_multirun_shares_arms_goes_on_after_a_failure_and_goes_on_again(logs: Pa
     assert set(actions(folder / "0").values()) == {"reuse"}
 
 
+@pytest.mark.slow
 def test_a_defective_rule_fails_its_job_only(logs: Path, rules: str, first: Done) -> None:
     scores = f"{rules}:defective,{rules}:constant"
     words = ["-m", *SMALL, f"paths.logs={logs}", "stop_after=selection", "selector=custom", f"selector.score={scores}"]
@@ -448,14 +453,14 @@ def test_missing_and_empty_files(logs: Path, tmp_path: Path) -> None:
     assert_sentence(jsonl(logs, "empty", f"task.pool={tmp_path / 'empty.jsonl'}"), "empty.jsonl", "no row")
     done = jsonl(logs, "no-eval", pool(tmp_path), "task.eval=/nowhere.jsonl")
     assert_sentence(done, "task.eval=/nowhere.jsonl", "does not exist")
-    assert "statistics" not in done.out  # found before anything is scored
+    assert "scoring" not in done.out  # found before anything is scored
 
 
 def test_one_candidate_a_problem_is_legal_and_counted(logs: Path, tmp_path: Path) -> None:
     done = jsonl(logs, "one", pool(tmp_path, candidates=1))
     assert done.code == 0, done.err
-    assert "12 problems with one candidate" in done.out
-    assert "chose the same rows with the same weights" in done.out
+    assert "12 problems with one candidate" in done.log
+    assert "chose the same rows with the same weights" in done.err
     rows = [json.loads(line) for line in (done.folder / "selector" / "selection.jsonl").read_text().splitlines()]
     assert [row["weight"] for row in rows] == [1.0] * 12
 
@@ -463,7 +468,7 @@ def test_one_candidate_a_problem_is_legal_and_counted(logs: Path, tmp_path: Path
 def test_a_budget_above_the_candidates_gives_the_prior(logs: Path, tmp_path: Path) -> None:
     done = jsonl(logs, "budget", pool(tmp_path), "budget=9")
     assert done.code == 0, done.err
-    assert "budget=9 takes every candidate of every problem: nothing is chosen" in done.out
+    assert "! budget=9 takes every candidate of every problem" in done.err
     rows = [json.loads(line) for line in (done.folder / "selector" / "selection.jsonl").read_text().splitlines()]
     assert [row["weight"] for row in rows] == pytest.approx([1.0] * 36)
     record = json.loads((done.folder / "selector" / "selection.json").read_text())
@@ -479,7 +484,7 @@ def test_scores_that_are_no_numbers(first: Done, logs: Path, rules: str) -> None
     assert summary(done.folder)["status"] == "failed"
     assert (done.folder / "statistics.parquet").is_file()
     assert summary(first.folder)["status"] == "finished"
-    assert "cache hit" in small(logs, "after-nan", "stop_after=selection").out
+    assert "found in the cache" in small(logs, "after-nan", "stop_after=selection").out
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
@@ -499,6 +504,7 @@ def test_devices_that_are_not_there(logs: Path) -> None:
     assert_sentence(done, "trainer.devices=x", "set trainer=auto")
 
 
+@pytest.mark.slow
 def test_a_model_not_to_be_had_as_a_user_sees_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lark.run", "model=smollm2", f"paths.logs={tmp_path / 'logs'}", "logger=csv"],
@@ -513,6 +519,7 @@ def test_a_model_not_to_be_had_as_a_user_sees_it(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_full_error_on_request(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lark.run", "seed=abc", f"paths.logs={tmp_path}", "logger=csv"],

@@ -3,9 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 
 import pytest
 from conftest import rows_of_a_pool
@@ -16,46 +14,34 @@ from lark.common.ranks import claim_alone
 from lark.diagnostics.diagnostics import Diagnosis, Diagnostics
 from lark.student.distributed import ShardedStrategy
 from lark.training.arms import make_arm, train
-from lark.training.datamodule import TrajectoryDataModule
-from lark.training.divergence import DivergedError
-
-
-@dataclass
-class Finished:
-    """Trains arms on `data` without evaluating them, and remembers which."""
-
-    data: TrajectoryDataModule
-    make_trainer: Callable[..., Trainer]
-    done: list[tuple[str, str]]
-
-    def __call__(self, arm, action):
-        self.done.append((arm.name, action))
-        if action == "train":
-            settings = {"steps": 2, "make_trainer": self.make_trainer, "logger": None, "say": print}
-            train(arm, self.data, callbacks=[], **settings)
 
 
 @pytest.fixture
-def run(make_data, make_trainer, tmp_path):
-    """A diagnosis with all that a run gives it; what it said."""
-    said = []
-    data = make_data(rows_of_a_pool(problems=10, candidates=4), recipe={"steps": 2}, say=said.append)
+def run(make_data, make_trainer, tmp_path, caplog):
+    """A diagnosis over data that has selected, its trained arms, and a function that trains the arms of its bins."""
+    caplog.set_level("INFO", logger="lark")
+    data = make_data(rows_of_a_pool(problems=10, candidates=4), recipe={"steps": 2})
     data.prepare_data()
     data.setup("fit")
-    make = partial(
-        make_arm,
-        data=data,
-        steps=2,
-        precision="32-true",
-        evaluation={"sets": []},
-        arms=tmp_path / "arms",
-    )
+
+    def make_trained(name, rule):
+        arm = make_arm(name, rule, data, recipe=data.recipe, steps=2, arms=tmp_path / "arms")
+        train(arm, data, make_trainer=make_trainer)
+        return arm
 
     def start(**settings):
         diagnosis = Diagnosis(Diagnostics(**{"resamples": 100, **settings}), data, tmp_path)
-        finish = Finished(data, make_trainer, [])
-        arms = [make(name, data.rules[name].name, recipe=data.recipe) for name in ("baseline", "selector")]
-        return diagnosis, arms, make, finish, said
+        arms = [make_trained(name, data.rules[name].name) for name in ("baseline", "selector")]
+
+        def train_bins():
+            bins = diagnosis.select_bins()
+            data.selections |= bins
+            trained = [make_trained(name, selection.record["rule"]) for name, selection in bins.items()]
+            for name in bins:
+                del data.selections[name]
+            return trained
+
+        return diagnosis, arms, train_bins
 
     return start
 
@@ -65,13 +51,13 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def test_full_from_the_choice_to_the_bins(run, tmp_path):
-    diagnosis, arms, make, finish, said = run(name="full", problems=5, bins=2)
+def test_full_from_the_choice_to_the_bins(run, tmp_path, caplog):
+    diagnosis, arms, train_bins = run(name="full", problems=5, bins=2)
     diagnosis.of_selections(claim_alone)
-    for arm in arms:
-        finish(arm, "train")
-    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
-    assert finish.done[2:] == [("bin-1", "train"), ("bin-2", "train")]
+    diagnosis.of_arms(arms)
+    trained = train_bins()
+    assert [arm.name for arm in trained] == ["bin-1", "bin-2"]
+    diagnosis.of_bins(trained, {})
     found = json.loads((tmp_path / "diagnostics.json").read_text())
     fidelity = found["fidelity"]
     assert (fidelity["problems"], fidelity["candidates"], fidelity["budget"]) == (5, 20, 2)
@@ -91,51 +77,37 @@ def test_full_from_the_choice_to_the_bins(run, tmp_path):
     assert (
         figures["diagnostics/fidelity/proxies/lark/g/spearman"] == fidelity["proxies"]["lark"]["g"]["spearman"]["mean"]
     )
-    lines = "\n".join(said)
+    lines = "\n".join(caplog.messages)
     for word in ("diagnostics ", "overlap ", "fidelity ", "kappa ", "curve ", "bins "):
         assert f"\n{word}" in lines
 
 
-def test_bins_are_trained_once(run):
-    diagnosis, arms, make, finish, _ = run(name="full", problems=2, bins=2)
-    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
-    again = Finished(finish.data, finish.make_trainer, [])
-    diagnosis.of_arms(arms, make, claim_alone, again, {"sets": []}, True)
-    assert again.done == [("bin-1", "reuse"), ("bin-2", "reuse")]
-
-
-def test_a_bin_that_diverges_does_not_end_the_run(run):
-    diagnosis, arms, make, _, said = run(name="full", bins=2)
-
-    def finish(arm, action):
-        raise DivergedError("too fast")
-
-    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
+def test_a_bin_that_diverged_has_no_figures(run):
+    diagnosis, _, train_bins = run(name="full", bins=2)
+    untrained = [replace(arm, folder=arm.folder.with_name("diverged")) for arm in train_bins()]
+    diagnosis.of_bins(untrained, {})
     assert all(math.isnan(row["mean_loss"]) for row in diagnosis.found["bins"]["rows"])
-    assert sum("diverged" in line for line in said) == 2
-    assert set(diagnosis.data.selections) == {"selector", "baseline"}
 
 
 def test_cheap_asks_the_student_nothing(run, tmp_path):
-    diagnosis, arms, make, finish, _ = run(name="cheap")
+    diagnosis, arms, _ = run(name="cheap")
     diagnosis.of_selections(None)  # there is nothing to claim
-    diagnosis.of_arms(arms, make, None, finish, {"sets": []}, True)
+    diagnosis.of_arms(arms)
     found = json.loads((tmp_path / "diagnostics.json").read_text())
     assert {"correlations", "selections", "overlaps", "curves"} < set(found)
-    assert not {"fidelity", "bins"} & set(found) and finish.done == []
+    assert not {"fidelity", "bins"} & set(found) and diagnosis.select_bins() == {}
 
 
 def test_none_leaves_nothing(run, tmp_path):
-    diagnosis, arms, make, finish, _ = run(name="none")
+    diagnosis, arms, _ = run(name="none")
     diagnosis.of_selections(None)
-    diagnosis.of_arms(arms, make, None, finish, {"sets": []}, True)
-    assert not list(tmp_path.glob("diagnostics*")) and diagnosis.callbacks(arms[0]) == [] and diagnosis.figures() == {}
+    diagnosis.of_arms(arms)
+    assert not list(tmp_path.glob("diagnostics*")) and diagnosis.select_bins() == diagnosis.figures() == {}
 
 
-def test_more_bins_than_candidates_are_said_and_not_trained(run):
-    diagnosis, arms, make, finish, said = run(name="full", bins=9)
-    diagnosis.of_arms(arms, make, claim_alone, finish, {"sets": []}, True)
-    assert finish.done == [] and any("diagnostics.bins=9" in line for line in said)
+def test_more_bins_than_candidates_are_not_trained(run, caplog):
+    diagnosis, *_ = run(name="full", bins=9)
+    assert diagnosis.select_bins() == {} and any("diagnostics.bins=9" in line for line in caplog.messages)
 
 
 def test_gradients_are_refused_under_sharding_before_anything_is_computed(run, monkeypatch):
@@ -175,6 +147,6 @@ def test_a_pool_is_diagnosed_without_training(tmp_path):
         "diagnostics.parameters=last:1",
     )
     assert done.code == 0, done.err
-    assert "exact over last:1 parameters" in done.out and "\nbins " not in done.out
+    assert "exact over last:1 parameters" in done.log and " bins " not in done.log
     found = json.loads((done.folder / "diagnostics.json").read_text())
     assert found["fidelity"]["problems"] == 2 and set(found["fidelity"]["kappa"]) == {"all", "last third"}

@@ -53,7 +53,6 @@ def make(folder: Path, student: dict[str, Any], recipe: dict[str, Any], trainer)
         seed=0,
         cache=folder / "cache",
         make_trainer=lambda label: trainer,
-        say=lambda text: None,
     )
 
 

@@ -40,17 +40,18 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def passed(make_data):
+def passed(make_data, caplog):
     """Runs the statistics; returns its data module, manifest, what was said, and the points its logger got."""
 
     def run(*, batch_tokens=300, **settings):
-        said, points = [], Points()
+        caplog.set_level("INFO", logger="lark")
+        points = Points()
         probe = {"batch_tokens": batch_tokens, "shard_rows": 5}
-        data = make_data(probe=probe, trainer={"callbacks": [PassProgress("a pass")]}, say=said.append, **settings)
+        data = make_data(probe=probe, trainer={"callbacks": [PassProgress("a pass")]}, **settings)
         data.prepare_data()
-        data.run_pass(Statistics(), cached=False, logger=points)
+        data.run_pass(Statistics(), cached=False, experiment_logger=points)
         found = [{name.removeprefix("scoring/"): value for name, value in one.items()} for _, one in points.points]
-        return data, read_json(data.pass_folder(Statistics()) / "manifest.json"), said, found
+        return data, read_json(data.pass_folder(Statistics()) / "manifest.json"), caplog.messages, found
 
     return run
 

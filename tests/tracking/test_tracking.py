@@ -113,7 +113,7 @@ def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], 
         patch.setattr(PassProgress, "on_predict_batch_end", counted)
         patch.setattr(progress, "LOGGER_SECONDS", -1.0)
         logger = tracker.open(title="statistics-small", group="sweep", job_type="scoring", config={}, folder=folder)
-        data.run_pass(Statistics(), cached=False, logger=logger)
+        data.run_pass(Statistics(), cached=False, experiment_logger=logger)
         tracker.finish()
     return done[1:], read_json(data.statistics_folder / "manifest.json")["throughput"]
 

@@ -195,15 +195,13 @@ def test_columns_of_the_pool(make_data):
         pool.column("level", rows)
 
 
-def test_columns_that_the_statistics_hide_are_named(make_data):
-    said = []
-    data = make_data([row | {"loss": 1.0, "level": 3} for row in rows_of_a_pool()], say=said.append)
+def test_columns_that_the_statistics_hide_are_named(make_data, caplog):
+    caplog.set_level("INFO", logger="lark")
+    data = make_data([row | {"loss": 1.0, "level": 3} for row in rows_of_a_pool()])
     data.prepare_data()
-    (line,) = (line for line in said if line.startswith("warning"))
-    assert "columns loss are hidden" in line and "level" not in line
-    plain = []
-    make_data(cache="plain", say=plain.append).prepare_data()
-    assert not any(line.startswith("warning") for line in plain)
+    make_data(cache="plain").prepare_data()
+    (line,) = (one.getMessage() for one in caplog.records if one.levelname == "WARNING")
+    assert "columns loss, " in line and "level" not in line
 
 
 def test_a_batch_smaller_than_the_number_of_ranks(make_data):
@@ -267,21 +265,21 @@ def other_student(make_student, student_folder, tmp_path):
 
 
 @pytest.mark.parametrize("max_length", [256, 85])
-def test_another_students_choice(max_length, make_data, other_student):
+def test_another_students_choice(max_length, make_data, other_student, caplog):
     """The one that is asked decides, by its own tokens; what is trained and counted are the trained student's."""
     task = {"max_length": max_length}
-    said = []
+    caplog.set_level("INFO", logger="lark")
     own = ready(make_data(cache="own", task=task))
     settings = {"path": other_student.path, "template": other_student.template}
     theirs = ready(make_data(cache="theirs", task=task, student=settings))
-    mixed = ready(make_data(cache="mixed", task=task, scorer=other_student, say=said.append))
+    mixed = ready(make_data(cache="mixed", task=task, scorer=other_student))
     np.testing.assert_array_equal(mixed.scored, theirs.scored)
     np.testing.assert_array_equal(mixed.candidates["loss"], theirs.candidates["loss"])
     assert chosen(mixed) == chosen(theirs)
     assert max_length == 85 or chosen(theirs) != chosen(own)  # two candidates a problem leave no choice
     too_long = len(own.scored) - len(theirs.scored)
     assert (too_long > 0) == (max_length == 85) and mixed.dropped["overlong_for_scorer"] == too_long
-    assert any(line.startswith(f"asked       other, whose choice small gets; {too_long:,} ") for line in said)
+    assert any(line.startswith(f"scored by other, whose choice small gets; {too_long:,} ") for line in caplog.messages)
     row = mixed.selections["selector"].row
     np.testing.assert_array_equal(mixed.trajectories.length[row] + 10, mixed.scored_trajectories.length[row])
     step = mixed.set_active_arm("selector").step(0)

@@ -16,7 +16,16 @@ from hydra import compose, initialize_config_dir
 from lark import config as configuration
 from lark.student.student import compute_hidden_states, get_base_model, get_head, save_student
 from lark.student.token_statistics import Head
-from lark.training.end_token import ENOUGH, RECORD, EndTokenCheck, ceiling, look_at, span_ends, trains, warning
+from lark.training.end_token import (
+    ENOUGH,
+    RECORD,
+    EndTokenCheck,
+    count_missing_ends,
+    describe_problem,
+    inspect_end_token,
+    is_trainable,
+    max_probability,
+)
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 UNUSED = "<|endoftext|>"  # of the shipped students: no row they were trained on holds it
@@ -67,7 +76,7 @@ def test_the_ceiling_is_the_best_of_all_hidden_states_of_that_length(more):
     head = Head(weight_VD=torch.randn(9, 2), **more)
     angle = torch.linspace(0, 2 * math.pi, 20001)
     best_V = head.compute_logits(2.5 * torch.stack([angle.cos(), angle.sin()], 1)).softmax(1).amax(0).numpy()
-    found_V = np.array([ceiling(head, token, 2.5) for token in range(9)])
+    found_V = np.array([max_probability(head, token, 2.5) for token in range(9)])
     assert (found_V < 1.001 * best_V).all()
     assert (best_V > 0.5).sum() >= 2
     np.testing.assert_allclose(found_V[best_V > 0.2], best_V[best_V > 0.2], rtol=5e-3)
@@ -77,8 +86,8 @@ def test_tokens_of_one_row_share_their_probability():
     torch.manual_seed(0)
     weight = torch.randn(40, 16)
     weight[:8] = weight[0]
-    assert ceiling(Head(weight_VD=weight), 3, 50.0) == pytest.approx(1 / 8, rel=1e-3)
-    assert ceiling(Head(weight_VD=weight), 20, 50.0) > 0.99
+    assert max_probability(Head(weight_VD=weight), 3, 50.0) == pytest.approx(1 / 8, rel=1e-3)
+    assert max_probability(Head(weight_VD=weight), 20, 50.0) > 0.99
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_b"])
@@ -86,12 +95,12 @@ def test_tokens_of_one_row_share_their_probability():
 def test_of_the_shipped_students_the_end_token_is_trained_and_another_is_not(name, dtype, make_student):
     student = make_student(path=f"shipped:{name}", lora=LORA)
     model = student.load_trainable(dtype)
-    trained = look_at(model, pool_of(student.load_chat()), np.arange(12))
-    assert trained["ceiling"] > ENOUGH and trained["surprisal"] < 0.1 and warning(trained) is None
+    trained = inspect_end_token(model, pool_of(student.load_chat()), np.arange(12))
+    assert trained["ceiling"] > ENOUGH and describe_problem(trained) is None
     other = make_student(path=f"shipped:{name}", lora=LORA, end_token=UNUSED)
-    found = look_at(model, pool_of(other.load_chat()), np.arange(12))
+    found = inspect_end_token(model, pool_of(other.load_chat()), np.arange(12))
     assert found["ceiling"] < 0.01 and found["eos_ceiling"] > ENOUGH
-    assert 'model.end_token="<|im_end|>"' in str(warning(found))
+    assert 'model.end_token="<|im_end|>"' in str(describe_problem(found))
 
 
 def test_surprisal_alone_would_not_tell(make_student):
@@ -106,14 +115,14 @@ def test_surprisal_alone_would_not_tell(make_student):
     surprisal = -logits[-2].log_softmax(0)
     word, unused = (chat.tokenizer.convert_tokens_to_ids(token) for token in ("StartĠ", UNUSED))
     assert surprisal[word] > math.log(len(surprisal)) and surprisal[unused] > math.log(len(surprisal))
-    assert ceiling(get_head(model), word, 17.0) > 0.99 > 0.01 > ceiling(get_head(model), unused, 17.0)
+    assert max_probability(get_head(model), word, 17.0) > 0.99 > 0.01 > max_probability(get_head(model), unused, 17.0)
 
 
 def test_a_student_whose_end_token_was_never_trained(make_student):
     torch.manual_seed(0)
     student = make_student(path="shipped:tiny", lora=LORA)
-    found = look_at(untrained(student), pool_of(student.load_chat()), np.arange(12))
-    text = str(warning(found))
+    found = inspect_end_token(untrained(student), pool_of(student.load_chat()), np.arange(12))
+    text = str(describe_problem(found))
     assert found["ceiling"] < 0.1 and "the end token <|im_end|> cannot be learned" in text
     assert "model.end_token" not in text  # the tokenizer's own end token is the same
 
@@ -148,7 +157,7 @@ def trained_for(student, steps=25) -> tuple[float, float, Any]:
 def test_no_training_passes_the_ceiling(make_student):
     student = make_student(path="shipped:tiny", lora=LORA, end_token=UNUSED)
     before, after, model = trained_for(student)
-    found = look_at(model, pool_of(student.load_chat()), np.arange(12))
+    found = inspect_end_token(model, pool_of(student.load_chat()), np.arange(12))
     assert before < 0.1 * after and after < 1.01 * found["ceiling"] < 0.01
 
 
@@ -164,9 +173,9 @@ def test_each_remedy_lets_the_end_be_learned_and_survives_saving(remedy, make_st
     student = make_student(**{"path": "shipped:tiny", "lora": LORA, "end_token": UNUSED} | remedy)
     _, after, model = trained_for(student)
     assert after > 0.9
-    assert trains(model, 0) == ("lora" in remedy)
-    assert trains(model, 5) == ("modules_to_save" in student.lora)
-    assert warning(look_at(model, pool_of(student.load_chat()), np.arange(12))) is None
+    assert is_trainable(model, 0) == ("lora" in remedy)
+    assert is_trainable(model, 5) == ("modules_to_save" in student.lora)
+    assert describe_problem(inspect_end_token(model, pool_of(student.load_chat()), np.arange(12))) is None
     chat = student.load_chat()
     save_student(model.eval(), chat, tmp_path / "saved")
     ids = torch.tensor([chat.encode(sums(1))[0].input_ids])
@@ -177,14 +186,14 @@ def test_each_remedy_lets_the_end_be_learned_and_survives_saving(remedy, make_st
 
 def test_rows_that_training_does_not_reach(make_student):
     others = make_student(path="shipped:tiny", lora=LORA | {"trainable_token_indices": [5]})
-    assert not trains(others.load_trainable(torch.float32), 2)
-    assert trains(make_student(path="shipped:tiny").load_trainable(torch.float32), 2)
+    assert not is_trainable(others.load_trainable(torch.float32), 2)
+    assert is_trainable(make_student(path="shipped:tiny").load_trainable(torch.float32), 2)
 
 
 def test_what_the_warning_says_to_set_can_be_typed(make_student):
     student = make_student(path="shipped:tiny", lora=LORA, end_token=UNUSED)
-    found = look_at(student.load_trainable(torch.float32), pool_of(student.load_chat()), np.arange(12))
-    typed = re.findall(r"'[^']*model\.[^']*'", str(warning(found)))
+    found = inspect_end_token(student.load_trainable(torch.float32), pool_of(student.load_chat()), np.arange(12))
+    typed = re.findall(r"'[^']*model\.[^']*'", str(describe_problem(found)))
     assert len(typed) == 3
     settings = []
     configuration.register_resolvers()
@@ -217,39 +226,26 @@ def checked(data, arm: str, check: EndTokenCheck, model, folder) -> dict[str, An
     return json.loads((folder / RECORD).read_text())
 
 
-def test_it_is_said_once_and_kept_for_every_arm(make_data, tmp_path):
-    said: list[str] = []
-    data = make_data(student={"path": "shipped:tiny", "lora": LORA, "end_token": UNUSED}, say=said.append)
+def test_it_warns_once_and_is_kept_for_every_arm(make_data, tmp_path, caplog):
+    data = make_data(student={"path": "shipped:tiny", "lora": LORA, "end_token": UNUSED})
     data.prepare_data()
     data.setup("fit")
-    model, check = data.student.load_trainable(torch.float32), EndTokenCheck(data, said.append)
+    model, check = data.student.load_trainable(torch.float32), EndTokenCheck(data)
     records = [checked(data, arm, check, model, tmp_path / arm) for arm in ("selector", "baseline")]
-    assert sum("cannot be learned" in line for line in said) == 1
+    assert sum(UNUSED in line for line in caplog.messages) == 1
     assert all(r["token"] == UNUSED and r["ceiling"] < 0.01 and r["without_end"] == 0 for r in records)
     assert all(module.training for module in model.modules())
 
 
-def test_every_parameter_trained_there_is_nothing_to_say(make_data, tmp_path):
-    said: list[str] = []
-    data = make_data(student={"path": "shipped:tiny", "end_token": UNUSED}, say=lambda text: None)
-    data.prepare_data()
-    data.setup("fit")
-    model = data.student.load_trainable(torch.float32)
-    record = checked(data, "selector", EndTokenCheck(data, said.append), model, tmp_path / "arm")
-    assert said == [] and record["head_trained"] and "ceiling" not in record
-
-
-def test_trajectories_that_are_cut_have_no_end(make_data, tmp_path):
-    said: list[str] = []
-    data = make_data(task={"max_length": 70, "overlong": "truncate"}, say=lambda text: None)
+def test_trajectories_that_are_cut_have_no_end(make_data, tmp_path, caplog):
+    data = make_data(task={"max_length": 70, "overlong": "truncate"})
     data.prepare_data()
     data.setup("fit")
     pool = data.trajectories
     cut = sum(pool.read_tokens(np.array([row]))[0].end_of_turn == -1 for row in range(len(pool.length)))
     assert 0 < cut < len(pool.length)
-    assert span_ends(pool, np.arange(len(pool.length))) == {"trajectories": len(pool.length), "without_end": cut}
+    assert count_missing_ends(pool, np.arange(len(pool.length))) == cut
     model = data.student.load_trainable(torch.float32)
-    record = checked(data, "selector", EndTokenCheck(data, said.append), model, tmp_path / "arm")
-    assert (f"{record['without_end']} of {record['trajectories']} trajectories have no end token" in said[0]) == (
-        record["without_end"] > 0
-    )
+    record = checked(data, "selector", EndTokenCheck(data), model, tmp_path / "arm")
+    assert record["head_trained"] and "ceiling" not in record, "every parameter is trained"
+    assert any("have no end token to learn" in line for line in caplog.messages) == (record["without_end"] > 0)

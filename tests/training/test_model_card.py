@@ -14,7 +14,7 @@ from lark.export import export
 from lark.selection.rule import Between, Rule
 from lark.student.student import Student
 from lark.training.arms import Arm
-from lark.training.model_card import arm_facts, card
+from lark.training.model_card import collect_facts, render_card
 from lark.training.sft_module import Recipe
 
 NASTY = "a|b `c` <script>x</script> [l](http://x) *b* $y$ &lt; ~~z~~\n# not a heading"
@@ -35,7 +35,7 @@ def body(text):
 
 
 def test_the_card_says_what_the_files_say(make_student):
-    text = card(trained_json(make_student(lora=LORA)), SELECTION, METRICS)
+    text = render_card(trained_json(make_student(lora=LORA)), SELECTION, METRICS)
     rows = rows_of(body(text))
     assert rows["rows dropped"] == ["3 overlong"]
     assert rows["candidates"] == ["154 candidates, 44 chosen, 110 not chosen, 22 problems"]
@@ -53,7 +53,9 @@ def test_the_card_says_what_the_files_say(make_student):
 
 def test_what_was_not_measured_is_not_there(make_student):
     trained = trained_json(make_student(), curve=[], run=None)
-    text = card(trained, {"inputs": SELECTION["inputs"], "rule": "warm_up", "counts": {"chosen": 44}, "tokens": 9})
+    text = render_card(
+        trained, {"inputs": SELECTION["inputs"], "rule": "warm_up", "counts": {"chosen": 44}, "tokens": 9}
+    )
     for section in ("Evaluation", "Held-out", "Again", "weight by teacher", "policy", "effective"):
         assert section not in text
     assert "on 44 trajectories, each" in text
@@ -74,7 +76,7 @@ def test_the_header(make_student, settings, merged, library, base, tags):
     trained = trained_json(make_student())
     trained["student"] = {**trained["student"], **settings}
     trained["identity"] |= known if student.path is None else {}
-    data = ModelCard(card(trained, SELECTION, merged=merged)).data.to_dict()
+    data = ModelCard(render_card(trained, SELECTION, merged=merged)).data.to_dict()
     assert (data["library_name"], data.get("base_model"), "lora" in data["tags"]) == (library, base, tags)
     assert "license" not in data
 
@@ -82,14 +84,14 @@ def test_the_header(make_student, settings, merged, library, base, tags):
 def test_equal_weights_are_called_so(make_student):
     trained = trained_json(make_student())
     trained["identity"]["recipe"]["weighted"] = False
-    assert "with equal weights." in card(trained, SELECTION)
+    assert "with equal weights." in render_card(trained, SELECTION)
 
 
 def test_what_users_write_stays_text(make_student):
     trained = trained_json(make_student(name=NASTY), rule=NASTY, task=NASTY, score=NASTY, run=f"/x/```{NASTY}")
     selection = SELECTION | {"rule": NASTY, "teacher_share": {NASTY: 1.0}}
     metrics = METRICS | {"sets": {NASTY: {"avg@2": 0.5}}}
-    text = card(trained, selection, metrics)
+    text = render_card(trained, selection, metrics)
     html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body(text))
     for tag in ("<script", "<a ", "<em>", "<s>", "<h1>not"):
         assert tag not in html
@@ -119,7 +121,7 @@ def test_its_code_runs(make_student, tmp_path, monkeypatch, capsys, lora, merge)
 def test_code_for_a_base_that_peft_cannot_find(make_student, tmp_path):
     trained = trained_json(make_student(lora=LORA))
     trained["student"] |= {"path": "/models/it's/model.gguf", "adapter": [str(tmp_path / "a"), str(tmp_path / "b")]}
-    text = card(trained, SELECTION)
+    text = render_card(trained, SELECTION)
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     compile(code, "card", "exec")
     assert """from_pretrained("/models/it's", gguf_file='model.gguf', dtype="auto")""" in code
@@ -133,7 +135,7 @@ def test_an_arms_facts_make_its_student_again(make_data, make_student, student_f
     monkeypatch.chdir(student_folder.parent)
     data = make_data(student={"path": student_folder.name, "lora": LORA, "dtype": "bfloat16"})
     arm = Arm(name="selector", rule="lark", selection=None, recipe=Recipe(), identity={"seed": 0}, folder=tmp_path)
-    facts = json.loads(json.dumps(arm_facts(arm, data, "a run")))
+    facts = json.loads(json.dumps(collect_facts(arm, data, "a run")))
     monkeypatch.chdir(tmp_path)
     assert Student(**facts["student"]) == make_student(path=str(student_folder), lora=LORA, dtype="bfloat16")
     assert facts["run"] == str(student_folder.parent / "a run")
@@ -150,9 +152,9 @@ def test_a_rule_of_the_users_own_in_words(make_data, tmp_path):
     policy = data.rules["selector"].policy
     between = Between(score=my_score, min=1.0)
     data.rules["selector"] = Rule(name="mine", score=my_score, policy=policy, filter=between)
-    facts = arm_facts(arm, data, None)
+    facts = collect_facts(arm, data, None)
     assert facts["score"] == f"{__name__}:my_score" and facts["run"] is None
     assert facts["filter"] == f"Between(column=None, score={__name__}:my_score, min=1.0, max=inf)"
     data.rules["selector"] = replace(data.rules["selector"], filter="correct")
-    assert arm_facts(arm, data, None)["filter"] == "correct"
-    assert arm_facts(replace(arm, name="warm_up"), data, None)["score"] is None
+    assert collect_facts(arm, data, None)["filter"] == "correct"
+    assert collect_facts(replace(arm, name="warm_up"), data, None)["score"] is None

@@ -5,7 +5,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lark.config import folder
 from lark.student.distributed import ShardedStrategy
-from lark.training.trainer import trainer_of
+from lark.training.trainer import TrainerFactory
 
 
 def node(option, **settings) -> DictConfig:
@@ -15,25 +15,25 @@ def node(option, **settings) -> DictConfig:
 
 
 def test_fsdp_is_the_second_version_also_on_cpu_and_each_trainer_has_its_own(tmp_path):
-    precision, make = trainer_of(node("fsdp", accelerator="cpu", devices=2), tmp_path)
-    one, other = (make(progress="pass", precision="32-true", inference_mode=False) for _ in range(2))
-    assert precision == "32-true" and one.world_size == 2
+    trainers = TrainerFactory(node("fsdp", accelerator="cpu", devices=2), tmp_path)
+    one, other = (trainers.make(progress="pass", precision="32-true", inference_mode=False) for _ in range(2))
+    assert trainers.precision == "32-true" and one.world_size == 2
     assert isinstance(one.strategy, ShardedStrategy) and one.strategy is not other.strategy
 
 
 def test_what_lightning_refuses_names_the_settings(tmp_path):
-    _, make = trainer_of(node("fsdp", accelerator="cpu", precision="64-true"), tmp_path)
+    trainers = TrainerFactory(node("fsdp", accelerator="cpu", precision="64-true"), tmp_path)
     with pytest.raises(ValueError, match=r"trainer.strategy=fsdp trainer.precision=64-true cannot be used here"):
-        make()
+        trainers.make()
     with pytest.raises(ValueError, match=r"trainer.max_time=1 is not for the trainer group"):
-        trainer_of(node("cpu", max_time=1), tmp_path)
+        TrainerFactory(node("cpu", max_time=1), tmp_path)
 
 
 def test_a_precision_that_the_device_does_not_have_is_not_exchanged_silently(tmp_path):
-    _, make = trainer_of(node("cpu", precision="16-mixed"), tmp_path)
+    trainers = TrainerFactory(node("cpu", precision="16-mixed"), tmp_path)
     said = r"trainer\.precision=16-mixed cannot be used here \(it would be bf16-mixed\); set it to null"
     with pytest.raises(ValueError, match=said):
-        make()
-    assert make(precision="32-true").precision == "32-true"
-    _, make = trainer_of(node("cpu", precision=32), tmp_path)
-    assert make().precision == "32-true"
+        trainers.make()
+    assert trainers.make(precision="32-true").precision == "32-true"
+    trainers = TrainerFactory(node("cpu", precision=32), tmp_path)
+    assert trainers.make().precision == "32-true"

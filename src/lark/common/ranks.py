@@ -8,7 +8,7 @@ torchrun or SLURM's srun started run from the start, and get the plan sent.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
-from lark.common.cache import read_json, write_json
+from lark.common.cache import hold_lock, read_json, write_json
 from lark.common.errors import LarkError
 
 RUN_VARIABLE = "LARK_RUN"
@@ -90,6 +90,21 @@ class Plan:
             self.values = sent[0]
         elif not is_main():
             self.values = read_json(self.path)
+
+    def decide(self, key: str, value: Any) -> Any:
+        """Return on every rank what rank 0 passes as `value`, and keep it in the plan."""
+        self.share(**{key: value})
+        return self.values[key]
+
+    @contextmanager
+    def claim(self, name: str, folder: Path, is_done: Callable[[], bool]) -> Iterator[bool]:
+        """Yield whether a piece of work is to be done, which rank 0 finds out; it then holds the folder's lock until the
+        block ends.
+        """
+        with ExitStack() as held:
+            if is_main() and not is_done():
+                held.enter_context(hold_lock(folder))
+            yield self.decide(f"{name} {folder.name}", "reuse" if is_main() and is_done() else "run") == "run"
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]

@@ -9,31 +9,27 @@ full    also, on a sample of problems, exact gradients and real loss drops besid
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
-
 from lark.common.cache import read_json, write_json
 from lark.common.errors import LarkError
+from lark.common.log import logger
 from lark.common.ranks import Claim, is_main
 from lark.diagnostics import quantile_bins
-from lark.diagnostics.curves import TrainingLoss, against_baseline, own_loss_ratio
+from lark.diagnostics.curves import against_baseline, own_loss_ratio
 from lark.diagnostics.exact_gradients import ExactGradients
 from lark.diagnostics.fidelity_sample import measure_sample, of_sample
 from lark.diagnostics.files import flat, levelled, plain, tables, write_table
 from lark.diagnostics.lines import describe_arms, describe_bins, describe_fidelity, describe_selections
 from lark.diagnostics.selection_diagnostics import of_choice
-from lark.evaluation.arm_evaluation import action_of
-from lark.evaluation.summary import read_figures
 from lark.scoring.passes import check_parameters
+from lark.selection.selection import Selection
 from lark.student.distributed import Parallelism
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
-from lark.training.divergence import DivergedError
 from lark.training.recipe import check_average
 
 LEVELS = ("none", "cheap", "full")
@@ -88,10 +84,6 @@ class Diagnosis:
         if settings.name == "full":
             Parallelism(data.make_trainer("")).check_gradients("diagnostics=full")
 
-    def callbacks(self, arm: Arm) -> list[Callback]:
-        """What watches an arm's training."""
-        return [] if self.settings.name == "none" else [TrainingLoss(arm.folder)]
-
     def of_selections(self, claim: Claim) -> None:
         """What can be said before training; the exact passes of `full` are run or found cached."""
         if self.settings.name == "none":
@@ -117,86 +109,62 @@ class Diagnosis:
                 write_table(self.folder / "diagnostics-candidates.csv", rows)
                 self._tell(describe_fidelity(self.found["fidelity"]))
             elif sample is None:
-                self.data.say("fidelity    no problem has more candidates than the budget: nothing to choose from")
+                logger.warning(
+                    "diagnostics=full measures nothing: no problem has more candidates than the budget; lower it"
+                )
         self._write()
 
-    def of_arms(
-        self,
-        arms: Sequence[Arm],
-        make: Callable[..., Arm],
-        claim: Claim,
-        finish: Callable[[Arm, str], None],
-        identity: dict[str, Any],
-        training_only: bool,
-    ) -> None:
-        """Loss curves of the trained arms beside the baseline's; under `full` an arm for each bin of the selector's
-        score. make: `make_arm` but for name and rule; finish: does what
-        is left of an arm (train, evaluate or reuse); identity: the evaluation's, which training_only leaves out.
-        """
+    def of_arms(self, arms: Sequence[Arm]) -> None:
+        """Compare the loss curves of the trained arms with the baseline's."""
         if self.settings.name == "none":
             return
         self.found["curves"] = curves_of(arms) if is_main() else {}
         self._tell(describe_arms(self.found["curves"]))
-        if self.settings.name == "full" and self.settings.bins:
-            self._train_bins(make, claim, finish, identity, training_only)
-            self._tell(describe_bins(self.found.get("bins")))
+        self._write()
+
+    def select_bins(self) -> dict[str, Selection]:
+        """Under `full`, select the candidates in each bin of the selector's score, for an arm each; else nothing."""
+        data, bins = self.data, self.settings.bins
+        if self.settings.name != "full" or not bins:
+            return {}
+        score_N = data.selections["selector"].score_N
+        self.bin_N = quantile_bins.bins_of(score_N, data.candidates, bins=bins, seed=data.seed)
+        self.bins = {
+            "bins": bins,
+            "rule": data.rules["selector"].name,
+            "problems": int((data.candidates.groups.sum((self.bin_N >= 0).astype(float)) > 0).sum()),
+            "left_out": int((self.bin_N < 0).sum()),
+        }
+        if not self.bins["problems"]:
+            logger.warning(f"no problem has {bins} scored candidates to train bins of; lower diagnostics.bins={bins}")
+            return {}
+        return quantile_bins.selections_of(
+            self.bin_N,
+            data.candidates,
+            rule=self.bins["rule"],
+            bins=bins,
+            seed=data.seed,
+            tokens_N=data.trajectories.span_tokens[data.candidates.row_N],
+        )
+
+    def of_bins(self, arms: Sequence[Arm], figures: Mapping[str, dict[str, Any]]) -> None:
+        """Compare the arms of `select_bins`; figures: what their evaluations came to, by arm (one may have none)."""
+        if is_main():
+            nothing = {"metrics": {}, "intervals": {}, "levels": {}, "per_problem": {}}
+            of_arms = [figures.get(arm.name, nothing) for arm in arms]
+            rows = quantile_bins.figures_of(arms, self.data.selections["selector"].score_N, self.bin_N, of_arms)
+            self.found["bins"] = self.bins | {"rows": rows, "trends": quantile_bins.trends(rows, of_arms)}
+            write_table(self.folder / "diagnostics-bins.csv", [levelled(row) for row in rows])
+            self._tell(describe_bins(self.found["bins"]))
         self._write()
 
     def figures(self) -> dict[str, float]:
         """Every figure, as `flat` gives them."""
         return flat(self.found)
 
-    def _train_bins(
-        self,
-        make: Callable[..., Arm],
-        claim: Claim,
-        finish: Callable[[Arm, str], None],
-        identity: dict[str, Any],
-        training_only: bool,
-    ) -> None:
-        data, bins = self.data, self.settings.bins
-        score_N = data.selections["selector"].score_N
-        bin_N = quantile_bins.bins_of(score_N, data.candidates, bins=bins, seed=data.seed)
-        counts = {
-            "bins": bins,
-            "rule": data.rules["selector"].name,
-            "problems": int((data.candidates.groups.sum((bin_N >= 0).astype(float)) > 0).sum()),
-            "left_out": int((bin_N < 0).sum()),
-        }
-        if not counts["problems"]:
-            data.say(f"bins        no problem has {bins} scored candidates; lower diagnostics.bins={bins}")
-            return
-        chosen = quantile_bins.selections_of(
-            bin_N,
-            data.candidates,
-            rule=counts["rule"],
-            bins=bins,
-            seed=data.seed,
-            tokens_N=data.trajectories.span_tokens[data.candidates.row_N],
-        )
-        data.selections |= chosen
-        arms = [make(name, selection.record["rule"]) for name, selection in chosen.items()]
-        for arm in arms:
-            with claim(arm.name, arm.folder, partial(_done, arm, identity, training_only)) as to_do:
-                action = action_of(arm, identity, training_only) if to_do else "reuse"
-                data.say(f"arm         {arm.name} ({arm.rule}): {action} {arm.folder}")
-                try:
-                    finish(arm, action)
-                except DivergedError as error:  # what the run is for does not depend on it
-                    data.say(f"warning     {arm.name} diverged and has no figures ({error})")
-        for arm in arms:
-            del data.selections[arm.name]
-        data.set_active_arm("selector")
-        if is_main():
-            sets = [] if training_only else identity["sets"]
-            figures = [read_figures(arm, sets if arm.trained else []) for arm in arms]
-            rows = quantile_bins.figures_of(arms, score_N, bin_N, figures)
-            self.found["bins"] = counts | {"rows": rows, "trends": quantile_bins.trends(rows, figures)}
-            write_table(self.folder / "diagnostics-bins.csv", [levelled(row) for row in rows])
-
     def _tell(self, lines: Iterable[str]) -> None:
         for line in lines:
-            self.data.say(line)
+            logger.info(line)
 
     def _write(self) -> None:
         if is_main():
@@ -209,7 +177,7 @@ def curves_of(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
     """By arm that was trained: its held-out loss curve beside the baseline's, if there is one, and its own training
     loss (lark.diagnostics.curves).
     """
-    trained = [arm for arm in arms if arm.selection is not None and arm.trained]
+    trained = [arm for arm in arms if arm.selection is not None and arm.is_trained]
     curves = {arm.name: read_json(arm.folder / "trained.json")["curve"] for arm in trained}
     return {
         arm.name: {"rule": arm.rule, "label": "one seed: its variance is not estimated"}
@@ -217,7 +185,3 @@ def curves_of(arms: Sequence[Arm]) -> dict[str, dict[str, Any]]:
         | {"own_training_loss_not_comparable": own_loss_ratio(arm.folder)}
         for arm in trained
     }
-
-
-def _done(arm: Arm, identity: dict[str, Any], training_only: bool) -> bool:
-    return action_of(arm, identity, training_only) == "reuse"

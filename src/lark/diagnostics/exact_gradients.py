@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lark.common.cache import identity_hash, is_complete, read_json
+from lark.common.log import logger
 from lark.common.ranks import Claim
 from lark.common.table_cache import Columns, read_columns
 from lark.scoring.gradient_passes import GradientModule
@@ -118,7 +119,7 @@ def measured(
         }
     folder: Path = data.cache / "diagnostics" / identity_hash(identity)
     with claim(f"diagnostics {wanted.name}", folder, partial(is_complete, folder)) as to_do:
-        data.say(f"{wanted.name.replace('_', ' '):<11} {'of' if to_do else 'cached of'} {len(row_N):,} trajectories")
+        logger.info(f"{wanted.name.replace('_', ' ')}: {'of' if to_do else 'cached of'} {len(row_N):,} trajectories")
         if to_do:
             trainer = data.make_trainer(wanted.name.replace("_", " "))
             measure(trainer, module_class(wanted=wanted, work=work, folder=folder), identity)

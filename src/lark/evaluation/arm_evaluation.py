@@ -116,7 +116,7 @@ def is_evaluated(folder: Path, identity: dict[str, Any]) -> bool:
 
 def action_of(arm: Arm, identity: dict[str, Any], training_only: bool) -> str:
     """What is left to do for an arm: train, evaluate, or nothing (reuse)."""
-    if not arm.trained:
+    if not arm.is_trained:
         return "train"
     if not training_only and not evaluated(arm, identity):
         return "evaluate"

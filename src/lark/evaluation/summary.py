@@ -10,7 +10,7 @@ from lark.common.cache import read_json
 from lark.comparison.inference import compute_paired_difference, compute_smallest_detectable
 from lark.evaluation.samples import per_problem
 from lark.scoring.passes import COST_COLUMNS
-from lark.training.arms import Arm, held_out_at_start
+from lark.training.arms import Arm, read_held_out_at_start
 from lark.training.datamodule import TrajectoryDataModule
 
 
@@ -56,7 +56,7 @@ def summarise_run(
     arms: list[Arm],
     figures: dict[str, dict[str, Any]],
     data: TrajectoryDataModule,
-    actions: dict[str, Any],
+    actions: dict[str, str],
 ) -> dict[str, Any]:
     """summary.json: everything the table and a later report need; `figures` are the arms' `read_figures`."""
     sets = list(figures[arms[0].name]["metrics"])
@@ -76,14 +76,14 @@ def summarise_run(
         "sets": {name: {} for name in sets},
         "arms": {},
     }
-    start = held_out_at_start(data, arms)
+    start = read_held_out_at_start(arms)
     for arm in arms:
         curve = [start] if arm.selection is None else read_json(arm.folder / "trained.json")["curve"]
         record = arm.selection.record if arm.selection is not None else {}
         summary["arms"][arm.name] = {
             "rule": arm.rule,
             "hash": arm.folder.name,
-            "action": actions[arm.name]["action"],
+            "action": actions[arm.name],
             "matched": record.get("matched", True),
             "lr": arm.recipe.lr if arm.selection is not None else None,
             "cost": data.cost_of(data.rules[arm.name]) if arm.name in data.rules else dict.fromkeys(COST_COLUMNS, 0),

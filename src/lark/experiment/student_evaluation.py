@@ -16,7 +16,7 @@ from lark.config import build
 from lark.evaluation.arm_evaluation import identity_of, is_evaluated, record_of_task, student_weights
 from lark.evaluation.evaluate import describe_set, evaluate
 from lark.evaluation.evaluation_table import print_figures
-from lark.experiment.description import quiet_libraries
+from lark.experiment.console import quiet_libraries
 from lark.generation.backends import record_of
 from lark.student.context_length import check_answer_room
 from lark.student.student import Student
@@ -24,7 +24,7 @@ from lark.tasks.problems import read_problems
 from lark.tasks.task import Task
 from lark.tracking.logging_metrics import evaluation_metrics
 from lark.tracking.tracking import opened
-from lark.training.trainer import trainer_of
+from lark.training.trainer import TrainerFactory
 
 
 def run(config: DictConfig, folder: Path, *, group: str) -> float:
@@ -48,7 +48,7 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     config = DictConfig(plain)  # every interpolation resolved
     seed_everything(config.seed, verbose=False)
     task, student, sampling, tracker = (build(config[name]) for name in ("task", "model", "evaluation", "logger"))
-    _, make_trainer = trainer_of(config.trainer, folder)
+    make_trainer = TrainerFactory(config.trainer, folder).make
     trainer: Trainer = make_trainer()
     check_ranks(trainer.world_size, config.trainer.name)
     arm = None if config.checkpoint is None else Path(config.checkpoint)

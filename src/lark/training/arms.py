@@ -21,41 +21,34 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lark.common.cache import identity_hash, is_complete, read_json, write_json
-from lark.common.ranks import barrier, is_main
+from lark.common.log import logger
+from lark.common.ranks import Plan, barrier, is_main
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.selection.export import export_selection
 from lark.selection.selection import Selection
 from lark.student.memory import release_memory
 from lark.student.student import save_student
-from lark.training import training_progress
+from lark.training.callbacks import CheckpointSaver, collect_training_facts, describe_training, find_checkpoint
 from lark.training.datamodule import TrajectoryDataModule
-from lark.training.model_card import arm_facts, write_card
+from lark.training.model_card import collect_facts, write_card
 from lark.training.recipe import Recipe
-from lark.training.saver import Saver, newest_checkpoint
 from lark.training.sft_module import SFTModule
-
-Share = Callable[[str, Any], Any]
-"""Gives every rank the value that rank 0 passes under a name."""
-
-
-def alone(name: str, value: Any) -> Any:
-    """Return the value: the `Share` of a process that works alone."""
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """name: before | baseline | selector | warm_up. The arm `before` has no selection and no training."""
+    """name: before | baseline | selector | warm_up | bin_<n>. The arm `before` has no selection and no training."""
 
     name: str
     rule: str
     selection: Selection | None
     recipe: Recipe
+    steps: int
     identity: dict[str, Any]
     folder: Path
 
     @property
-    def trained(self) -> bool:
+    def is_trained(self) -> bool:
         return self.selection is None or is_complete(self.folder, "trained.json")
 
     @property
@@ -68,24 +61,29 @@ class Arm:
         return self.folder / "training" / "last.ckpt"
 
 
-def make_arm(
-    name: str,
-    rule: str,
-    data: TrajectoryDataModule,
-    *,
-    steps: int,
-    precision: str,
-    recipe: Recipe,
-    evaluation: dict[str, Any],
-    arms: Path,
-    kept: int = 0,
-) -> Arm:
-    """The arm of `data.selections[name]` (none for "before") trained by `recipe`, with its folder.
+def make_untrained_arm(data: TrajectoryDataModule, evaluation: dict[str, Any], arms: Path) -> Arm:
+    """Make the arm `before`: nothing but an evaluation (of that identity) of the student as it is."""
+    student = data.student
+    identity = {
+        "student": student.identity() | {"dtype": data.dtype, "attention": student.attention},
+        "chat": data.trajectories.chat.prompt_identity,
+        "versions": formula_versions("tokens", "forward", libraries=STUDENT_LIBRARIES),
+        "evaluation": evaluation,
+    }
+    folder = arms / identity_hash(identity)
+    return Arm(
+        name="before", rule="before", selection=None, recipe=data.recipe, steps=0, identity=identity, folder=folder
+    )
 
-    A trained arm may be evaluated anew in its folder; "before" is nothing but an evaluation, so `evaluation` (its
-    identity) is part of what it is. `kept` counts checkpoints that are kept on the way.
+
+def make_arm(
+    name: str, rule: str, data: TrajectoryDataModule, *, recipe: Recipe, steps: int, arms: Path, kept: int = 0
+) -> Arm:
+    """Make the arm of `data.selections[name]`, to be trained by `recipe` for so many optimizer steps.
+
+    arms: the folder of all arms. kept: checkpoints that are kept on the way.
     """
-    selection, student = data.selections.get(name), data.student
+    selection, student = data.selections[name], data.student
     verdicts = hashlib.sha256(data.trajectories.correct[data.trajectories.is_held_out].tobytes()).hexdigest()
     identity: dict[str, Any] = {
         "student": student.identity() | {"lora": student.lora, "dtype": data.dtype, "attention": student.attention},
@@ -93,27 +91,18 @@ def make_arm(
         "max_length": [data.task.max_length, data.task.overlong],
         "held_out": [data.trajectories.fingerprint, data.task.held_out, verdicts],
         "versions": formula_versions("training", "tokens", "forward", libraries=STUDENT_LIBRARIES),
+        "rows": hashlib.sha256(selection.row.tobytes()).hexdigest(),
+        "weights": hashlib.sha256(selection.weight.tobytes()).hexdigest(),
+        "recipe": recipe.identity(),
+        "steps": steps,
+        "seed": data.seed,
+        "precision": data.precision,
+        "kept": kept,
     }
-    if selection is None:
-        identity["evaluation"] = evaluation
-    else:
-        identity |= {
-            "rows": hashlib.sha256(selection.row.tobytes()).hexdigest(),
-            "weights": hashlib.sha256(selection.weight.tobytes()).hexdigest(),
-            "recipe": recipe.identity(),
-            "steps": steps,
-            "seed": data.seed,
-            "precision": precision,
-            "kept": kept,
-        }
-    return Arm(
-        name=name,
-        rule=rule,
-        selection=selection,
-        recipe=recipe,
-        identity=identity,
-        folder=arms / identity_hash(identity),
-    )
+    if (student.lora or {}).get("lora_dropout"):  # each rank and micro-batch draws its own masks
+        identity["dropout"] = {"ranks": data.world_size, "micro_batch_tokens": recipe.micro_batch_tokens}
+    folder = arms / identity_hash(identity)
+    return Arm(name=name, rule=rule, selection=selection, recipe=recipe, steps=steps, identity=identity, folder=folder)
 
 
 def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Path) -> None:
@@ -137,38 +126,40 @@ def train(
     arm: Arm,
     data: TrajectoryDataModule,
     *,
-    steps: int,
     make_trainer: Callable[..., Trainer],
-    logger: Any,
-    say: Callable[[str], None],
+    experiment_logger: Any = None,
     callbacks: Sequence[Callback] = (),
-    share: Share = alone,
+    plan: Plan | None = None,
     run: Path | None = None,
 ) -> None:
-    """Train the arm's student (all ranks), from where it was if it was interrupted. `share` is how ranks learn what
-    rank 0 found.
+    """Train the arm's student (all ranks), from where it was if it was interrupted.
+
+    make_trainer: makes a Trainer with further settings. plan: how ranks learn what rank 0 found; None: there is one
+    rank. run: the folder of the run, for the model card.
     """
     assert arm.selection is not None
     if is_main():
         arm.folder.mkdir(parents=True, exist_ok=True)
         write_selection(arm.name, arm.rule, data, arm.folder)
-    found = newest_checkpoint(arm.last)
-    last = share(f"training {arm.folder.name}", str(found) if found else None)
+    found = find_checkpoint(arm.last)
+    last = str(found) if found else None
+    if plan is not None:
+        last = plan.decide(f"training {arm.folder.name}", last)
     if last:
-        say(f"{arm.name:<11} goes on from {last}")
+        logger.info("%s goes on from %s", arm.name, last)
+
     data.set_active_arm(arm.name, arm.recipe)
-    module = SFTModule(student=data.student, recipe=arm.recipe, steps=steps, seed=data.seed, folder=arm.folder)
-    validate_every = max(1, steps // arm.recipe.validations)
-    saver = Saver(
-        arm.last,
-        every=arm.recipe.checkpoint_every,
-        validate_every=validate_every if len(data.held_out_coefficients()[0]) else None,
+    module = SFTModule(student=data.student, recipe=arm.recipe, steps=arm.steps, seed=data.seed, folder=arm.folder)
+    validate_every = max(1, arm.steps // arm.recipe.validations)
+    has_held_out = len(data.held_out_coefficients()[0]) > 0
+    saver = CheckpointSaver(
+        arm.last, every=arm.recipe.checkpoint_every, validate_every=validate_every if has_held_out else None
     )
     trainer = make_trainer(
-        max_steps=steps,
+        max_steps=arm.steps,
         callbacks=[*callbacks, saver],
         enable_checkpointing=False,  # Lightning's own
-        logger=logger or False,
+        logger=experiment_logger or False,
         num_sanity_val_steps=-1,  # the whole held-out set: the curve's point before the first step
         val_check_interval=validate_every,
         check_val_every_n_epoch=None,
@@ -177,25 +168,30 @@ def train(
     )
     start = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-    assert trainer.global_step == steps, f"{trainer.global_step} of {steps} optimizer steps done"
-    if module.curve and module.curve[-1]["step"] != steps:
+    assert trainer.global_step == arm.steps, f"{trainer.global_step} of {arm.steps} optimizer steps done"
+    if module.curve and module.curve[-1]["step"] != arm.steps:
         trainer.validate(module, datamodule=data, verbose=False)
-    went = training_progress.facts_of(trainer, module)
-    if went["steps"]:
-        data.say(f"{arm.name:<11} {training_progress.describe(went)}")
+
     state = module.parallelism.collect_state(module.student_model)
+    facts: dict[str, Any] = {
+        "name": arm.name,
+        "steps": arm.steps,
+        "seconds": time.monotonic() - start,
+        "trajectories": len(arm.selection.row),
+        "tokens": int(data.trajectories.span_tokens[arm.selection.row].sum()),
+        "curve": module.curve,
+        "training": collect_training_facts(trainer, module),
+    }
+    if facts["training"]["steps"]:
+        logger.info("%s: %s", arm.name, describe_training(facts["training"]))
     if is_main():
         save_student(module.student_model, data.trajectories.chat, arm.checkpoint, student=data.student, state=state)
-    barrier()
-    facts: dict[str, Any] = {"name": arm.name, "steps": steps, "seconds": time.monotonic() - start}
-    facts |= {**_cost(arm, data), "curve": module.curve, "training": went}
-    del trainer, module
-    _release_student(data)
-    if is_main():
-        facts |= arm_facts(arm, data, run)
+        facts |= collect_facts(arm, data, run)
         write_card(arm.checkpoint, facts, arm.folder)
         write_json(arm.folder / "trained.json", facts)
         shutil.rmtree(arm.folder / "training", ignore_errors=True)
+    del trainer, module, state
+    _release_student(data)
     barrier()
 
 
@@ -208,17 +204,9 @@ def _release_student(data: TrajectoryDataModule) -> None:
     release_memory(device)
 
 
-def _cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, Any]:
-    assert arm.selection is not None
-    tokens = int(data.trajectories.span_tokens[arm.selection.row].sum())
-    return {"trajectories": len(arm.selection.row), "tokens": tokens}
-
-
-def held_out_at_start(data: TrajectoryDataModule, arms: list[Arm]) -> dict[str, float]:
-    """Held-out loss of the student before training: any trained arm's curve begins with it."""
+def read_held_out_at_start(arms: Sequence[Arm]) -> dict[str, float]:
+    """Read the held-out loss of the student before training, with which any trained arm's curve begins."""
     for arm in arms:
-        if arm.selection is not None and is_complete(arm.folder, "trained.json"):
-            curve = read_json(arm.folder / "trained.json")["curve"]
-            if curve:
-                return curve[0]
+        if arm.selection is not None and arm.is_trained and (curve := read_json(arm.folder / "trained.json")["curve"]):
+            return curve[0]
     return {}

@@ -3,12 +3,13 @@
 Shapes: R rows (trajectories), C sets of coefficients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from lark.selection.selection import Selection
 from lark.student.batching import (
@@ -56,7 +57,17 @@ class Step:
         return sum(len(row.input_ids) - max(row.prompt_tokens, 1) for row in self.encoded)
 
 
-def training_step(
+class StepStream(IterableDataset):
+    """Gives a Trainer the steps that `iterate` yields. As it is iterable, no Trainer divides it among the ranks again."""
+
+    def __init__(self, iterate: Callable[[], Iterator[Step]]):
+        self.iterate = iterate
+
+    def __iter__(self) -> Iterator[Step]:
+        return self.iterate()
+
+
+def make_training_step(
     pool: TokenizedPool,
     selection: Selection,
     recipe: Recipe,
@@ -80,7 +91,7 @@ def training_step(
         total_rows=len(batch),
         total_weighted_tokens=float((weights[batch] * trained[batch]).sum()),
     )
-    return _step(
+    return _make_step(
         pool,
         selection.row[mine],
         coefficient_R[None],
@@ -90,7 +101,7 @@ def training_step(
     )
 
 
-def _step(
+def _make_step(
     pool: TokenizedPool,
     rows: np.ndarray,
     coefficient_CR: np.ndarray,
@@ -107,8 +118,8 @@ def _step(
     )
 
 
-def held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.ndarray]:
-    """Held-out rows [R] that fit, and coefficients [C, R] whose sums of coefficient * surprisal are the held-out
+def compute_held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.ndarray]:
+    """Find the held-out rows [R] that fit, and compute coefficients [C, R] whose sums of coefficient * surprisal are the held-out
     losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over their
     correct candidates (zeros when none is known to be correct).
     """
@@ -118,13 +129,13 @@ def held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.ndarray]:
     return row, np.array(means) / pool.span_tokens[row]
 
 
-def held_out_steps(
+def iterate_held_out_steps(
     pool: TokenizedPool, row: np.ndarray, coefficients_CR: np.ndarray, *, rank: int, world: int
 ) -> Iterator[Step]:
-    """This rank's batches of the held-out rows; as many as every other rank's."""
+    """Yield this rank's batches of the held-out rows; as many as every other rank's."""
     order = np.argsort(-pool.length[row], kind="stable")
     for start in range(0, len(order), HELD_OUT_ROWS * world):
         batch = order[start : start + HELD_OUT_ROWS * world]
         shares = [batch[i::world] for i in range(world)]
         mine = shares[rank]
-        yield _step(pool, row[mine], coefficients_CR[:, mine], tuple(pool.length[row[share]] for share in shares))
+        yield _make_step(pool, row[mine], coefficients_CR[:, mine], tuple(pool.length[row[share]] for share in shares))

@@ -2,18 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.errors import LarkError
+from lark.common.log import logger
 from lark.common.table_cache import read_columns, read_row_groups, read_row_numbers
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
@@ -48,8 +52,13 @@ from lark.student.context_length import read_max_positions
 from lark.student.student import Student
 from lark.student.tokenized_pool import TokenizedPool
 from lark.tasks.task import Task
-from lark.training.batches import Step, held_out_coefficients, held_out_steps, training_step
-from lark.training.loaders import HeldOutSteps, TrainingSteps
+from lark.training.batches import (
+    Step,
+    StepStream,
+    compute_held_out_coefficients,
+    iterate_held_out_steps,
+    make_training_step,
+)
 from lark.training.recipe import Recipe
 
 MODULES: dict[type[Pass], type[PassModule]] = {
@@ -64,8 +73,13 @@ MODULES: dict[type[Pass], type[PassModule]] = {
     GradientMatches: GradientMatchesModule,
 }
 
-WarmUp = Callable[["TrajectoryDataModule", GradientMatches], tuple[tuple[tuple[Path, float], ...], dict[str, float]]]
-"""Trains a warm-up arm, or finds it trained; its checkpoints with their learning rates, and what they cost."""
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """A trained warm-up arm: its checkpoints with the mean learning rates of their epochs, and what it cost."""
+
+    checkpoints: tuple[tuple[Path, float], ...]
+    cost: dict[str, float]
 
 
 class TrajectoryDataModule(LightningDataModule):
@@ -74,9 +88,8 @@ class TrajectoryDataModule(LightningDataModule):
 
     task, student, selector, baseline (None: no second arm), recipe, probe: what their names say. scorer: the student
     that is asked, if it is another than the one trained. match: trajectories | tokens, what the baseline has as many of
-    as the selector. needs: passes to run whatever the rules need. cache: folder of caches. make_trainer: gives the
-    Trainer under which a pass of the given label runs. warm_up: trains a warm-up arm, in `precision`, for rules that
-    learn from one. say: receives derived facts.
+    as the selector. needs: passes to run whatever the rules need. cache: folder of caches. make_trainer: makes the
+    Trainer under which a pass of the given label runs. precision: that of training.
     """
 
     def __init__(
@@ -94,9 +107,7 @@ class TrajectoryDataModule(LightningDataModule):
         scorer: Student | None = None,
         match: str = "trajectories",
         needs: tuple[Pass, ...] = (),
-        warm_up: WarmUp | None = None,
         precision: str = "32-true",
-        say: Callable[[str], None] = print,
     ):
         super().__init__()
         self.task, self.student, self.recipe, self.probe = task, student, recipe, probe
@@ -104,10 +115,12 @@ class TrajectoryDataModule(LightningDataModule):
         self.rules: dict[str, Rule] = {"selector": selector} | ({"baseline": baseline} if baseline else {})
         every = [*needs, *(need for rule in self.rules.values() for need in rule.needs)]
         self.needs = sorted(dict.fromkeys(every), key=lambda need: need != Statistics())  # the statistics first
-        self.seed, self.match, self.cache, self.warm_up, self.say = seed, match, cache, warm_up, say
+        self.seed, self.match, self.cache = seed, match, cache
         self.make_trainer, self.precision = make_trainer, precision
         self.selections: dict[str, Selection] = {}
         self.costs: dict[Pass, dict[str, Any]] = {}
+        """What each pass cost, and its other facts: its manifest."""
+        self.is_cached: dict[Pass, bool] = {}
         self.set_active_arm("selector")
         self._pools: dict[str, TokenizedPool] = {}
         self._check_rules()
@@ -154,25 +167,25 @@ class TrajectoryDataModule(LightningDataModule):
         first = self.trajectories.rows.select_columns(["extra"])[:100]["extra"]
         hidden = {name for extra in first for name in json.loads(extra)} & {*STATISTICS, "num_tokens"}
         if hidden:
-            self.say(
-                f"warning     the pool's columns {', '.join(sorted(hidden))} are hidden by the student's statistics of "
-                "that name; rename them to use them"
+            logger.warning(
+                f"rules cannot read the pool's columns {', '.join(sorted(hidden))}, as the student's statistics have the "
+                "same names; rename them to use them"
             )
         positions = read_max_positions(self.student)
         if beyond := int((self.trajectories.length[self.trajectories.fits] > positions).sum()):
-            self.say(
-                f"warning     {beyond:,} trajectories are longer than the {positions:,} positions of "
+            logger.warning(
+                f"{beyond:,} trajectories are longer than the {positions:,} positions of "
                 f"{self.student.name}; lower task.max_length, or set model.config (max_position_embeddings, "
                 "rope_parameters)"
             )
         if self.scorer is not self.student:
-            self.say(
-                f"asked       {self.scorer.name}, whose choice {self.student.name} gets; "
+            logger.info(
+                f"scored by {self.scorer.name}, whose choice {self.student.name} gets; "
                 f"{self.dropped['overlong_for_scorer']:,} further rows are too long for it"
             )
 
     def check_columns(self) -> None:
-        """Whether the pool has the columns that the rules name. Raises LarkError."""
+        """Check that the pool has the columns that the rules name. Raises LarkError."""
         for name, rule in self.rules.items():
             for column in rule.columns:
                 try:
@@ -186,10 +199,19 @@ class TrajectoryDataModule(LightningDataModule):
                     )
                     raise LarkError(f"{text}; {remedy}") from error
 
+    @cached_property
+    def device(self) -> torch.device:
+        return self.make_trainer("").strategy.root_device
+
+    @cached_property
+    def world_size(self) -> int:
+        """Processes that compute together, whether they have been launched or not."""
+        return self.make_trainer("").world_size
+
     @property
     def dtype(self) -> str:
         """The trained student's dtype on the device of the run."""
-        return str(self.student.resolve_dtype(self.make_trainer("").strategy.root_device))
+        return str(self.student.resolve_dtype(self.device))
 
     @property
     def scored(self) -> np.ndarray:
@@ -216,10 +238,10 @@ class TrajectoryDataModule(LightningDataModule):
     def pass_identity(self, wanted: Pass, work: Work | None = None) -> dict[str, Any]:
         """All that the columns of a pass depend on, over all that is scored or over other `work` on the same pool."""
         work = work or self._work()
-        module, device = MODULES[type(wanted)], self.make_trainer("").strategy.root_device
+        module = MODULES[type(wanted)]
         identity = {
             "student": self.scorer.identity(),
-            "dtype": str(work.student.resolve_dtype(device)),
+            "dtype": str(work.student.resolve_dtype(self.device)),
             "attention": self.scorer.attention,
             **self.scored_trajectories.identity,
             **module.identity(wanted, work),
@@ -249,34 +271,45 @@ class TrajectoryDataModule(LightningDataModule):
         for wanted in self.needs:
             self.run_pass(wanted, cached=is_complete(self.pass_folder(wanted)))
 
-    def run_pass(self, wanted: Pass, *, cached: bool, logger: Logger | None = None) -> None:
-        """One pass, unless it is `cached` (which rank 0 finds out). logger: gets its progress."""
+    def run_pass(
+        self,
+        wanted: Pass,
+        *,
+        cached: bool,
+        experiment_logger: Logger | None = None,
+        warm_up: WarmUp | None = None,
+    ) -> None:
+        """Run one pass, unless it is `cached` (which rank 0 finds out); all ranks take part.
+
+        experiment_logger: gets its progress. warm_up: what a pass of GradientMatches learns from.
+        """
         if wanted in self.costs:
             return
         folder, label = self.pass_folder(wanted), wanted.name.replace("_", " ")
         if cached:
-            self.say(f"{label:<11} cache hit ({folder.name})")
+            logger.info(f"{label}: found in the cache ({folder.name})")
         else:
-            warmup, before = (), {}
-            if isinstance(wanted, GradientMatches):
-                if self.warm_up is None:
-                    raise LarkError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
-                warmup, before = self.warm_up(self, wanted)
-            work = self._work(warmup)
+            if isinstance(wanted, GradientMatches) and warm_up is None:
+                raise LarkError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
+            work = self._work(warm_up.checkpoints if warm_up else ())
             done = len(read_row_numbers(folder))
-            self.say(
-                f"{label:<11} cache miss ({folder.name}): scoring {len(work.rows) - done:,} trajectories"
-                + (f", {done:,} are kept of a pass that was interrupted" if done else "")
+            logger.info(
+                f"{label}: scoring {len(work.rows) - done:,} trajectories ({folder.name})"
+                + (f"; {done:,} are kept of a pass that was interrupted" if done else "")
             )
-            identity = self.pass_identity(wanted)
+            module = MODULES[type(wanted)](wanted=wanted, work=work, folder=folder)
             trainer = self.make_trainer(label)
-            trainer.logger = logger
-            measure(trainer, MODULES[type(wanted)](wanted=wanted, work=work, folder=folder), identity, before=before)
+            trainer.logger = experiment_logger
+            measure(trainer, module, self.pass_identity(wanted), before=warm_up.cost if warm_up else {})
+        self.is_cached[wanted] = cached
         self.costs[wanted] = read_json(folder / "manifest.json")
         if not cached and (throughput := self.costs[wanted].get("throughput")):
             chosen = [f"{name} {value}" for name, value in self.costs[wanted]["choices"].items()]
-            for line in filter(None, ["; ".join(chosen), describe_pass(throughput)]):
-                self.say(f"{label:<11} {line}")
+            logger.info("; ".join([f"{label}: {describe_pass(throughput)}", *chosen]))
+
+    def get_action(self, wanted: Pass) -> str:
+        """Tell whether a pass was computed or found in the cache: run | reuse."""
+        return "reuse" if self.is_cached[wanted] else "run"
 
     def cost_of(self, rule: Rule) -> dict[str, float]:
         """What choosing by `rule` costs: tokens through the student forwards and backwards, device-seconds."""
@@ -341,17 +374,24 @@ class TrajectoryDataModule(LightningDataModule):
                 f"sft.batch_size={self.active_recipe.batch_size} gives {trainer.world_size} ranks nothing to do each "
                 "step; set it to at least the number of devices"
             )
-        return DataLoader(TrainingSteps(self.step, trainer), batch_size=None)
+        return DataLoader(StepStream(self._iterate_training_steps), batch_size=None)
+
+    def _iterate_training_steps(self) -> Iterator[Step]:
+        """Yield steps without end, from the trainer's current optimizer step on; its max_steps ends them."""
+        trainer = self.trainer
+        assert trainer is not None
+        for number in count(trainer.global_step):
+            yield self.step(number, rank=trainer.global_rank, world=trainer.world_size)
 
     def step(self, number: int, *, rank: int = 0, world: int = 1) -> Step:
-        """Optimizer step `number` of the arm in use, as this rank computes it."""
+        """Compute this rank's part of optimizer step `number` of the active arm."""
         selection, recipe = self.selections[self.active_arm], self.active_recipe
-        return training_step(
+        return make_training_step(
             self.trajectories, selection, recipe, seed=self.seed, number=number, rank=rank, world=world
         )
 
     def held_out_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
-        return held_out_coefficients(self.trajectories)
+        return compute_held_out_coefficients(self.trajectories)
 
     def val_dataloader(self) -> Any:
         trainer = self.trainer
@@ -360,5 +400,5 @@ class TrajectoryDataModule(LightningDataModule):
         if len(row) == 0:
             return []
         where = {"rank": trainer.global_rank, "world": trainer.world_size}
-        steps = partial(held_out_steps, self.trajectories, row, coefficients_CR, **where)
-        return DataLoader(HeldOutSteps(steps), batch_size=None)
+        steps = partial(iterate_held_out_steps, self.trajectories, row, coefficients_CR, **where)
+        return DataLoader(StepStream(steps), batch_size=None)

@@ -17,30 +17,21 @@ from lark.common.groups import unit_hash
 from lark.scoring.passes import GradientMatches
 from lark.selection.selection import Selection
 from lark.training.arms import Arm, make_arm
-from lark.training.datamodule import TrajectoryDataModule
+from lark.training.datamodule import TrajectoryDataModule, WarmUp
 
 NAME = "warm_up"
 
 
-def warm_up_arm(data: TrajectoryDataModule, wanted: GradientMatches, *, precision: str, arms: Path) -> Arm:
-    """The arm, not yet trained; its selection joins `data.selections` until it is."""
-    data.selections[NAME] = _random_share(data, wanted.warmup_share)
+def make_warm_up_arm(data: TrajectoryDataModule, wanted: GradientMatches, arms: Path) -> Arm:
+    """Make the arm, not yet trained; its selection joins `data.selections` until it is."""
+    data.selections[NAME] = _choose_at_random(data, wanted.warmup_share)
     recipe = data.recipe.for_epochs(wanted.epochs)
-    return make_arm(
-        NAME,
-        NAME,
-        data,
-        steps=recipe.steps_for(len(data.selections[NAME].row)),
-        precision=precision,
-        recipe=recipe,
-        evaluation={},
-        kept=wanted.epochs,
-        arms=arms,
-    )
+    steps = recipe.steps_for(len(data.selections[NAME].row))
+    return make_arm(NAME, NAME, data, recipe=recipe, steps=steps, arms=arms, kept=wanted.epochs)
 
 
-def _random_share(data: TrajectoryDataModule, share: float) -> Selection:
-    """That share of the candidates, at least one, by hash and with equal weights."""
+def _choose_at_random(data: TrajectoryDataModule, share: float) -> Selection:
+    """Choose that share of the candidates, at least one, by hash and with equal weights."""
     pool, row = data.trajectories, data.scored
     draw_N = unit_hash(data.seed, pool.problem_id[row], pool.candidate_id[row], salt="warm-up")
     row = np.sort(row[np.argsort(draw_N)[: max(1, round(share * len(row)))]])
@@ -56,16 +47,16 @@ def _random_share(data: TrajectoryDataModule, share: float) -> Selection:
     )
 
 
-def epoch_ends(arm: Arm) -> list[int]:
-    """Optimizer steps after which an epoch of the warm-up arm is over; the last is its last step."""
+def list_epoch_ends(arm: Arm) -> list[int]:
+    """List the optimizer steps after which an epoch of the warm-up arm is over; the last is its last step."""
     assert arm.selection is not None
     rows, epochs = len(arm.selection.row), int(arm.recipe.epochs)
     return [math.ceil(epoch * rows / arm.recipe.batch_size) for epoch in range(1, epochs + 1)]
 
 
-def checkpoints(arm: Arm) -> tuple[tuple[Path, float], ...]:
-    """The kept checkpoints and the mean learning rate of each epoch."""
-    ends = epoch_ends(arm)
+def list_checkpoints(arm: Arm) -> tuple[tuple[Path, float], ...]:
+    """List the kept checkpoints with the mean learning rate of each epoch."""
+    ends = list_epoch_ends(arm)
     starts = [0, *ends[:-1]]
     return tuple(
         (
@@ -76,26 +67,26 @@ def checkpoints(arm: Arm) -> tuple[tuple[Path, float], ...]:
     )
 
 
-def warmed_up(arm: Arm) -> bool:
-    """Whether it is trained and all its checkpoints are still there."""
-    return arm.trained and all(path.is_file() for path, _ in checkpoints(arm))
+def is_warmed_up(arm: Arm) -> bool:
+    """Say whether the arm is trained and all its checkpoints are still there."""
+    return arm.is_trained and all(path.is_file() for path, _ in list_checkpoints(arm))
 
 
-def training_cost(arm: Arm, data: TrajectoryDataModule) -> dict[str, float]:
-    """What the trained arm cost: tokens forwards and backwards, and seconds."""
+def read_warm_up(arm: Arm, data: TrajectoryDataModule) -> WarmUp:
+    """Read what a trained warm-up arm left, and what it cost."""
     assert arm.selection is not None
     tokens = int(arm.recipe.epochs * data.trajectories.length[arm.selection.row].sum())
     seconds = read_json(arm.folder / "trained.json")["seconds"]
-    return {"forward_tokens": tokens, "backward_tokens": tokens, "seconds": seconds}
+    cost = {"forward_tokens": tokens, "backward_tokens": tokens, "seconds": seconds}
+    return WarmUp(checkpoints=list_checkpoints(arm), cost=cost)
 
 
 class EpochSaver(Callback):
     """Keeps a checkpoint, optimizer state included, at the end of every epoch."""
 
     def __init__(self, arm: Arm):
-        paths = [path for path, _ in checkpoints(arm)]
         self.paths: dict[int, list[Path]] = {}  # several epochs may end at one step
-        for end, path in zip(epoch_ends(arm), paths, strict=True):
+        for end, (path, _) in zip(list_epoch_ends(arm), list_checkpoints(arm), strict=True):
             self.paths.setdefault(end, []).append(path)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

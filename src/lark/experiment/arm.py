@@ -1,0 +1,174 @@
+"""The arms of a run: which are trained, evaluated or found done, in which order, under which locks."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from lark.answers.checker import Checker
+from lark.common.cache import hold_lock, write_json
+from lark.common.log import logger
+from lark.common.ranks import Plan, barrier, is_main, world_size
+from lark.diagnostics.curves import TrainingLoss
+from lark.evaluation.arm_evaluation import action_of, evaluate_arm, evaluation_identity
+from lark.evaluation.evaluate import Sampling
+from lark.evaluation.summary import read_figures
+from lark.scoring.passes import GradientMatches
+from lark.tracking.logging_metrics import Tracker, log_arm
+from lark.training.arms import Arm, make_arm, make_untrained_arm, train
+from lark.training.datamodule import TrajectoryDataModule, WarmUp
+from lark.training.divergence import DivergedError
+from lark.training.end_token import EndTokenCheck
+from lark.training.warmup import EpochSaver, is_warmed_up, make_warm_up_arm, read_warm_up
+
+OpenLogger = Callable[..., AbstractContextManager[Logger]]
+"""Opens one of the tracker's runs: (title, job_type, **config)."""
+
+
+class ArmRunner:
+    """Trains, evaluates or reuses arms, and logs them. All ranks call its methods; rank 0 decides, locks and logs.
+
+    plan: how ranks learn what rank 0 decided. problems: of each evaluation set. arms: the folder of all arms. run: the
+    run's folder. evaluates: false leaves arms trained, without an evaluation. keeps_losses: whether an arm's own training
+    loss is kept, for the diagnostics.
+    """
+
+    def __init__(
+        self,
+        data: TrajectoryDataModule,
+        *,
+        make_trainer: Callable[..., Trainer],
+        plan: Plan,
+        problems: dict[str, list[dict[str, Any]]],
+        sampling: Sampling,
+        checker: Checker,
+        tracker: Tracker,
+        open_logger: OpenLogger,
+        arms: Path,
+        run: Path,
+        evaluates: bool,
+        keeps_losses: bool,
+    ):
+        self.data, self.make_trainer, self.plan = data, make_trainer, plan
+        self.problems, self.sampling, self.checker = problems, sampling, checker
+        self.tracker, self.open_logger = tracker, open_logger
+        self.arms, self.run, self.evaluates, self.keeps_losses = arms, run, evaluates, keeps_losses
+        self.end_check = EndTokenCheck(data)
+        self.evaluation = evaluation_identity(data, problems, sampling)
+        self.figures: dict[str, dict[str, Any]] = {}
+        """What each arm's evaluation came to, by the arm's name; on rank 0."""
+
+    def make_before(self) -> Arm:
+        """Make the arm of the student before training."""
+        return make_untrained_arm(self.data, self.evaluation, self.arms)
+
+    def make(self, name: str, rule: str) -> Arm:
+        """Make the arm of the data's selection of that name; all arms get as many steps as the selector's."""
+        steps = self.data.recipe.steps_for(len(self.data.selections["selector"].row))
+        return make_arm(name, rule, self.data, recipe=self.data.recipe, steps=steps, arms=self.arms)
+
+    def find_action(self, arm: Arm) -> str:
+        """Find what is left to do for an arm: train | evaluate | reuse."""
+        return action_of(arm, self.evaluation, not self.evaluates)
+
+    def run_together(self, arms: Sequence[Arm]) -> dict[str, str]:
+        """Do what is left of the arms, in their order; returns what that was, by the arm's name."""
+        with ExitStack() as held:
+            locks = self._lock_unfinished(arms, held)
+            found: dict[str, str] = {}
+            for i, arm in enumerate(arms):  # two rules may choose the same rows and weights: one arm serves both
+                is_twin = any(arm.folder == other.folder for other in arms[:i])
+                found[arm.name] = "reuse" if is_twin else self.find_action(arm)
+            planned = {arm.name: {"hash": arm.folder.name, "action": found[arm.name]} for arm in arms}
+            actions = {name: one["action"] for name, one in self.plan.decide("arms", planned).items()}
+            for arm in arms:
+                logger.info("arm %s (%s): %s %s", arm.name, arm.rule, actions[arm.name], arm.folder)
+            for arm in arms:
+                self._finish(arm, actions[arm.name])
+                if release := locks.pop(arm.folder, None):
+                    release.close()
+        barrier()
+        return actions
+
+    def run_aside(self, arm: Arm) -> None:
+        """Do what is left of an arm that the run's result does not depend on: one that diverges has no figures."""
+        with self.plan.claim(arm.name, arm.folder, lambda: self.find_action(arm) == "reuse") as to_do:
+            action = self.find_action(arm) if to_do else "reuse"
+            logger.info("arm %s (%s): %s %s", arm.name, arm.rule, action, arm.folder)
+            try:
+                self._finish(arm, action)
+            except DivergedError as error:
+                logger.warning(f"{arm.name} diverged and has no figures ({error})")
+
+    def warm_up(self, wanted: GradientMatches) -> WarmUp:
+        """Train the warm-up arm that the pass learns from, unless another job has done so."""
+        data = self.data
+        arm = make_warm_up_arm(data, wanted, self.arms)
+        assert arm.selection is not None
+        with self.plan.claim(arm.name, arm.folder, partial(is_warmed_up, arm)) as to_do:
+            logger.info(
+                f"warm-up: {'train' if to_do else 'reuse'} {arm.folder}: {len(arm.selection.row):,} trajectories, "
+                f"{wanted.epochs} epochs, {arm.steps} optimizer steps"
+            )
+            if to_do:
+                self._train(arm, "warm-up", [EpochSaver(arm)])
+        del data.selections[arm.name]
+        data.set_active_arm("selector")
+        return read_warm_up(arm, data)
+
+    def _lock_unfinished(self, arms: Sequence[Arm], held: ExitStack) -> dict[Path, ExitStack]:
+        """Lock the arms with work left, in one order, so that two jobs cannot wait for each other; on rank 0."""
+        locks: dict[Path, ExitStack] = {}
+        unfinished = {arm.folder: arm for arm in arms if self.find_action(arm) != "reuse"} if is_main() else {}
+        for folder, arm in sorted(unfinished.items()):
+            locks[folder] = held.enter_context(ExitStack())
+            locks[folder].enter_context(hold_lock(folder))
+            if self.find_action(arm) == "reuse":  # another job finished it meanwhile
+                locks.pop(folder).close()
+        return locks
+
+    def _finish(self, arm: Arm, action: str) -> None:
+        """Train and evaluate the arm as far as it is not done, and log it."""
+        title = f"{arm.name}-{arm.rule}-seed{self.data.seed}"
+        job_type = "reused" if action == "reuse" else arm.name
+        about = {"hash": arm.folder.name, "arm": arm.name, "rule": arm.rule}
+        with ExitStack() as held:
+            opened = held.enter_context(self.open_logger(title, job_type, **about)) if is_main() else None
+            if action == "train":
+                callbacks = [TrainingLoss(arm.folder)] if self.keeps_losses else []
+                self._train(arm, arm.name, callbacks, experiment_logger=opened)
+            if action != "reuse" and self.evaluates:
+                evaluate_arm(
+                    arm,
+                    self.data,
+                    problems=self.problems,
+                    sampling=self.sampling,
+                    checker=self.checker,
+                    device=self.data.device,
+                    rank=torch.distributed.get_rank() if world_size() > 1 else 0,
+                    world=world_size(),
+                )
+            if opened is not None:
+                log_arm(opened, self.tracker, arm, self.data, action=action, taken=self.data.get_action)
+                if self.evaluates:  # now, as later the arm is no longer locked
+                    self.figures[arm.name] = read_figures(arm, list(self.problems))
+                    write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
+
+    def _train(
+        self, arm: Arm, label: str, callbacks: Sequence[Callback], experiment_logger: Logger | None = None
+    ) -> None:
+        train(
+            arm,
+            self.data,
+            make_trainer=partial(self.make_trainer, progress=label),
+            experiment_logger=experiment_logger,
+            callbacks=[self.end_check, *callbacks],
+            plan=self.plan,
+            run=self.run,
+        )

@@ -1,0 +1,170 @@
+"""What a run shows on the console: one line a stage, warnings, and where things are. Details go to run.log."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+
+from lark.common.log import announce, logger
+from lark.selection.selection import Selection
+from lark.student.tokenized_pool import TokenizedPool
+from lark.tracking.logging_metrics import Tracker
+from lark.training.arms import Arm
+from lark.training.datamodule import TrajectoryDataModule
+
+LEFT_OUT = ("dropped_by_filter", "dropped_without_score", "problems_without_choice", "short_of_selector")
+_TEACHERS_SHOWN = 4
+_EXCERPT = 40  # characters of each end of an example
+
+
+def announce_header(config: DictConfig, folder: Path) -> None:
+    """Announce which run this is and where it is kept."""
+    announce("LARK", f"{config.task.name} · {config.model.name} · seed {config.seed}    {folder}")
+
+
+def announce_pool(pool: TokenizedPool) -> None:
+    """Announce what the pool holds, and an example of what is trained on."""
+    problems = len(set(pool.problem_id))
+    held_out = len(set(pool.problem_id[pool.is_held_out]))
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in pool.dropped.items() if count) or "none"
+    text = f"{len(pool.rows):,} trajectories of {problems:,} problems ({held_out:,} held out); {dropped} dropped"
+    if wrong := int((pool.correct == 0).sum()):
+        text += f"; {wrong:,} known wrong"
+    shared = {name: one["in_pool"] for name, one in pool.overlaps.items() if one["in_pool"]}
+    if pool.overlaps:
+        found = ", ".join(f"{count:,} problems of {name}" for name, count in shared.items())
+        text += f"; {'in it: ' + found if found else 'no overlap with evaluation sets'}"
+    announce("pool", text)
+    (example,), (tokens,) = pool.read_rows(pool.scored[:1]), pool.read_tokens(pool.scored[:1])
+    prompt = example["messages"][-2]["content"] if len(example["messages"]) > 1 else ""
+    trained = pool.chat.tokenizer.decode(tokens.input_ids[tokens.prompt_tokens :])
+    announce("example", f"{_shorten(prompt)} -> «{_shorten(trained)}»   («» is trained)")
+
+
+def _shorten(text: str) -> str:
+    line = text.strip().replace("\n", "⏎")
+    return line if len(line) <= 2 * _EXCERPT + 5 else f"{line[:_EXCERPT]} ... {line[-_EXCERPT:]}"
+
+
+def announce_scoring(data: TrajectoryDataModule) -> None:
+    """Announce how many trajectories the student was asked about, and how long that took."""
+    if not data.needs:
+        announce("scoring", "no rule asks the student")
+        return
+    seconds = sum(data.costs[need]["seconds"] for need in data.needs if not data.is_cached[need])
+    how = "found in the cache" if all(data.is_cached.values()) else f"in {seconds:,.0f} s (cached for next time)"
+    passes = f", {len(data.needs)} passes" if len(data.needs) > 1 else ""
+    announce("scoring", f"{len(data.scored):,} trajectories{passes} {how}")
+
+
+def announce_selections(data: TrajectoryDataModule) -> None:
+    """Announce what the rules chose, and warn where there is nothing to compare."""
+    shown = []
+    for name, selection in data.selections.items():
+        record, size = selection.record, selection.record["effective_sample_size"]
+        effective = "" if np.isclose(size, len(selection.row)) else f" (effective {size:,.0f})"
+        shown.append(
+            f"{data.rules[name].name} {len(selection.row):,} trajectories{effective}: {_describe_teachers(record)}"
+        )
+        logger.info("%s: %s", name, _describe_selection(name, selection, data))
+    announce("selected", " · ".join(shown))
+    selector = data.selections["selector"]
+    if (budget := data.rules["selector"].policy.budget) is not None and _takes_all(selector):
+        several = budget > 1 and data.candidates.groups.size.max() > 1
+        remedy = "lower it" if several else "a choice needs problems with several candidates"
+        logger.warning(f"budget={budget} takes every candidate of every problem: nothing is chosen; {remedy}")
+    if "baseline" in data.selections and _is_same(selector, data.selections["baseline"]):
+        logger.warning(
+            "selector and baseline chose the same rows with the same weights: no difference is possible; set another "
+            "baseline= or budget="
+        )
+
+
+def _describe_teachers(record: Mapping) -> str:
+    shares = record["teacher_share"]
+    if len(shares) > 2 and max(shares.values()) < 1.5 / len(shares):
+        return f"even over {len(shares)} teachers"
+    return ", ".join(f"{teacher} {share:.0%}" for teacher, share in list(shares.items())[:_TEACHERS_SHOWN])
+
+
+def _describe_selection(name: str, selection: Selection, data: TrajectoryDataModule) -> str:
+    """Describe a selection for the log: counts, what its score goes along with, decisions, cost."""
+    record, counts, policy = selection.record, selection.record["counts"], selection.record["policy"]
+    parts = [
+        f"{counts['chosen']:,} of {counts['candidates']:,} trajectories",
+        f"{record['tokens']:,} tokens",
+        *(f"{counts[key]:,} {key.replace('_', ' ')}" for key in LEFT_OUT if counts.get(key)),
+    ]
+    spearman = {column: value for column, value in record["within_problem_spearman"].items() if value is not None}
+    if spearman:
+        shown = ", ".join(f"{column} {value:+.2f}" for column, value in spearman.items())
+        parts.append(f"score within problems against {shown}")
+    parts += [f"{decided} {', '.join(map(str, value))}" for decided, value in record["decisions"].items()]
+    if zero := policy.get("zero_weight_in_top_b", 0):
+        parts.append(f"{zero:,} of weight 0 left out")
+    if against := policy.get("tokens_minus_selector", 0):
+        parts.append(f"{against:+,} tokens against the selector")
+    if data.rules[name].needs:
+        cost = data.cost_of(data.rules[name])
+        parts.append(
+            f"choosing cost {cost['forward_tokens']:,.0f} tokens forward, {cost['backward_tokens']:,.0f} backward, "
+            f"{cost['seconds']:,.1f} s"
+        )
+    return "; ".join(parts)
+
+
+def _takes_all(selection: Selection) -> bool:
+    counts = selection.record["counts"]
+    return counts["chosen"] == counts["candidates"] - counts["dropped_by_filter"] - counts["dropped_without_score"]
+
+
+def _is_same(a: Selection, b: Selection) -> bool:
+    return np.array_equal(a.row, b.row) and np.allclose(a.weight, b.weight)
+
+
+def announce_training(
+    data: TrajectoryDataModule, arms: Mapping[str, Arm], actions: Mapping[str, str], tracker: Tracker
+) -> None:
+    """Announce which arms are trained for how many optimizer steps, and where their curves go."""
+    shown = [
+        f"{name} {arm.steps:,} steps" + ("" if actions[name] == "train" else " (trained before)")
+        for name, arm in arms.items()
+    ]
+    announce("training", " · ".join([*shown, tracker.describe()]))
+    recipe, selection = data.recipe, data.selections["selector"]
+    tokens = recipe.batch_size * selection.record["tokens"] / len(selection.row)
+    logger.info(
+        f"recipe: {recipe.batch_size} trajectories (about {tokens:,.0f} trained tokens) a step, lr {recipe.lr:g}, "
+        f"{data.precision}, {'all parameters' if data.student.lora is None else 'LoRA'}, average over {recipe.average}; "
+        f"sampled in {data.dtype.removeprefix('torch.')}"
+    )
+
+
+def announce_paths(folder: Path) -> None:
+    """Announce where the report, the selection and the log are."""
+    selection = folder / "selector" / "selection.jsonl"
+    announce("report", f"{folder / 'report.html'}    selection  {selection}    log  {folder / 'run.log'}")
+
+
+def quiet_libraries() -> None:
+    """Silence library chatter, which would bury the dozen lines a run prints."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "datasets", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        import datasets
+
+        datasets.disable_progress_bars()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*num_workers.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
