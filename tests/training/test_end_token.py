@@ -123,7 +123,7 @@ def test_a_student_whose_end_token_was_never_trained(make_student):
     student = make_student(path="shipped:tiny", lora=LORA)
     found = inspect_end_token(untrained(student), pool_of(student.load_chat()), np.arange(12))
     text = str(describe_problem(found))
-    assert found["ceiling"] < 0.1 and "the end token <|im_end|> cannot be learned" in text
+    assert found["ceiling"] < 0.1 and "<|im_end|>" in text
     assert "model.end_token" not in text  # the tokenizer's own end token is the same
 
 

@@ -12,43 +12,17 @@ from omegaconf import DictConfig
 
 from lark.common.log import announce, logger
 from lark.selection.selection import Selection
-from lark.student.tokenized_pool import TokenizedPool
 from lark.tracking.logging_metrics import Tracker
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
 
 LEFT_OUT = ("dropped_by_filter", "dropped_without_score", "problems_without_choice", "short_of_selector")
 _TEACHERS_SHOWN = 4
-_EXCERPT = 40  # characters of each end of an example
 
 
 def announce_header(config: DictConfig, folder: Path) -> None:
     """Announce which run this is and where it is kept."""
     announce("LARK", f"{config.task.name} · {config.model.name} · seed {config.seed}    {folder}")
-
-
-def announce_pool(pool: TokenizedPool) -> None:
-    """Announce what the pool holds, and an example of what is trained on."""
-    problems = len(set(pool.problem_id))
-    held_out = len(set(pool.problem_id[pool.is_held_out]))
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in pool.dropped.items() if count) or "none"
-    text = f"{len(pool.rows):,} trajectories of {problems:,} problems ({held_out:,} held out); {dropped} dropped"
-    if wrong := int((pool.correct == 0).sum()):
-        text += f"; {wrong:,} known wrong"
-    shared = {name: one["in_pool"] for name, one in pool.overlaps.items() if one["in_pool"]}
-    if pool.overlaps:
-        found = ", ".join(f"{count:,} problems of {name}" for name, count in shared.items())
-        text += f"; {'in it: ' + found if found else 'no overlap with evaluation sets'}"
-    announce("pool", text)
-    (example,), (tokens,) = pool.read_rows(pool.scored[:1]), pool.read_tokens(pool.scored[:1])
-    prompt = example["messages"][-2]["content"] if len(example["messages"]) > 1 else ""
-    trained = pool.chat.tokenizer.decode(tokens.input_ids[tokens.prompt_tokens :])
-    announce("example", f"{_shorten(prompt)} -> «{_shorten(trained)}»   («» is trained)")
-
-
-def _shorten(text: str) -> str:
-    line = text.strip().replace("\n", "⏎")
-    return line if len(line) <= 2 * _EXCERPT + 5 else f"{line[:_EXCERPT]} ... {line[-_EXCERPT:]}"
 
 
 def announce_scoring(data: TrajectoryDataModule) -> None:

@@ -133,7 +133,6 @@ class Experiment:
         problems = {name: read_problems(path, limit=data.task.eval_limit) for name, path in files.items()}
         if problems and self.config.stop_after is None:
             check_answer_room(data.student, data.task.max_new_tokens)
-        console.announce_pool(data.trajectories)
         self.runner = ArmRunner(
             data,
             make_trainer=self.trainers.make,

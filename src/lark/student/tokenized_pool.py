@@ -98,7 +98,7 @@ class TokenizedPool:
         ]
         announce("pool", "; ".join(parts))
         logger.info("pool       %s tokens, longest %s", f"{int(self.length.sum()):,}", f"{int(self.length.max()):,}")
-        example = self.chat.preview(self.read_tokens(self.scored[:1])[0], limit=24).replace("\n", "⏎")
+        example = self.chat.preview(self.read_tokens(self.scored[:1])[0], limit=24).replace("\n", "⏎").replace("»«", "")
         announce("example", f"{example}   («» is trained)")
         if self.in_sets and not self.left_out:
             logger.warning("%s; task.overlap=drop leaves them out", self._describe_overlap())
