@@ -134,7 +134,9 @@ def test_code_for_a_base_that_peft_cannot_find(make_student, tmp_path):
 def test_an_arms_facts_make_its_student_again(make_data, make_student, student_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(student_folder.parent)
     data = make_data(student={"path": student_folder.name, "lora": LORA, "dtype": "bfloat16"})
-    arm = Arm(name="selector", rule="lark", selection=None, recipe=Recipe(), identity={"seed": 0}, folder=tmp_path)
+    arm = Arm(
+        name="selector", rule="lark", selection=None, recipe=Recipe(), steps=3, identity={"seed": 0}, folder=tmp_path
+    )
     facts = json.loads(json.dumps(collect_facts(arm, data, "a run")))
     monkeypatch.chdir(tmp_path)
     assert Student(**facts["student"]) == make_student(path=str(student_folder), lora=LORA, dtype="bfloat16")
@@ -148,7 +150,7 @@ def my_score(candidates):
 
 def test_a_rule_of_the_users_own_in_words(make_data, tmp_path):
     data = make_data()
-    arm = Arm(name="selector", rule="mine", selection=None, recipe=Recipe(), identity={}, folder=tmp_path)
+    arm = Arm(name="selector", rule="mine", selection=None, recipe=Recipe(), steps=3, identity={}, folder=tmp_path)
     policy = data.rules["selector"].policy
     between = Between(score=my_score, min=1.0)
     data.rules["selector"] = Rule(name="mine", score=my_score, policy=policy, filter=between)

@@ -64,7 +64,7 @@ class Experiment:
 
     def __init__(self, config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: str):
         self.settings: Any = OmegaConf.to_container(config, resolve=True)
-        self.config, self.folder, self.logs, self.group = OmegaConf.create(self.settings), folder, logs, group
+        self.config, self.folder, self.logs, self.group = DictConfig(self.settings), folder, logs, group
         seed_everything(config.seed, verbose=False)
         parts = {name: build(config[name]) for name in ("task", "model", "selector", "probe", "sft", "diagnostics")}
         with prefix_errors("baseline"):
