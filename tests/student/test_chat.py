@@ -279,8 +279,8 @@ def test_the_printed_sample_marks_the_trained_tokens():
     chat = chat_for("chatml")
     row = chat.encode([turns("hi", "hello ☃b")])[0]
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.preview(row) == prompt + "«hello»« »«☃»«b»«<|im_end|>»"
-    assert chat.preview(row, limit=2) == prompt + "«hello»« » ... 4 more ... «<|im_end|>»"
+    assert chat.preview(row) == prompt + "«hello ☃b<|im_end|>»"
+    assert chat.preview(row, limit=3) == prompt + "«hello  ... 3 more ... <|im_end|>»"
 
 
 def test_templates_are_found_by_name_by_path_or_in_the_tokenizer(tmp_path):

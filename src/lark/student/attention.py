@@ -38,11 +38,12 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTree:
-    """The nodes of one row of tokens, ancestors first, on the paths of sequences."""
+    """Nodes of one row of tokens, ancestors first, on the paths of sequences."""
 
     groups: tuple[Group, ...]
 
     def to(self, device: torch.device) -> "PrefixTree":
+        """Copy to `device`."""
         return PrefixTree(
             groups=tuple(Group(**{k: v.to(device, non_blocking=True) for k, v in vars(g).items()}) for g in self.groups)
         )

@@ -293,29 +293,16 @@ class Chat:
         return steps
 
     def preview(self, row: TokenizedTrajectory, limit: int = 400) -> str:
-        """Print the row as text with its trained tokens between guillemets.
-
-        Of a span longer than `limit` tokens the first ones and the last are shown, of a long prompt both ends. Tokens
-        that only together make a character share their guillemets.
-        """
-        span = row.input_ids[row.prompt_tokens :]
-        shown = self._mark_tokens(span[:limit])
-        if len(span) > limit:
-            shown += f" ... {len(span) - limit - 1} more ... " + self._mark_tokens(span[-1:])
-        prompt = str(self.tokenizer.decode(row.input_ids[: row.prompt_tokens]))
+        """Print the row as text with its trained span between guillemets; of a long span or prompt, both ends."""
+        prompt, span = self._decode(row.input_ids[: row.prompt_tokens]), row.input_ids[row.prompt_tokens :]
         if len(prompt) > 200:
             prompt = f"{prompt[:120]} ... {prompt[-60:]}"
-        return prompt + shown
+        if len(span) <= limit:
+            return f"{prompt}«{self._decode(span)}»"
+        return f"{prompt}«{self._decode(span[:limit])} ... {len(span) - limit - 1} more ... {self._decode(span[-1:])}»"
 
-    def _mark_tokens(self, ids: Sequence[int]) -> str:
-        text, pending = "", []
-        for i, token in enumerate(ids, start=1):
-            pending.append(token)
-            piece = self.tokenizer.decode(pending)
-            if "\ufffd" not in piece or len(pending) == 4 or i == len(ids):  # UTF-8 takes at most 4 bytes
-                text += f"«{piece}»"
-                pending = []
-        return text
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids)).rstrip("\ufffd")  # a character may be cut in its midst
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -53,6 +53,7 @@ class ShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for trainer.strategy=fsdp: one dimension of parallelism, over all ranks of all nodes."""
 
     def setup_environment(self) -> None:
+        """Set the mesh's sizes, which Lightning would otherwise guess."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
@@ -83,10 +84,10 @@ def make_strategy(name: str) -> Any:
 
 
 class Parallelism:
-    """What a Trainer's devices hold of a student, and how ranks add up what they computed."""
+    """Spreads a student over a Trainer's devices, and adds up what ranks computed."""
 
     def __init__(self, trainer: Trainer | None = None):
-        """Of `trainer`; None: a student that is whole, in one process."""
+        """Read the strategy of `trainer`; None: a student that is whole, in one process."""
         self.strategy = None if trainer is None else trainer.strategy
         self.world_size = 1 if trainer is None else trainer.world_size
         self.precision = None if trainer is None else trainer.precision
@@ -139,7 +140,7 @@ class Parallelism:
 
     @property
     def loss_factor(self) -> int:
-        """What a loss is multiplied by: FSDP takes the mean over ranks, and coefficients are the global batch's."""
+        """Factor of a loss: FSDP takes the mean over ranks, and the coefficients are the global batch's."""
         return self.world_size if self.is_divided else 1
 
     def keep_gradients_local(self) -> AbstractContextManager[None]:

@@ -35,7 +35,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "config.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A causal language model to score with and to train."""
+    """Settings and loading of a causal language model to score with and to train."""
 
     name: str
     """What runs are filed under."""

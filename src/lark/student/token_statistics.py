@@ -28,7 +28,7 @@ VERSION = 1  # raise when a statistic changes its meaning: cached statistics are
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The student's last linear map: logits_NV = softcap(scale * hidden_ND @ weight_VD.T + bias_V)."""
+    """Last linear map of a student: logits_NV = softcap(scale * hidden_ND @ weight_VD.T + bias_V)."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None

@@ -79,8 +79,8 @@ class TokenizedPool:
         """Log what the pool holds, one row as it is trained, and problems that stand in two places."""
         sizes = Counter(self.problem_id)
         held = len(set(self.problem_id[self.is_held_out]))
-        shared = {name: found["in_pool"] for name, found in self.overlaps.items() if found["in_pool"]}
-        overlap = "problems of eval sets: " + ", ".join(f"{n:,} of {name}" for name, n in shared.items())
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items() if n)
+        shared = ", ".join(f"{one['in_pool']:,} of {name}" for name, one in self.overlaps.items() if one["in_pool"])
         counts = (
             (int((self.correct == 0).sum()), "known wrong"),
             (self.truncated, "cut to task.max_length"),
@@ -90,12 +90,11 @@ class TokenizedPool:
         )
         parts = [
             f"{len(self.rows):,} trajectories of {len(sizes):,} problems ({held:,} held out)",
-            ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.items() if n) + " dropped"
-            if any(self.dropped.values())
-            else "none dropped",
+            f"dropped: {dropped}" if dropped else "none dropped",
             *(f"{count:,} {what}" for count, what in counts if count),
-            *([overlap if shared else "no overlap with eval sets"] if self.overlaps else []),
         ]
+        if self.overlaps:
+            parts.append(f"it has problems of eval sets: {shared}" if shared else "no overlap with eval sets")
         announce("pool", "; ".join(parts))
         logger.info("pool       %s tokens, longest %s", f"{int(self.length.sum()):,}", f"{int(self.length.max()):,}")
         example = self.chat.preview(self.read_tokens(self.scored[:1])[0], limit=24).replace("\n", "⏎").replace("»«", "")
