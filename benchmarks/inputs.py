@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from lark.experiment.console import quiet_libraries
 from lark.scoring.statistics_pass import Probe
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2
 from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark
 from lark.student.student import Student
@@ -63,7 +63,7 @@ def open_data(
     data = TrajectoryDataModule(
         task=task,
         student=Student(name="student", path=arguments.model_path, dtype=dtype, lora=lora),
-        selector=Rule(name="lark", score=Lark(), policy=Policy(kind="chi2", budget=2)),
+        selector=Rule(name="lark", score=Lark(), policy=Chi2(budget=2)),
         baseline=None,
         recipe=recipe or Recipe(),
         probe=probe or Probe(),

@@ -102,7 +102,7 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     from lark.experiment.statistics_file import write_statistics
     from lark.pool.pool import read_pool
     from lark.scoring.statistics_pass import Probe
-    from lark.selection.policies import Policy
+    from lark.selection.policies import Chi2, TopB
     from lark.selection.rule import Rule
     from lark.selection.scores.statistics import Lark, Length, Random
     from lark.student.student import Student
@@ -116,8 +116,8 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     data = TrajectoryDataModule(
         task=Task(name="synthetic", pool=str(pool), checker="number", max_length=2**20),
         student=Student(name="tiny", path="shipped:tiny", template="chatml", dtype="float32"),
-        selector=Rule(name="lark", score=Lark() if scoring else Length(sign=1), policy=Policy(kind="chi2", budget=2)),
-        baseline=Rule(name="random", score=Random(seed=0), policy=Policy(kind="top_b", budget=2)),
+        selector=Rule(name="lark", score=Lark() if scoring else Length(sign=1), policy=Chi2(budget=2)),
+        baseline=Rule(name="random", score=Random(seed=0), policy=TopB(budget=2)),
         recipe=Recipe(steps=1, batch_size=16, lr=1e-4),
         probe=Probe(),
         seed=0,

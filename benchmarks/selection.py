@@ -20,7 +20,7 @@ import numpy as np
 from profiles import resident_peak_bytes
 
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2, TopB
 from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark, RankSurprisal
 from lark.selection.selection import Selection, select
@@ -30,8 +30,8 @@ BUDGET = 2
 SAMPLE = 20_000  # problems that the loop goes through
 SECONDS, GIGABYTES = 20.0, 2.0
 RULES = {
-    "lark": Rule(name="lark", score=Lark(), policy=Policy(kind="chi2", budget=BUDGET)),
-    "rsr": Rule(name="rsr", score=RankSurprisal(clip=100), policy=Policy(kind="top_b", budget=BUDGET)),
+    "lark": Rule(name="lark", score=Lark(), policy=Chi2(budget=BUDGET)),
+    "rsr": Rule(name="rsr", score=RankSurprisal(clip=100), policy=TopB(budget=BUDGET)),
 }
 
 

@@ -128,7 +128,7 @@ def make_data(tmp_path, make_student, make_trainer):
     """A TrajectoryDataModule over the small pool; settings go to the part they are named after, and `selector` and
     `baseline` may be other scores than lark's and random, `scorer` another student to ask."""
     from lark.scoring.statistics_pass import Probe
-    from lark.selection.policies import Policy
+    from lark.selection.policies import Chi2, TopB
     from lark.selection.rule import Rule
     from lark.selection.scores.statistics import Lark, Random
     from lark.tasks.task import Task
@@ -142,10 +142,8 @@ def make_data(tmp_path, make_student, make_trainer):
             task=Task(**fixed | (task or {})),
             student=make_student(**student or {}),
             scorer=rules.get("scorer"),
-            selector=Rule(name="lark", score=rules.get("selector", Lark()), policy=Policy(kind="chi2", budget=2)),
-            baseline=Rule(
-                name="random", score=rules.get("baseline", Random(seed=0)), policy=Policy(kind="top_b", budget=2)
-            ),
+            selector=Rule(name="lark", score=rules.get("selector", Lark()), policy=Chi2(budget=2)),
+            baseline=Rule(name="random", score=rules.get("baseline", Random(seed=0)), policy=TopB(budget=2)),
             recipe=Recipe(**{"steps": 4, "batch_size": 6, "lr": 1e-3} | (recipe or {})),
             probe=replace(Probe(batch_tokens=600), **probe or {}),
             seed=0,

@@ -5,7 +5,7 @@ import pytest
 
 from lark.diagnostics import composition
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2, Prior, TopB
 from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Length
 from lark.selection.selection import select
@@ -38,13 +38,13 @@ def rows_of(problem):
 
 
 def test_shares_are_those_of_the_selection():
-    _, selection, q_N = chosen(Policy(kind="chi2", budget=2))
+    _, selection, q_N = chosen(Chi2(budget=2))
     assert q_N[selection.row - 100] == pytest.approx(selection.q)
     assert q_N.sum() == pytest.approx(4) and (q_N > 0).sum() == len(selection.row)
 
 
 def test_teachers_beside_a_random_choice():
-    own, _, q_N = chosen(Policy(kind="top_b", budget=2))
+    own, _, q_N = chosen(TopB(budget=2))
     found = composition.teachers(own, q_N)
     assert list(found) == sorted(found, key=lambda name: -found[name]["share"])
     for name, row in found.items():
@@ -56,7 +56,7 @@ def test_teachers_beside_a_random_choice():
 
 
 def test_concentration_by_its_definitions():
-    own, _, q_N = chosen(Policy(kind="chi2", budget=2))
+    own, _, q_N = chosen(Chi2(budget=2))
     found = composition.concentration(own, q_N, budget=2, resamples=100)
     assert found["effective_sample_size"] == pytest.approx(q_N.sum() ** 2 / np.square(q_N).sum())
     sizes = {problem: len(rows_of(problem)) for problem in "pqrs"}
@@ -72,7 +72,7 @@ def test_concentration_by_its_definitions():
 
 
 def test_taking_everything_is_no_distance():
-    own, _, q_N = chosen(Policy(kind="prior"))
+    own, _, q_N = chosen(Prior())
     found = composition.concentration(own, q_N, budget=None, resamples=100)
     assert found["chi2_within_problem"].mean == pytest.approx(0, abs=1e-12)
     assert found["chi2_whole"] == pytest.approx(0, abs=1e-12)
@@ -80,8 +80,8 @@ def test_taking_everything_is_no_distance():
 
 
 def test_gaps_of_the_budget_policy():
-    own, selection, _ = chosen(Policy(kind="chi2", budget=2))
-    found = composition.gaps(own, selection, Policy(kind="chi2", budget=2), seed=0)
+    own, selection, _ = chosen(Chi2(budget=2))
+    found = composition.gaps(own, selection, Chi2(budget=2), seed=0)
     gaps = {"p": (0.9 + 0.5) / 2 - 0.2, "q": 0.0, "r": (0.5 + 0.4) / 2 - 0.3}  # s has no candidate to exclude
     assert found["problems"] == 3 and found["no_gap"] == 1
     assert found["gap"]["p50"] == pytest.approx(np.median(list(gaps.values())))
@@ -98,7 +98,7 @@ def test_difficulty_bins_keep_equal_problems_together():
 
 def test_coverage_by_difficulty():
     correct = [1, 0, 1, 1, 0, 0, 1, np.nan, 1, 1, 1, 1, 1]
-    own, _, q_N = chosen(Policy(kind="top_b", budget=2))
+    own, _, q_N = chosen(TopB(budget=2))
     loss_N, correct_N = np.repeat([1.0, 4.0, 2.0, 3.0], [4, 3, 5, 1]), np.array(correct, float)
     measures = composition.difficulties(own, {"loss": loss_N, "correct": correct_N})
     assert measures["loss"].tolist() == [1.0, 4.0, 2.0, 3.0]
@@ -115,7 +115,7 @@ def test_coverage_by_difficulty():
 
 
 def test_problems_without_a_choice_are_counted_as_such():
-    own, _, _ = chosen(Policy(kind="top_b", budget=1))
+    own, _, _ = chosen(TopB(budget=1))
     q_N = np.where(np.array(PROBLEM) == "p", 0.25, 0.0)
     rows = composition.coverage(own, q_N, np.arange(4.0), None)
     assert [row["problems_with_choice"] for row in rows] == [1, 0, 0, 0]

@@ -22,7 +22,8 @@ from selection.test_policies import chi2, normal, solve, water_filling
 
 from lark.common.groups import Groups
 from lark.scoring.passes import Gradients
-from lark.selection.policies import Policy, weights
+from lark.selection.policies import KL, Chi2, make_policy
+from lark.selection.policy_weights import compute_weights
 from lark.selection.scores.gradients import LarkExact
 from lark.selection.scores.statistics import Lark
 from lark.student.token_statistics import Head, compute_token_statistics
@@ -521,7 +522,7 @@ def threshold_taus(score, prior):
 def test_weights_meet_the_optimality_conditions(score, prior, tau):
     """4.1, 4.2: stationary where positive, no gain elsewhere; and who is positive."""
     prior = prior[: len(score)]
-    q_K, _ = solve(Policy(tau=tau), score, prior)
+    q_K, _ = solve(Chi2(tau=tau), score, prior)
     e_K, p_K = np.array(score), normal(prior)
     slope_K = e_K - tau * (q_K - p_K) / p_K  # of the objective
     nu = slope_K[np.argmax(e_K)]
@@ -541,13 +542,13 @@ def test_a_budget_is_the_largest_tau_that_leaves_that_many(score, prior, budget)
     """4.3: in exact arithmetic on both sides of tau_B."""
     prior, ordered = prior[: len(score)], sorted(score, reverse=True)
     assume(len(score) > budget and ordered[0] - ordered[budget] > 1e-6)
-    q_K, result = solve(Policy(budget=budget), score, prior)
+    q_K, result = solve(Chi2(budget=budget), score, prior)
     p_K, tau_b = normal(prior), result.tau_G[0]
     assert tau_b == pytest.approx(threshold_taus(score, prior)[score.index(ordered[budget])], rel=1e-9)
     np.testing.assert_allclose(q_K, p_K * np.maximum(np.array(score) - ordered[budget], 0) / tau_b, atol=1e-9)
     np.testing.assert_allclose(q_K, water_filling(score, p_K, tau_b), atol=1e-9)
-    assert np.count_nonzero(solve(Policy(tau=tau_b * (1 - 1e-9)), score, prior)[0]) <= budget
-    assert np.count_nonzero(solve(Policy(tau=tau_b * (1 + 1e-6)), score, prior)[0]) > budget
+    assert np.count_nonzero(solve(Chi2(tau=tau_b * (1 - 1e-9)), score, prior)[0]) <= budget
+    assert np.count_nonzero(solve(Chi2(tau=tau_b * (1 + 1e-6)), score, prior)[0]) > budget
     if len(set(prior)) == 1:
         gap = np.mean(ordered[:budget]) - ordered[budget]
         assert tau_b == pytest.approx(budget / len(score) * gap) and result.gap_G[0] == pytest.approx(gap)
@@ -560,7 +561,7 @@ def test_a_radius_has_its_tau_and_while_all_have_weight_adds_standard_deviations
     assume(np.ptp(score) > 1e-3)
     prior = prior[: len(score)]
     e_K, p_K = np.array(score), normal(prior)
-    q_K, result = solve(Policy(radius=radius), score, prior)
+    q_K, result = solve(Chi2(radius=radius), score, prior)
     best = p_K[e_K == e_K.max()].sum()
     assert chi2(q_K, p_K) == pytest.approx(min(radius, 1 / best - 1), rel=1e-6)
     mean = p_K @ e_K
@@ -570,7 +571,7 @@ def test_a_radius_has_its_tau_and_while_all_have_weight_adds_standard_deviations
         assert result.tau_G[0] == pytest.approx(deviation / np.sqrt(radius))
     else:
         assert q_K @ e_K <= mean + np.sqrt(radius) * deviation + 1e-9
-    path = [solve(Policy(tau=tau), score, prior)[0] for tau in (0.01, 0.1, 1.0, 10.0)]
+    path = [solve(Chi2(tau=tau), score, prior)[0] for tau in (0.01, 0.1, 1.0, 10.0)]
     for sharper, flatter in itertools.pairwise(path):
         assert chi2(sharper, p_K) >= chi2(flatter, p_K) - 1e-9 and sharper @ e_K >= flatter @ e_K - 1e-9
 
@@ -610,7 +611,7 @@ def moved(policy, score, change, prior=None):
 def test_at_fixed_tau_weights_move_by_half_the_changes_range_over_tau(score, prior, change, tau, kind):
     """5.1: for any prior, for kl as well."""
     change = tau * np.array(change[: len(score)])
-    distance, _, _ = moved(Policy(kind=kind, tau=tau), score, change, prior[: len(score)])
+    distance, _, _ = moved(make_policy(kind=kind, tau=tau), score, change, prior[: len(score)])
     assert distance <= np.ptp(change) / (2 * tau) + 1e-9
     assert np.ptp(change) <= 2 * np.abs(change).max()
 
@@ -618,9 +619,9 @@ def test_at_fixed_tau_weights_move_by_half_the_changes_range_over_tau(score, pri
 def test_the_constant_of_fixed_tau_is_attained():
     """5.1: half the mass up, half down, all with weight before and after."""
     change = np.array([0.1, 0.1, -0.1, -0.1])
-    distance, _, _ = moved(Policy(tau=1.0), [0.0, 0.1, 0.2, 0.1], change)
+    distance, _, _ = moved(Chi2(tau=1.0), [0.0, 0.1, 0.2, 0.1], change)
     assert distance == pytest.approx(0.1)  # ||de||_inf / tau
-    unequal, _, _ = moved(Policy(tau=1.0), [0.0, 0.1, 0.2], [0.1, 0.1, -0.1], [1.0, 2.0, 3.0])
+    unequal, _, _ = moved(Chi2(tau=1.0), [0.0, 0.1, 0.2], [0.1, 0.1, -0.1], [1.0, 2.0, 3.0])
     assert unequal == pytest.approx(0.1)
 
 
@@ -634,13 +635,13 @@ def test_scores_that_are_a_little_off_cost_the_objective_a_square(score, prior, 
     def objective(q_K):
         return q_K @ np.array(score) - tau / 2 * chi2(q_K, p_K)
 
-    best, _ = solve(Policy(tau=tau), score, prior)
-    off, _ = solve(Policy(tau=tau), np.add(score, change).tolist(), prior)
+    best, _ = solve(Chi2(tau=tau), score, prior)
+    off, _ = solve(Chi2(tau=tau), np.add(score, change).tolist(), prior)
     regret = objective(best) - objective(off)
     assert -1e-9 * (1 + tau) <= regret <= np.ptp(change) ** 2 / (4 * tau) + 1e-9 * (1 + tau)
 
 
-@pytest.mark.parametrize("policy", [Policy(budget=2), Policy(radius=1.0), Policy(radius=0.25)])
+@pytest.mark.parametrize("policy", [Chi2(budget=2), Chi2(radius=1.0), Chi2(radius=0.25)])
 def test_neither_budget_nor_radius_has_a_global_constant(policy):
     """5.3: a tiny change exchanges two candidates."""
     for size in (1e-3, 1e-6, 1e-9):
@@ -661,7 +662,7 @@ def test_by_budget_weights_move_by_twice_the_changes_range_over_the_gap(score, c
     """5.4: uniform prior; the larger of the gaps before and after."""
     assume(len(score) > budget)
     change = size * np.array(change[: len(score)])
-    distance, before, after = moved(Policy(budget=budget), score, change)
+    distance, before, after = moved(Chi2(budget=budget), score, change)
     gap = max(before.gap_G[0], after.gap_G[0])
     assert distance * gap <= 2 * np.ptp(change) + 1e-9 <= 4 * np.abs(change).max() + 1e-9
 
@@ -671,7 +672,7 @@ def test_the_constant_of_a_budget_is_attained(budget):
     """5.4: all chosen candidates change places with as many others; so 8 is not needed and 3.99 is too little."""
     score = np.repeat([1.0, -1.0], budget)
     change = -score * (1 + 1e-9)
-    distance, result, _ = moved(Policy(budget=budget), score.tolist(), change)
+    distance, result, _ = moved(Chi2(budget=budget), score.tolist(), change)
     assert distance == pytest.approx(2)
     assert distance * result.gap_G[0] / np.abs(change).max() == pytest.approx(4)
 
@@ -682,7 +683,7 @@ def test_with_any_prior_it_is_tau_b_and_the_mass_of_who_is_chosen(score, prior, 
     """5.5: the mass of the best before and after is at most 1."""
     assume(len(score) > budget)
     prior, change = prior[: len(score)], size * np.array(change[: len(score)])
-    distance, before, after = moved(Policy(budget=budget), score, change, prior)
+    distance, before, after = moved(Chi2(budget=budget), score, change, prior)
     mass = normal(prior)[(before.q_N > 0) | (after.q_N > 0)].sum()
     assert distance * before.tau_G[0] <= 2 * mass * np.ptp(change) + 1e-9
 
@@ -692,7 +693,7 @@ def share_of_bound(policy, score_GK, prior_GK, change_GK):
     G, K = score_GK.shape
     groups, tie_N = Groups(np.repeat(np.arange(G), K), G), np.arange(G * K).astype(np.uint64)
     before, after = (
-        weights(policy, e_GK.ravel(), groups, tie_N, prior_GK.ravel(), seed=0)
+        compute_weights(policy, e_GK.ravel(), groups, tie_N, prior_GK.ravel(), seed=0)
         for e_GK in (score_GK, score_GK + change_GK)
     )
     distance_G = groups.sum(np.abs(after.q_N - before.q_N))
@@ -708,7 +709,7 @@ def share_of_bound(policy, score_GK, prior_GK, change_GK):
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("policy", [Policy(tau=0.5), Policy(kind="kl", tau=0.5), Policy(budget=1), Policy(budget=3)])
+@pytest.mark.parametrize("policy", [Chi2(tau=0.5), KL(tau=0.5), Chi2(budget=1), Chi2(budget=3)])
 def test_a_search_for_the_worst_case_comes_close_to_the_bounds_and_never_over(policy, uniform):
     """5.1, 5.4, 5.5: 1,000 problems climb, each keeping what moves its weights further."""
     rng = np.random.default_rng(0)
@@ -730,7 +731,7 @@ def test_a_search_for_the_worst_case_comes_close_to_the_bounds_and_never_over(po
 def test_with_a_prior_the_gap_alone_bounds_nothing():
     """5.5: a heavy candidate enters, of whom the gap before knows nothing."""
     prior, size = [1.0, 1.0, 1e9], 1e-3
-    distance, result, _ = moved(Policy(budget=2), [1.0, 0.0, 0.0], [0.0, -size, size], prior)
+    distance, result, _ = moved(Chi2(budget=2), [1.0, 0.0, 0.0], [0.0, -size, size], prior)
     assert result.gap_G[0] == pytest.approx(0.5) and distance == pytest.approx(2, rel=1e-3)
     assert distance * result.gap_G[0] > 900 * size
 
@@ -745,10 +746,10 @@ def test_the_proxys_error_ends_up_in_the_weights(seed, spread, common, share):
     error_K = exact_K / kappa - proxy_K
     tau = share * np.ptp(proxy_K)
     assume(tau > 1e-6)
-    distance, _, _ = moved(Policy(tau=tau), proxy_K.tolist(), error_K)
+    distance, _, _ = moved(Chi2(tau=tau), proxy_K.tolist(), error_K)
     assert distance <= np.ptp(error_K) / (2 * tau) + 1e-9
     assert np.ptp(error_K) <= 2 * bounds(residuals(p.gram, p.brier_K, kappa), p.loss_K).max() / kappa + 1e-9 * tau
-    scaled, _ = solve(Policy(budget=1), exact_K.tolist())
-    distance, result, _ = moved(Policy(budget=1), proxy_K.tolist(), error_K)
-    np.testing.assert_allclose(solve(Policy(budget=1), (exact_K / kappa).tolist())[0], scaled)  # kappa changes nothing
+    scaled, _ = solve(Chi2(budget=1), exact_K.tolist())
+    distance, result, _ = moved(Chi2(budget=1), proxy_K.tolist(), error_K)
+    np.testing.assert_allclose(solve(Chi2(budget=1), (exact_K / kappa).tolist())[0], scaled)  # kappa changes nothing
     assert distance * result.gap_G[0] <= 2 * np.ptp(error_K) + 1e-9 * np.ptp(proxy_K)

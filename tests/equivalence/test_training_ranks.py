@@ -14,7 +14,7 @@ from lightning import Trainer
 from torch.multiprocessing.spawn import spawn
 
 from lark.scoring.statistics_pass import Probe
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2
 from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark
 from lark.student.distributed import ShardedStrategy
@@ -46,7 +46,7 @@ def make(folder: Path, student: dict[str, Any], recipe: dict[str, Any], trainer)
     return TrajectoryDataModule(
         task=Task(name="sums", pool=str(folder / "pool.jsonl"), checker="number", held_out=0.25, max_length=256),
         student=Student(**{"name": "small", **student}),
-        selector=Rule(name="lark", score=Lark(), policy=Policy(kind="chi2", budget=2)),
+        selector=Rule(name="lark", score=Lark(), policy=Chi2(budget=2)),
         baseline=None,
         recipe=Recipe(**{"steps": STEPS, "batch_size": 4, "lr": 1e-4, "micro_batch_tokens": 1} | recipe),
         probe=Probe(batch_tokens=600),

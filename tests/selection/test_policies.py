@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from lark.common.groups import Groups, tie_hash
-from lark.selection.policies import Policy, PolicyResult, weights
+from lark.selection.policies import KL, Chi2, Policy, Prior, Sample, TopB
+from lark.selection.policy_weights import PolicyResult, compute_weights
 
 NAN = float("nan")
 
@@ -22,7 +23,7 @@ def solve(
     groups = Groups(np.zeros(rows, np.int64), 1)
     tie_N = tie_hash(0, ["p"] * rows, range(rows))
     prior_N = np.ones(rows) if prior is None else np.array(prior, float)
-    result = weights(policy, np.array(score, float), groups, tie_N, prior_N, seed=0, problem_ids=["p"] * rows)
+    result = compute_weights(policy, np.array(score, float), groups, tie_N, prior_N, seed=0, problem_ids=["p"] * rows)
     return result.q_N, result
 
 
@@ -59,23 +60,23 @@ score_lists = st.builds(
 )
 priors = st.lists(st.floats(0.05, 5), min_size=7, max_size=7)
 policies = st.one_of(
-    st.builds(Policy, budget=st.integers(1, 5)),
-    st.builds(Policy, tau=st.sampled_from([1e-3, 0.2, 1.0, 50.0, 1e6])),
-    st.builds(Policy, radius=st.sampled_from([0.0, 0.01, 0.5, 1.3, 4.0])),
-    st.builds(Policy, kind=st.just("kl"), budget=st.integers(1, 5)),
-    st.builds(Policy, kind=st.just("kl"), tau=st.sampled_from([0.5, 2e6])),
-    st.builds(Policy, kind=st.just("kl"), tau=st.sampled_from([0.5, 2e6]), budget=st.integers(1, 5)),
-    st.builds(Policy, kind=st.just("top_b"), budget=st.integers(1, 5)),
-    st.builds(Policy, kind=st.just("prior")),
+    st.builds(Chi2, budget=st.integers(1, 5)),
+    st.builds(Chi2, tau=st.sampled_from([1e-3, 0.2, 1.0, 50.0, 1e6])),
+    st.builds(Chi2, radius=st.sampled_from([0.0, 0.01, 0.5, 1.3, 4.0])),
+    st.builds(KL, budget=st.integers(1, 5)),
+    st.builds(KL, tau=st.sampled_from([0.5, 2e6])),
+    st.builds(KL, tau=st.sampled_from([0.5, 2e6]), budget=st.integers(1, 5)),
+    st.builds(TopB, budget=st.integers(1, 5)),
+    st.builds(Prior),
 )
-sampling = st.one_of(policies, st.builds(Policy, kind=st.just("sample"), budget=st.integers(1, 5)))
+sampling = st.one_of(policies, st.builds(Sample, budget=st.integers(1, 5)))
 
 
 @given(score_lists, priors, st.sampled_from([1e-3, 0.05, 0.7, 3.0, 1e3, 1e7]))
 @settings(max_examples=150, deadline=None)
 def test_chi2_by_tau_equals_exact_water_filling(score, prior, tau):
     prior = prior[: len(score)]
-    q, result = solve(Policy(tau=tau), score, prior)
+    q, result = solve(Chi2(tau=tau), score, prior)
     np.testing.assert_allclose(q, water_filling(score, normal(prior), tau), rtol=0, atol=1e-10)
     assert result.tau_G.tolist() == [tau]
 
@@ -86,7 +87,7 @@ def test_chi2_by_budget_is_the_tau_solution_at_tau_b(score, prior, budget):
     prior = prior[: len(score)]
     ordered = sorted(score, reverse=True)
     assume(len(score) > budget and ordered[0] > ordered[budget])
-    q, result = solve(Policy(budget=budget), score, prior)
+    q, result = solve(Chi2(budget=budget), score, prior)
     tau_b = sum(pk * max(0.0, ek - ordered[budget]) for pk, ek in zip(normal(prior), score, strict=True))
     np.testing.assert_allclose(result.tau_G, [tau_b], rtol=1e-12)
     np.testing.assert_allclose(q, water_filling(score, normal(prior), tau_b), rtol=0, atol=1e-10)
@@ -98,7 +99,7 @@ def test_chi2_by_budget_is_the_tau_solution_at_tau_b(score, prior, budget):
 @settings(max_examples=150, deadline=None)
 def test_chi2_by_radius_is_a_water_filling_on_the_radius(score, prior, radius):
     prior = normal(prior[: len(score)])
-    q, result = solve(Policy(radius=radius), score, prior)  # type: ignore[arg-type]
+    q, result = solve(Chi2(radius=radius), score, prior)  # type: ignore[arg-type]
     best = np.array(score) == max(score)
     if radius >= 1 / prior[best].sum() - 1:
         np.testing.assert_allclose(q, np.where(best, prior / prior[best].sum(), 0), atol=1e-14)
@@ -111,7 +112,7 @@ def test_chi2_by_radius_is_a_water_filling_on_the_radius(score, prior, radius):
 @pytest.mark.parametrize("tau", [0.05, 0.4, 2.0])
 def test_chi2_by_tau_maximises_the_penalised_score(tau):
     score, prior = np.array([0.3, -0.2, 0.5, 0.1]), np.array([0.1, 0.4, 0.2, 0.3])
-    q, _ = solve(Policy(tau=tau), score, prior)  # type: ignore[arg-type]
+    q, _ = solve(Chi2(tau=tau), score, prior)  # type: ignore[arg-type]
     found = minimize(
         lambda x: -(x @ score - tau / 2 * chi2(x, prior)),
         prior,
@@ -128,7 +129,7 @@ def test_chi2_by_tau_maximises_the_penalised_score(tau):
 def test_no_random_point_within_the_radius_scores_higher(seed, radius):
     rng = np.random.default_rng(seed)
     score, prior = rng.normal(size=6), rng.dirichlet(np.ones(6) * 3)
-    q, _ = solve(Policy(radius=radius), score, prior)  # type: ignore[arg-type]
+    q, _ = solve(Chi2(radius=radius), score, prior)  # type: ignore[arg-type]
     point_RK = rng.dirichlet(np.ones(6), 300)
     distance_R = ((point_RK - prior) ** 2 / prior).sum(1)
     shrink_R = np.minimum(1, np.sqrt(radius / distance_R))  # towards the prior, onto the radius
@@ -167,7 +168,7 @@ def test_order_of_rows_changes_nothing(policy, problems, random):
         ids = [problem_ids[row] for row in order]
         tie_N = tie_hash(3, ids, [candidate_ids[row] for row in order])
         groups = Groups.from_ids(ids)
-        return weights(policy, score_N[order], groups, tie_N, prior_N[order], seed=3, problem_ids=ids).q_N
+        return compute_weights(policy, score_N[order], groups, tie_N, prior_N[order], seed=3, problem_ids=ids).q_N
 
     order = np.arange(score_N.size)
     straight = run(order)
@@ -181,8 +182,8 @@ def test_a_million_rows_do_not_disturb_each_other():
     score_N = rng.normal(size=index_N.size) * 10.0 ** rng.integers(-6, 7, 200_000)[index_N]
     tie_N = np.arange(index_N.size).astype(np.uint64)
     groups = Groups(index_N, 200_000)
-    for policy in (Policy(tau=1e-6), Policy(radius=0.7), Policy(budget=2)):
-        q_N = weights(policy, score_N, groups, tie_N, np.ones(index_N.size), seed=0).q_N
+    for policy in (Chi2(tau=1e-6), Chi2(radius=0.7), Chi2(budget=2)):
+        q_N = compute_weights(policy, score_N, groups, tie_N, np.ones(index_N.size), seed=0).q_N
         np.testing.assert_allclose(groups.sum(q_N), 1, atol=1e-12)
         for group in range(0, 200_000, 20_011):
             rows = index_N == group
@@ -193,22 +194,22 @@ def test_a_million_rows_do_not_disturb_each_other():
 def test_effective_sample_size_follows_from_the_radius(score, radius):
     tied = score.count(max(score))
     assume(radius < len(score) / tied - 1)
-    q, _ = solve(Policy(radius=radius), score)
+    q, _ = solve(Chi2(radius=radius), score)
     assert 1 / (q**2).sum() == pytest.approx(len(score) / (1 + radius))
 
 
 @given(score_lists, st.integers(1, 6))
 def test_a_budget_costs_at_least_its_chi2(score, budget):
-    q, _ = solve(Policy(budget=budget), score)
+    q, _ = solve(Chi2(budget=budget), score)
     assert chi2(q, np.full(len(score), 1 / len(score))) >= len(score) / budget - 1 - 1e-9
 
 
 def test_the_limits_of_tau_are_the_prior_and_the_best():
     score, prior = [0.1, 0.3, -2.0], [0.2, 0.3, 0.5]
-    np.testing.assert_allclose(solve(Policy(tau=1e12), score, prior)[0], prior, atol=1e-11)
-    np.testing.assert_array_equal(solve(Policy(tau=1e-9), score, prior)[0], [0, 1, 0])
-    np.testing.assert_allclose(solve(Policy(radius=0), score, prior)[0], prior, atol=1e-15)
-    np.testing.assert_array_equal(solve(Policy(radius=100), score, prior)[0], [0, 1, 0])
+    np.testing.assert_allclose(solve(Chi2(tau=1e12), score, prior)[0], prior, atol=1e-11)
+    np.testing.assert_array_equal(solve(Chi2(tau=1e-9), score, prior)[0], [0, 1, 0])
+    np.testing.assert_allclose(solve(Chi2(radius=0), score, prior)[0], prior, atol=1e-15)
+    np.testing.assert_array_equal(solve(Chi2(radius=100), score, prior)[0], [0, 1, 0])
 
 
 perturbations = st.lists(st.floats(-1, 1), min_size=7, max_size=7)
@@ -221,7 +222,7 @@ def test_weights_by_tau_move_by_at_most_the_scores_change_over_tau(score, prior,
     # gradient, the weights, is 1/tau-Lipschitz from the maximum norm to the 1-norm.
     moved = (np.array(score) + tau * np.array(change[: len(score)])).tolist()
     prior = prior[: len(score)]
-    before, after = (solve(Policy(tau=tau), e, prior)[0] for e in (score, moved))
+    before, after = (solve(Chi2(tau=tau), e, prior)[0] for e in (score, moved))
     assert np.abs(after - before).sum() <= np.abs(np.subtract(moved, score)).max() / tau + 1e-9
 
 
@@ -235,8 +236,8 @@ def test_weights_by_tau_move_by_at_most_the_scores_change_over_tau(score, prior,
 def test_weights_by_budget_move_by_at_most_twice_the_range_of_the_change_over_the_gap(score, change, size, budget):
     assume(len(score) > budget)
     change_K = size * np.array(change[: len(score)])
-    before, result = solve(Policy(budget=budget), score)
-    after, _ = solve(Policy(budget=budget), np.array(score) + change_K)  # type: ignore[arg-type]
+    before, result = solve(Chi2(budget=budget), score)
+    after, _ = solve(Chi2(budget=budget), np.array(score) + change_K)  # type: ignore[arg-type]
     assert np.abs(after - before).sum() * result.gap_G[0] <= 2 * np.ptp(change_K) + 1e-9
 
 
@@ -244,12 +245,12 @@ def test_weights_by_budget_move_by_at_most_twice_the_range_of_the_change_over_th
 
 
 def test_budget_by_hand():
-    q, result = solve(Policy(budget=2), [3.0, 1.0, 2.0, 0.0])
+    q, result = solve(Chi2(budget=2), [3.0, 1.0, 2.0, 0.0])
     np.testing.assert_allclose(q, [2 / 3, 0, 1 / 3, 0])
     assert result.tau_G[0] == pytest.approx(3 / 4) and result.gap_G[0] == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize("policy", [Policy(budget=3), Policy(kind="kl", budget=3), Policy(kind="top_b", budget=3)])
+@pytest.mark.parametrize("policy", [Chi2(budget=3), KL(budget=3), TopB(budget=3)])
 @pytest.mark.parametrize("score", [[5.0], [5.0, 1.0], [5.0, NAN, 1.0, 0.0], [1.0, 1.0, 1.0]])
 def test_nothing_excluded_is_the_prior(policy, score):
     prior = np.arange(1.0, len(score) + 1)
@@ -260,7 +261,7 @@ def test_nothing_excluded_is_the_prior(policy, score):
     assert result.gap_G[0] == np.inf
 
 
-@pytest.mark.parametrize("policy", [Policy(budget=2), Policy(kind="kl", budget=2), Policy(kind="top_b", budget=2)])
+@pytest.mark.parametrize("policy", [Chi2(budget=2), KL(budget=2), TopB(budget=2)])
 def test_more_than_the_budget_tied_at_the_top_are_chosen_by_hash(policy):
     prior = [1.0, 2.0, 3.0, 4.0, 9.0]
     q, result = solve(policy, [1.0, 1.0, 1.0, 1.0, 0.0], prior)
@@ -272,12 +273,12 @@ def test_more_than_the_budget_tied_at_the_top_are_chosen_by_hash(policy):
 
 
 def test_rows_tied_with_the_best_excluded_leave_and_are_counted():
-    q, result = solve(Policy(budget=3), [2.0, 1.0, 1.0, 1.0, 0.0])
+    q, result = solve(Chi2(budget=3), [2.0, 1.0, 1.0, 1.0, 0.0])
     assert q.tolist() == [1, 0, 0, 0, 0]
     assert result.zero_weight_G.tolist() == [2] and not result.tied_G[0]
 
 
-@pytest.mark.parametrize("policy", [Policy(budget=2), Policy(tau=1.0), Policy(radius=0.5), Policy(kind="kl", tau=1.0)])
+@pytest.mark.parametrize("policy", [Chi2(budget=2), Chi2(tau=1.0), Chi2(radius=0.5), KL(tau=1.0)])
 def test_invalid_rows_never_get_weight(policy):
     for score, prior in (
         ([NAN, 1.0, 0.5, -np.inf, 3.0], [1, 1, 1, 1, 1]),
@@ -293,7 +294,7 @@ def test_a_problem_without_valid_candidates_is_dropped_and_counted(policy):
     groups = Groups.from_ids(["a", "b", "b", "c"])
     tie_N = np.arange(4).astype(np.uint64)
     score_N, prior_N = np.array([NAN, 1.0, 2.0, 5.0]), np.array([1.0, 1.0, 1.0, 0.0])
-    result = weights(policy, score_N, groups, tie_N, prior_N, seed=0, problem_ids=["a", "b", "b", "c"])
+    result = compute_weights(policy, score_N, groups, tie_N, prior_N, seed=0, problem_ids=["a", "b", "b", "c"])
     assert result.empty.tolist() == [True, False, True]
     np.testing.assert_allclose(groups.sum(result.q_N), [0, 1, 0])
     assert result.record()["problems_without_valid"] == 2
@@ -303,7 +304,7 @@ def test_a_problem_without_valid_candidates_is_dropped_and_counted(policy):
 @given(sampling)
 def test_nothing_at_all_is_no_error(policy):
     empty = np.zeros(0)
-    result = weights(policy, empty, Groups.from_ids([]), empty.astype(np.uint64), empty, seed=0, problem_ids=[])
+    result = compute_weights(policy, empty, Groups.from_ids([]), empty.astype(np.uint64), empty, seed=0, problem_ids=[])
     assert result.q_N.size == 0
     assert all(value in (0, None) for value in result.record().values())
 
@@ -311,7 +312,7 @@ def test_nothing_at_all_is_no_error(policy):
 def test_record_counts_problems_and_summarises_gaps():
     groups = Groups.from_ids(["a"] * 3 + ["b"] * 3 + ["c"])
     score_N = np.array([3.0, 1.0, 0.0, 2.0, 2.0, 2.0, 1.0])
-    result = weights(Policy(budget=1), score_N, groups, np.arange(7).astype(np.uint64), np.ones(7), seed=0)
+    result = compute_weights(Chi2(budget=1), score_N, groups, np.arange(7).astype(np.uint64), np.ones(7), seed=0)
     record = result.record()
     assert (record["problems_within_budget"], record["problems_tied_at_top"]) == (1, 1)
     assert record["gap"] == {"p10": pytest.approx(0.2), "p50": pytest.approx(1.0), "p90": pytest.approx(1.8)}
@@ -324,27 +325,27 @@ def test_record_counts_problems_and_summarises_gaps():
 def test_kl_by_tau_is_a_softmax(score, prior, tau):
     prior = normal(prior[: len(score)])
     mass = prior * np.exp((np.array(score) - max(score)) / tau)
-    np.testing.assert_allclose(solve(Policy(kind="kl", tau=tau), score, prior)[0], mass / mass.sum(), atol=1e-12)  # type: ignore[arg-type]
+    np.testing.assert_allclose(solve(KL(tau=tau), score, prior)[0], mass / mass.sum(), atol=1e-12)  # type: ignore[arg-type]
 
 
 def test_kl_by_budget_is_a_softmax_at_tau_b_over_the_best():
-    q, result = solve(Policy(kind="kl", budget=2), [3.0, 1.0, 2.0, 0.0])
+    q, result = solve(KL(budget=2), [3.0, 1.0, 2.0, 0.0])
     mass = np.exp(np.array([3.0, 2.0]) / 0.75)  # tau_B = (2 + 1) / 4
     np.testing.assert_allclose(q[[0, 2]], mass / mass.sum())
     assert q[[1, 3]].tolist() == [0, 0] and result.tau_G[0] == pytest.approx(0.75)
-    q, _ = solve(Policy(kind="kl", budget=2, tau=5.0), [3.0, 1.0, 2.0, 0.0])
+    q, _ = solve(KL(budget=2, tau=5.0), [3.0, 1.0, 2.0, 0.0])
     np.testing.assert_allclose(q[0] / q[2], np.exp(1 / 5))
 
 
 def test_top_b_is_the_prior_on_the_best():
-    q, _ = solve(Policy(kind="top_b", budget=2), [3.0, 1.0, 2.0, 0.0], [1, 5, 3, 5])
+    q, _ = solve(TopB(budget=2), [3.0, 1.0, 2.0, 0.0], [1, 5, 3, 5])
     np.testing.assert_allclose(q, [0.25, 0, 0.75, 0])
 
 
 def test_sample_draws_by_hash_from_the_chi2_solution():
     score, budget = [0.1, 0.4, 0.3, 0.0, 0.25], 3
-    chi2_q, _ = solve(Policy(tau=0.3), score)
-    q, _ = solve(Policy(kind="sample", budget=budget, tau=0.3), score)
+    chi2_q, _ = solve(Chi2(tau=0.3), score)
+    q, _ = solve(Sample(budget=budget, tau=0.3), score)
     order = np.argsort(-np.array(score))
     expected = np.zeros(5)
     for draw in range(budget):
@@ -359,10 +360,10 @@ def test_sample_is_unbiased(tau):
     score, budget, problems = [0.1, 0.4, 0.3, 0.0], 2, 20_000
     ids = [str(g) for g in range(problems) for _ in score]
     groups = Groups.from_ids(ids)
-    policy = Policy(kind="sample", budget=budget, tau=tau)
+    policy = Sample(budget=budget, tau=tau)
     score_N, tie_N = np.tile(score, problems), np.arange(4 * problems).astype(np.uint64)
-    result = weights(policy, score_N, groups, tie_N, np.ones(score_N.size), seed=1, problem_ids=ids)
-    expected, _ = solve(Policy(budget=budget) if tau is None else Policy(tau=tau), score)
+    result = compute_weights(policy, score_N, groups, tie_N, np.ones(score_N.size), seed=1, problem_ids=ids)
+    expected, _ = solve(Chi2(budget=budget) if tau is None else Chi2(tau=tau), score)
     error = np.sqrt(expected * (1 - expected) / (budget * problems))
     assert (np.abs(result.q_N.reshape(problems, 4).mean(0) - expected) <= 4.5 * error).all()
     assert set(np.unique(result.q_N)) == {0.0, 0.5, 1.0}
@@ -370,16 +371,16 @@ def test_sample_is_unbiased(tau):
 
 @pytest.mark.parametrize("rows", range(2, 40))
 def test_the_largest_possible_draw_hits_the_last_row_whatever_the_rounding(rows, monkeypatch):
-    monkeypatch.setattr("lark.selection.policies.unit_hash", lambda *args, salt: np.full(rows, 1 - 2.0**-53))
-    q, _ = solve(Policy(kind="sample", budget=rows), -np.arange(float(rows)))  # type: ignore[arg-type]
+    monkeypatch.setattr("lark.selection.policy_weights.unit_hash", lambda *args, salt: np.full(rows, 1 - 2.0**-53))
+    q, _ = solve(Sample(budget=rows), -np.arange(float(rows)))  # type: ignore[arg-type]
     assert q[-1] == 1
 
 
 def test_prior_takes_all_valid_candidates():
-    q, _ = solve(Policy(kind="prior"), [0.3, NAN, 0.1], [1, 1, 3])
+    q, _ = solve(Prior(), [0.3, NAN, 0.1], [1, 1, 3])
     np.testing.assert_allclose(q, [0.25, 0, 0.75])
 
 
 def test_a_score_of_plus_infinity_is_our_error():
     with pytest.raises(AssertionError):
-        solve(Policy(budget=1), [np.inf, 0.0])
+        solve(Chi2(budget=1), [np.inf, 0.0])

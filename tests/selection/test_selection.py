@@ -11,10 +11,10 @@ from scipy.stats import spearmanr
 from lark.common.groups import Groups
 from lark.selection.candidates import Candidates
 from lark.selection.export import export_selection
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2, Prior, Sample, make_policy
 from lark.selection.rule import Between, Rule
 from lark.selection.scores.statistics import Constant, Lark, Length, Likelihood, Random
-from lark.selection.selection import Selection, select, within_problem_spearman
+from lark.selection.selection import Selection, compute_mean_spearman, select
 
 TEACHERS = np.array(["terse", "verbose", "careful", "terse", None], object)
 
@@ -46,7 +46,7 @@ def pool(problems=30, seed=0) -> Candidates:
 
 
 def rule(score=None, *, filter=None, name="mine", **policy) -> Rule:
-    return Rule(name=name, score=score or Lark(), policy=Policy(**(policy or {"budget": 2})), filter=filter)
+    return Rule(name=name, score=score or Lark(), policy=make_policy(**(policy or {"budget": 2})), filter=filter)
 
 
 def ids(rows: Candidates, selection: Selection) -> dict[tuple[str, str], float]:
@@ -163,7 +163,7 @@ def test_candidates_without_a_score_are_never_chosen_and_are_counted():
         missing = (None, math.nan, -math.inf)
         return np.array([missing[i % 9 // 3] if i % 3 == 0 else 1.0 * i for i in range(len(candidates))], object)
 
-    policies = Policy(budget=5), Policy(kind="prior"), Policy(tau=1e9), Policy(kind="sample", budget=50)
+    policies = Chi2(budget=5), Prior(), Chi2(tau=1e9), Sample(budget=50)
     for policy in policies:
         selection = select(Rule(name="mine", score=score, policy=policy), rows, seed=0)
         assert not missing_N[selection.row - 100].any()
@@ -201,7 +201,7 @@ def test_filters_of_every_kind(tmp_path, monkeypatch):
     }
     for which, expected in filters.items():
         mine = rule(filter=which)
-        assert mine.keep(rows).tolist() == expected.tolist(), which
+        assert mine.compute_mask(rows).tolist() == expected.tolist(), which
         selection = select(mine, rows, seed=0)
         assert expected[selection.row - 100].all()
         assert np.isnan(selection.score_N[~expected]).all()
@@ -269,9 +269,9 @@ def test_a_filter_that_is_no_mask_or_lets_nothing_through_is_one_sentence(filter
 def test_settings_of_a_rule_are_checked():
     with pytest.raises(ValueError, match=r"selector\.filter\.min=5 is above selector\.filter\.max=4"):
         Between(column="num_tokens", min=5, max=4)
-    with pytest.raises(ValueError, match=r"selector\.score=None is no score"):
-        Rule(name="mine", score=None, policy=Policy(budget=1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"selector\.filter=\['correct'\] is no filter"):
+    with pytest.raises(ValueError, match=r"selector\.score=None is not a score"):
+        Rule(name="mine", score=None, policy=Chi2(budget=1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"selector\.filter=\['correct'\] is not a filter"):
         rule(filter=["correct"])
     with pytest.raises(ValueError, match=r"selector\.score='loss' names no function"):
         rule("loss")
@@ -321,13 +321,13 @@ def test_within_problem_spearman_is_the_mean_of_scipys():
         if len(set(a_N[inside])) > 1 and len(set(b_N[inside])) > 1:
             each.append(spearmanr(a_N[inside], b_N[inside])[0])
     assert 30 < len(each) < 60
-    assert within_problem_spearman(a_N, b_N, Groups.from_ids(problem_N)) == pytest.approx(np.mean(each), rel=1e-12)
+    assert compute_mean_spearman(a_N, b_N, Groups.from_ids(problem_N)) == pytest.approx(np.mean(each), rel=1e-12)
 
 
 def test_within_problem_spearman_without_a_problem_that_counts_is_none():
     groups = Groups.from_ids(["p", "p", "q"])
-    assert within_problem_spearman(np.full(3, math.nan), np.arange(3), groups) is None
-    assert within_problem_spearman(np.ones(3), np.arange(3), groups) is None
+    assert compute_mean_spearman(np.full(3, math.nan), np.arange(3), groups) is None
+    assert compute_mean_spearman(np.ones(3), np.arange(3), groups) is None
 
 
 # --- export

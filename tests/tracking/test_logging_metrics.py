@@ -18,7 +18,7 @@ from wandb_file import WandbRun, media, read_wandb
 
 from lark.common.cache import read_json
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2
 from lark.selection.rule import Rule
 from lark.selection.selection import Selection, select
 from lark.tracking.logging_metrics import selection_metrics, trajectory_rows
@@ -252,7 +252,7 @@ def choose(candidates: Candidates, *, seed: int = 1) -> Selection:
     """By a score that is random, and missing for every tenth candidate."""
     score_N = np.random.default_rng(seed).random(len(candidates))
     score_N[::10] = np.nan
-    rule = Rule(name=f"rule{seed}", score=lambda _: score_N, policy=Policy(kind="chi2", budget=2))  # type: ignore[arg-type]
+    rule = Rule(name=f"rule{seed}", score=lambda _: score_N, policy=Chi2(budget=2))  # type: ignore[arg-type]
     return select(rule, candidates, seed=0)
 
 

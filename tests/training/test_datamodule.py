@@ -12,7 +12,7 @@ from lark.common.table_cache import read_columns, read_row_numbers
 from lark.pool.pool import held_out
 from lark.scoring.passes import Gradients, LocalWindows, MeanHidden, Statistics
 from lark.scoring.statistics_pass import PassModule, ProbeModule
-from lark.selection.policies import Policy
+from lark.selection.policies import TopB
 from lark.selection.rule import Rule
 from lark.selection.scores.coverage import Coverage
 from lark.selection.scores.gradients import GradNorm, LarkExact, LarkHead, LossDrop
@@ -20,7 +20,7 @@ from lark.selection.scores.statistics import InstructionDifficulty, Length, Loca
 from lark.student.chat import load_template
 from lark.training.sft_module import SFTModule
 
-POLICY = Policy(kind="top_b", budget=2)
+POLICY = TopB(budget=2)
 KINDS = [
     LarkExact(),
     LossDrop(),

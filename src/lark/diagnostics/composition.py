@@ -13,7 +13,8 @@ import numpy as np
 
 from lark.common.groups import Groups, tie_hash
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy, prior_weights, weights
+from lark.selection.policies import Policy
+from lark.selection.policy_weights import compute_prior, compute_weights
 from lark.selection.selection import Selection
 from lark.selection.within_problem import (
     average_over_problems,
@@ -80,10 +81,9 @@ def gaps(candidates: Candidates, selection: Selection, policy: Policy, *, seed: 
     score change that may move all of q (||dq||_1 = 2) at the quantile, gap / 4. `no_gap`: problems where it is 0.
     """
     groups, score_N = candidates.groups, selection.score_N
-    column = {"uniform": None, "per_teacher": "teacher"}.get(policy.prior, policy.prior)
-    prior_N = prior_weights(policy.prior, None if column is None else candidates[column], groups, np.isfinite(score_N))
+    prior_N = compute_prior(policy.prior, candidates.__getitem__, groups, np.isfinite(score_N))
     tie_N = tie_hash(seed, candidates.problem_id, candidates.candidate_id)
-    result = weights(policy, score_N, groups, tie_N, prior_N, seed=seed, problem_ids=candidates.problem_id)
+    result = compute_weights(policy, score_N, groups, tie_N, prior_N, seed=seed, problem_ids=candidates.problem_id)
     gap_G = result.gap_G
     here_G = np.isfinite(gap_G)
     valid_N = np.isfinite(score_N)

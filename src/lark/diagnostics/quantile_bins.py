@@ -17,7 +17,7 @@ from lark.common.groups import tie_hash, unit_hash
 from lark.comparison.comparison import compute_curve_mean
 from lark.comparison.inference import compute_paired_difference
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import Prior
 from lark.selection.rule import Rule
 from lark.selection.selection import Selection, select
 from lark.training.arms import Arm
@@ -53,7 +53,7 @@ def selections_of(
         def score(candidates: Candidates) -> np.ndarray:
             return np.where(bin_N == number, 0.0, np.nan)
 
-        return Rule(name=f"{rule} bin {number + 1} of {bins}", score=score, policy=Policy(kind="prior"))
+        return Rule(name=f"{rule} bin {number + 1} of {bins}", score=score, policy=Prior())
 
     return {
         f"bin-{number + 1}": select(chosen(number), candidates, seed=seed, trained_tokens_N=tokens_N)

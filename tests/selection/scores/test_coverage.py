@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lark.common.groups import tie_hash, unit_hash
 from lark.scoring.passes import MeanHidden
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import TopB
 from lark.selection.rule import Rule
 from lark.selection.scores import coverage
 from lark.selection.scores.coverage import Coverage
@@ -129,7 +129,7 @@ def test_the_first_round_takes_the_budget_of_every_problem_and_any_count_works()
         assert [round_of.count(problem) for problem in sizes] == expected
         done = first
     for budget in (1, 2, 5):
-        rule = Rule(name="coverage", score=score, policy=Policy(kind="top_b", budget=budget))
+        rule = Rule(name="coverage", score=score, policy=TopB(budget=budget))
         chosen = select(rule, rows, seed=0)
         assert len(chosen.row) == sum(min(size, budget) for size in sizes.values())
 

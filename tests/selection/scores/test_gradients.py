@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lark.common.groups import unit_hash
 from lark.scoring.passes import GradientMatches, Gradients, HeadGradients, LossDrops, ProjectedGradients, Statistics
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2
 from lark.selection.rule import Rule
 from lark.selection.scores.gradients import Grace, GradMatch, GradNorm, LarkExact, LarkHead, LossDrop
 from lark.selection.scores.statistics import Lark
@@ -127,7 +127,7 @@ def test_a_filters_survivors_have_their_own_gram_matrix():
     rng = np.random.default_rng(1)
     vectors, losses = rng.normal(size=(5, 3)), rng.uniform(0.5, 2, 5)
     rows = with_gradients(["p"] * 5, vectors, losses, kept=[True, False, True, True, False])
-    rule = Rule(name="lark_exact", score=LarkExact(), filter="kept", policy=Policy(budget=1))
+    rule = Rule(name="lark_exact", score=LarkExact(), filter="kept", policy=Chi2(budget=1))
     score_N = select(rule, rows, seed=0).score_N
     kept = [0, 2, 3]
     np.testing.assert_allclose(score_N[kept], gains_by_derivative(vectors[kept], losses[kept]), rtol=1e-6)

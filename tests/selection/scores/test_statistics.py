@@ -1,5 +1,4 @@
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from omegaconf import OmegaConf
 from lark.config import build
 from lark.scoring.passes import ContentAlone, LocalWindows, Statistics
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import Chi2, TopB
 from lark.selection.rule import Between, Rule
 from lark.selection.scores.statistics import (
     STATISTICS,
@@ -28,7 +27,6 @@ from lark.selection.scores.statistics import (
     Random,
     Rank,
     RankSurprisal,
-    imported,
 )
 from lark.selection.selection import select
 from lark.student.token_statistics import TokenStatistics, sum_by_step, sum_by_trajectory
@@ -169,7 +167,7 @@ def test_a_filter_recomputes_lark_on_the_survivors():
     rows = candidates(
         ["p"] * 3, loss=[1.0, 3.0, 2.0], brier=[0.5, 0.3, 1.2], num_tokens=[10, 100, 50], kept=[True, True, False]
     )
-    rule = Rule(name="lark", score=Lark(), filter="kept", policy=Policy(budget=1))
+    rule = Rule(name="lark", score=Lark(), filter="kept", policy=Chi2(budget=1))
     score_N = select(rule, rows, seed=0).score_N
     np.testing.assert_allclose(score_N, [0.2, 0.0, math.nan], atol=1e-15)
     assert abs(Lark()(rows)[0] - 0.2) > 0.05
@@ -403,7 +401,7 @@ def test_a_filter_keeps_the_candidates_whose_score_lies_between():
     assert below_one(rows).tolist() == [True, True, False]
     assert below_one.needs == (Statistics(), ContentAlone())
     assert Between(score=InstructionDifficulty(), min=0.1)(rows).tolist() == [True, False, False]  # NaN does not pass
-    rule = Rule(name="shortest", score=Length(sign=-1), filter=below_one, policy=Policy(kind="top_b", budget=3))
+    rule = Rule(name="shortest", score=Length(sign=-1), filter=below_one, policy=TopB(budget=3))
     assert select(rule, rows, seed=0).row.tolist() == [0, 1]
 
 
@@ -438,52 +436,3 @@ def test_random_depends_on_seed_and_ids_and_on_no_order():
 
 def test_constant_says_the_same_of_all():
     assert Constant()(candidates(["p", "q"])).tolist() == [0.0, 0.0]
-
-
-def test_a_function_is_imported_from_the_working_folder(tmp_path, monkeypatch):
-    (tmp_path / "my_rule_in_cwd.py").write_text("def score(candidates):\n    return -candidates['loss']\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    score = imported("my_rule_in_cwd:score", "selector.score")
-    assert score(candidates(["p"], loss=[2.0])).tolist() == [-2.0]
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("my_rule", "names no function; set it to module:function"),
-        (":score", "names no function"),
-        (".relative:score", "names no function"),
-        ("no such module:score", "names no function"),
-        ("no_such_module:score", "could not be imported .No module named 'no_such_module'.; is its folder"),
-        ("no_such_package.rules:score", "could not be imported .No module named 'no_such_package'.; is its folder"),
-        ("math.rules:score", "could not be imported .No module named 'math.rules'"),
-        ("math:no_such_function", "names no function: the module has no 'no_such_function'; set one that it defines"),
-        ("broken_rule:score", "could not be imported .*broken_rule.py, line 1..; correct that line"),
-        ("math:pi", "is a float, not a function of the candidates"),
-    ],
-)
-def test_what_cannot_be_imported_is_an_error_that_names_the_setting(path, message, tmp_path, monkeypatch):
-    (tmp_path / "broken_rule.py").write_text("def score(:\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    with pytest.raises(ValueError, match=f"selector.score='{path}' {message}"):
-        imported(path, "selector.score")
-
-
-@pytest.mark.parametrize(
-    ("line", "error", "message"),
-    [
-        ("math.no_such_name", AttributeError, "module 'math' has no attribute 'no_such_name'"),
-        ("from math import no_such_name", ImportError, "cannot import name 'no_such_name'"),
-        ("import no_such_package", ModuleNotFoundError, "No module named 'no_such_package'"),
-        ("raise ValueError('my own')", ValueError, "^my own$"),
-    ],
-)
-def test_what_a_module_raises_while_it_is_imported_passes_through(line, error, message, tmp_path, monkeypatch):
-    (tmp_path / "raising_rule.py").write_text(f"import math\n{line}\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    with pytest.raises(error, match=message) as raised:
-        imported("raising_rule:score", "selector.score")
-    assert raised.type is error

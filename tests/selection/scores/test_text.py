@@ -12,7 +12,7 @@ from scipy.stats import chi2
 
 from lark.scoring.passes import Statistics
 from lark.selection.candidates import Candidates
-from lark.selection.policies import Policy
+from lark.selection.policies import TopB
 from lark.selection.rule import Rule
 from lark.selection.scores import text as pool_scores
 from lark.selection.scores.text import Column, Correct, RuleQuality, Teacher, TeacherMatched
@@ -189,7 +189,7 @@ def test_a_column_that_is_not_there_or_holds_no_numbers_is_one_sentence():
 
 
 def rule(score: Callable[[Candidates], np.ndarray], budget: int = 2, filter=None) -> Rule:
-    return Rule(name="mine", score=score, filter=filter, policy=Policy(kind="top_b", budget=budget))
+    return Rule(name="mine", score=score, filter=filter, policy=TopB(budget=budget))
 
 
 def taking(wanted: dict[str, str], rows: Candidates) -> Selection:

@@ -7,9 +7,6 @@ names the passes (lark.scoring.passes) that it reads. Scores over the pool's own
 Shapes: N candidates, S steps of all candidates, end to end.
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -288,30 +285,3 @@ def _steps(tokens_N: np.ndarray) -> tuple[np.ndarray, Groups]:
 def _end_to_end(column_N: np.ndarray) -> np.ndarray:
     """The arrays of a ragged column end to end, float64 [S]."""
     return np.concatenate([np.zeros(0), *column_N])
-
-
-def imported(path: str, setting: str) -> Callable[[Candidates], np.ndarray]:
-    """The function a user names as `module:function`, found as Python finds modules and in the working folder.
-
-    Raises LarkError naming `setting` when there is no such function or its source is no Python. What else a module
-    raises while it is imported, a module that it misses itself included, is its author's and passes through.
-    """
-    module, _, name = path.partition(":")
-    if not name or not all(part.isidentifier() for part in module.split(".")):
-        raise LarkError(f"{setting}={path!r} names no function; set it to module:function, as in my_module:my_score")
-    if os.getcwd() not in sys.path:  # an installed command starts without it, `python -m` with it
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise LarkError(f"{setting}={path!r} could not be imported ({error}); is its folder on PYTHONPATH?") from error
-    except SyntaxError as error:
-        raise LarkError(f"{setting}={path!r} could not be imported ({error}); correct that line") from error
-    if not hasattr(found, name):
-        raise LarkError(f"{setting}={path!r} names no function: the module has no {name!r}; set one that it defines")
-    function = getattr(found, name)
-    if not callable(function):
-        raise LarkError(f"{setting}={path!r} is a {type(function).__name__}, not a function of the candidates")
-    return function  # type: ignore[return-value]
