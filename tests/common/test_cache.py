@@ -22,6 +22,7 @@ from lark.common.cache import (
     identity_hash,
     is_complete,
     read_json,
+    remove_path,
     write_json,
     write_text,
 )
@@ -111,14 +112,31 @@ def test_lock_says_that_it_waits_and_goes_on_when_it_is_free(tmp_path, monkeypat
     assert holder.stdout.readline() == b"held\n"
     printed = []
 
-    def let_go(line, **_):
-        printed.append(line)
+    def let_go(stage, text):
+        printed.append(text)
         holder.communicate()  # closes its input, on which it ends
 
-    monkeypatch.setattr(lark.common.cache, "print", let_go, raising=False)
+    monkeypatch.setattr(lark.common.cache, "announce", let_go)
     with hold_lock(path):
         assert holder.returncode == 0
-    assert printed == [f"waiting for {path}, held by another process"]
+    assert len(printed) == 1 and str(path) in printed[0]
+
+
+def test_nothing_is_removed_that_the_project_did_not_write(tmp_path):
+    for name in ("folder", "ours", "target", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "folder" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    for name in ("folder", "file"):
+        with pytest.raises(ValueError, match=f"{tmp_path / name} is in the way"):
+            remove_path(tmp_path / name)
+        assert (tmp_path / name).exists()
+    (tmp_path / "ours" / "selection.json").touch()
+    (tmp_path / "target" / "kept").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name in ("ours", "link", "empty", "missing"):
+        assert not remove_path(tmp_path / name).exists()
+    assert (tmp_path / "target" / "kept").exists()
 
 
 def test_writable(tmp_path):

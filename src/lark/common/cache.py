@@ -19,12 +19,16 @@ from typing import Any
 import filelock
 
 from lark.common.errors import LarkError
+from lark.common.log import announce
+
+MANIFESTS = ("manifest.json", "trained.json", "metrics.json", "selection.json", "selection.jsonl")
+"""Files that only our folders hold."""
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """First 16 hex digits of the sha256 of `identity` as canonical JSON: sorted keys, no spaces, no NaN.
+    """Return the first 16 hex digits of the sha256 of `identity` as canonical JSON: sorted keys, no spaces, no NaN.
 
-    Raises AssertionError where `identity` is no plain JSON: what goes into an identity is ours to choose.
+    Raises AssertionError where `identity` is not plain JSON: what goes into an identity is ours to choose.
     """
     try:
         text = json.dumps(dict(identity), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
@@ -34,7 +38,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file's bytes as 64 hex digits, read in pieces."""
+    """Return the sha256 of a file's bytes as 64 hex digits, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -80,7 +84,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def nan_to_none(value: Any) -> Any:
-    """The value with None for every number that is not finite, which JSON has not."""
+    """Replace every number that is not finite, which JSON does not have, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -91,7 +95,7 @@ def nan_to_none(value: Any) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file in UTF-8."""
+    """Read a JSON file in UTF-8."""
     return json.loads(Path(path).read_bytes())
 
 
@@ -99,7 +103,7 @@ def read_json(path: str | Path) -> Any:
 def hold_lock(path: str | Path) -> Iterator[None]:
     """Hold the lock of `path` (a file `<path>.lock` beside it) against other processes.
 
-    Waits as long as it takes, after a printed line that says so. The system frees the lock of a process that dies.
+    Waits as long as it takes, after a line that says so. The system frees the lock of a process that dies.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +111,7 @@ def hold_lock(path: str | Path) -> Iterator[None]:
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"waiting for {path}, held by another process", flush=True)
+        announce("waiting", f"for {path}, which another process holds")
         held.acquire()
     try:
         yield
@@ -116,15 +120,24 @@ def hold_lock(path: str | Path) -> Iterator[None]:
 
 
 def remove_path(path: Path) -> Path:
-    """The path with nothing there: a folder goes with what is in it, of a link only the link."""
+    """Remove what is at `path`, of a link only the link, and return the path.
+
+    Raises LarkError for what the project did not write: a file, or a folder that holds none of MANIFESTS.
+    """
     if path.is_dir() and not path.is_symlink():
+        if any(path.iterdir()) and not any((path / name).is_file() for name in MANIFESTS):
+            raise LarkError(
+                f"{path} is in the way and not one of ours (no {' or '.join(MANIFESTS)} in it); move it away"
+            )
         shutil.rmtree(path)
+    elif path.is_file() and not path.is_symlink():
+        raise LarkError(f"{path} is in the way: a file where a folder is to be written; move it away")
     path.unlink(missing_ok=True)
     return path
 
 
 def check_writable(folder: str | Path, setting: str) -> Path:
-    """The folder, made if it is missing and tried by writing to it.
+    """Make the folder if it is missing, try to write to it, and return it.
 
     setting: the name under which the user chose it, such as "paths.cache".
     Raises LarkError naming setting and folder if nothing can be written there.
@@ -143,7 +156,7 @@ def check_writable(folder: str | Path, setting: str) -> Path:
 
 
 def is_complete(folder: str | Path, manifest: str = "manifest.json") -> bool:
-    """Whether a folder was written to its end, that is whether its manifest, which is written last, exists."""
+    """Tell whether a folder was written to its end: its manifest, which is written last, exists."""
     return (Path(folder) / manifest).is_file()
 
 

@@ -1,8 +1,9 @@
-"""SIGTERM, by which a scheduler says that the machine is about to be taken away, and SIGINT (Ctrl-C): the process ends
-with exit code 143 or 130, and in training not before its last step is saved; a second Ctrl-C does not wait for that.
-Lightning's own handling is set aside: it talks to other ranks from inside the handler, at whatever point each of them
-happens to be. SIGUSR2, by which SLURM tells submitit's jobs that their time is over, is taken the same way and then
-left to submitit, which queues the job again.
+"""End the process on a signal, in training not before its last step is saved.
+
+SIGTERM, by which a scheduler says that the machine is about to be taken away, ends it with exit code 143, SIGINT
+(Ctrl-C) with 130; a second Ctrl-C does not wait for the step. Lightning's own handling is set aside: it talks to other
+ranks from inside the handler, at whatever point each of them happens to be. SIGUSR2, by which SLURM tells submitit's
+jobs that their time is over, is taken the same way and then left to submitit, which queues the job again.
 """
 
 import os
@@ -27,66 +28,66 @@ class TerminatedError(SystemExit):
 class _Signal:
     """There is one a process."""
 
-    terminable = False
-    asked = 0  # its number
+    is_handled = False
+    requested = 0  # its number
     since = 0.0
-    waits = False
+    is_deferred = False
     requeue: Any = None  # submitit's handler
     launchers: list[Any] = []  # noqa: RUF012
 
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT raise TerminatedError, at once or when training is ready for it."""
+    """Raise TerminatedError on SIGTERM and SIGINT inside the block, at once or when training is ready for it."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     _Signal.requeue = before[signal.SIGUSR2] if "SUBMITIT_EXECUTOR" in os.environ else None
-    _Signal.terminable = True
-    _take_over()
+    _Signal.is_handled = True
+    _register_handlers()
     try:
         yield
     finally:
-        _Signal.terminable, _Signal.asked, _Signal.waits, _Signal.requeue = False, 0, False, None
+        _Signal.is_handled, _Signal.requested, _Signal.is_deferred, _Signal.requeue = False, 0, False, None
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
 def is_requested() -> bool:
-    """Whether a signal has come and has not been obeyed yet."""
-    return bool(_Signal.asked)
+    """Tell whether a signal has asked the process to end and it has not ended yet."""
+    return bool(_Signal.requested)
 
 
-def get_name() -> str:
-    """Of the signal that has come."""
-    return signal.Signals(_Signal.asked or signal.SIGTERM).name
+def get_signal_name() -> str:
+    """Return the name of the signal that has come."""
+    return signal.Signals(_Signal.requested or signal.SIGTERM).name
 
 
 def defer() -> None:
-    """From here on a signal is noted only (see `asked`)."""
-    _Signal.waits = True
+    """Only note signals from here on (see `is_requested`)."""
+    _Signal.is_deferred = True
 
 
 def exit_now() -> NoReturn:
-    """Raises TerminatedError; under submitit, rank 0 is queued again, and no other rank's end counts as a failure."""
-    if _Signal.asked == signal.SIGUSR2 and _Signal.requeue is not None:
+    """Raise TerminatedError; under submitit, rank 0 is queued again, and no other rank's end counts as a failure."""
+    if _Signal.requested == signal.SIGUSR2 and _Signal.requeue is not None:
         _Signal.requeue(signal.SIGUSR2, None)  # ends rank 0
         raise TerminatedError(0)
-    raise TerminatedError(128 + (signal.SIGINT if _Signal.asked == signal.SIGINT else signal.SIGTERM))
+    raise TerminatedError(128 + (signal.SIGINT if _Signal.requested == signal.SIGINT else signal.SIGTERM))
 
 
 def resume() -> None:
-    """The end of `wait`. Raises TerminatedError if a signal has come meanwhile."""
-    _Signal.waits = False
-    if _Signal.asked:
+    """End what `defer` began. Raises TerminatedError if a signal has come meanwhile."""
+    _Signal.is_deferred = False
+    if _Signal.requested:
         exit_now()
 
 
 def stop_deferring() -> None:
-    """The end of `wait` on the way out of an error."""
-    _Signal.waits = False
+    """End what `defer` began, on the way out of an error."""
+    _Signal.is_deferred = False
 
 
-def _take_over() -> None:
+def _register_handlers() -> None:
     if threading.current_thread() is threading.main_thread():  # others get no signals
         signal.signal(signal.SIGTERM, _note)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # ignored in the background of a shell script
@@ -96,21 +97,27 @@ def _take_over() -> None:
 
 
 def _note(signum: int, frame: Any) -> None:
-    if _Signal.asked and signum == signal.SIGINT and (rank_zero_only.rank == 0 or _Signal.asked == signal.SIGINT):
+    if (
+        _Signal.requested
+        and signum == signal.SIGINT
+        and (rank_zero_only.rank == 0 or _Signal.requested == signal.SIGINT)
+    ):
         _tell("interrupted")
         for launcher in _Signal.launchers:
             launcher.kill(signal.SIGKILL)  # as Lightning does when it is interrupted
         raise TerminatedError(128 + signum)
-    if _Signal.asked and (_Signal.waits or time.monotonic() - _Signal.since < PATIENCE):  # schedulers repeat themselves
+    if _Signal.requested and (
+        _Signal.is_deferred or time.monotonic() - _Signal.since < PATIENCE
+    ):  # schedulers repeat themselves
         return
-    _Signal.asked, _Signal.since = signum, time.monotonic()
+    _Signal.requested, _Signal.since = signum, time.monotonic()
     for launcher in _Signal.launchers:  # the ranks that this one started; a terminal has told them of Ctrl-C already
         launcher.kill(signal.SIGTERM if signum == signal.SIGINT else signum)
-    if _Signal.waits:
+    if _Signal.is_deferred:
         if signum == signal.SIGINT:
             _tell("SIGINT: the step at hand is finished and saved first (Ctrl-C once more: at once)")
         return
-    _tell(f"stopped by {get_name()}; what is finished is kept, and the same command goes on from there")
+    _tell(f"stopped by {get_signal_name()}; what is finished is kept, and the same command goes on from there")
     exit_now()
 
 
@@ -127,5 +134,5 @@ class Signals(Callback):
         launcher = trainer.strategy.launcher
         if launcher is not None and launcher not in _Signal.launchers:
             _Signal.launchers.append(launcher)
-        if _Signal.terminable:
+        if _Signal.is_handled:
             trainer._signal_connector.register_signal_handlers = lambda: None  # which comes after this

@@ -56,7 +56,7 @@ class CheckpointSaver(Callback):
             replace_checkpoint(trainer, self.path)
         if is_asked:
             logger.warning(
-                f"stopped by {signals.get_name()} after optimizer step {trainer.global_step}; the same command goes on from "
+                f"stopped by {signals.get_signal_name()} after optimizer step {trainer.global_step}; the same command goes on from "
                 f"{self.path}"
             )
             signals.exit_now()
