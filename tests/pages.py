@@ -37,5 +37,5 @@ def composed(command: str) -> DictConfig:
     first = [word if re.search(r"[\[{\"]", word) else word.partition(",")[0] for word in overrides]
     configuration.register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configuration.folder()), version_base="1.3"):
+    with initialize_config_dir(str(configuration.find_conf()), version_base="1.3"):
         return compose(name, first, return_hydra_config=True)

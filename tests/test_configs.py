@@ -16,8 +16,8 @@ from lark.student.student import Student
 from lark.tasks.task import Task
 from lark.tracking.tracking import Csv, Wandb
 
-CONF = configuration.folder()
-OPTIONS = [(group, name) for group in configuration.GROUPS for name in configuration.options(group)]
+CONF = configuration.find_conf()
+OPTIONS = [(group, name) for group in configuration.GROUPS for name in configuration.list_options(group)]
 REQUIRED = {
     ("task", "jsonl"): ["task.pool=pool.jsonl"],
     ("task", "hub"): ["task.pool=owner/name", "task.columns.messages=messages"],
@@ -44,7 +44,7 @@ def composed(*overrides: str) -> DictConfig:
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_option_composes_and_builds(group: str, name: str) -> None:
     config = composed(f"{group}={name}", *REQUIRED.get((group, name), []))
-    configuration.check(config)
+    configuration.check_config(config)
     configuration.check_types(config)
     assert config[group].name == name
     if group == "trainer":
@@ -74,10 +74,10 @@ def test_group_file_has_its_name_and_one_comment(group: str, name: str) -> None:
 
 
 def test_every_rule_can_be_the_baseline() -> None:
-    assert set(configuration.options("baseline")) == {*configuration.options("selector"), "none"}
+    assert set(configuration.list_options("baseline")) == {*configuration.list_options("selector"), "none"}
 
 
-@pytest.mark.parametrize("name", configuration.options("selector"))
+@pytest.mark.parametrize("name", configuration.list_options("selector"))
 def test_baseline_is_the_selector_of_its_name(name: str) -> None:
     config = composed(f"selector={name}", f"baseline={name}")
     assert config.baseline == config.selector

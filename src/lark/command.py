@@ -1,4 +1,4 @@
-"""What the commands that compose a configuration have in common: how they start, and what a user sees of an error.
+"""Start a command that composes a configuration, and show a user his errors.
 
 Imports nothing heavy: `--help` and `--cfg job` must answer at once.
 """
@@ -9,15 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lark import config as configuration
-from lark.common.errors import LarkError
-
-USER_ERRORS = (LarkError, OSError, HydraException, OmegaConfBaseException)
-"""What a user can act on: one sentence, no traceback. Anything else is a defect of ours and shows where."""
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -28,29 +22,33 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
     job: `job(config, folder, group=...)`, what a further rank that Lightning launched does at once.
     """
     child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
-    sys.argv = configuration.absolute_config_path(sys.argv)
-    os.environ[configuration.SWEEP_VARIABLE] = configuration.sweep_name(sys.argv)
+    sys.argv = configuration.resolve_config_path(sys.argv)
+    os.environ[configuration.SWEEP_VARIABLE] = configuration.hash_command(sys.argv)
     os.environ.setdefault("TQDM_DISABLE", "1")  # of libraries; ours say themselves where they are shown
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
         _join(Path(child), job) if child else hydra_main()
+        sys.stdout.flush()
     except KeyboardInterrupt:  # before the job has begun; then lark.common.signals answers
         print("lark: interrupted", file=sys.stderr)
         sys.exit(130)
-    except USER_ERRORS as error:  # Hydra's: jobs answer for themselves
-        if FULL_ERROR and not child:  # a child inherits what was set above
+    except BrokenPipeError:  # whoever reads the output (head) has seen enough; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        sys.exit(141)
+    except Exception as error:  # Hydra's: jobs answer for themselves
+        sentence = configuration.to_sentence(error)
+        if sentence is None or (FULL_ERROR and not child):  # a child inherits what was set above
             raise
-        if isinstance(error, OSError) and not isinstance(error, HydraException) and not child:
-            remedy = "set paths.logs (or hydra.run.dir) to a folder you may write to"
-            sys.exit(f"lark: {error.filename} cannot be written ({error.strerror}); {remedy}")
-        sys.exit(f"lark: {configuration.sentence(error)}")
+        if isinstance(error, OSError) and not child:
+            sentence += "; set paths.logs (or hydra.run.dir) to a folder you may write to"
+        sys.exit(f"lark: {sentence}")
     finally:
         os.environ.pop(configuration.SWEEP_VARIABLE, None)
 
 
 def write_replay(config: DictConfig, folder: Path) -> None:
-    """replay.yaml: every group composed, so that nothing has to be chosen again; what depends on `seed`, `budget` or
-    `paths.logs` still does, so that these can be overridden.
+    """Write replay.yaml: every group composed, so that nothing has to be chosen again; what depends on `seed`, `budget`
+    or `paths.logs` still does, so that these can be overridden.
     """
     from lark.common.cache import write_text
 
@@ -66,7 +64,7 @@ def write_replay(config: DictConfig, folder: Path) -> None:
 
 
 def _join(folder: Path, job: Callable[..., Any]) -> None:
-    """As a further rank: the same job from its resolved configuration, no Hydra."""
+    """Do, as a further rank, the same job from its resolved configuration, no Hydra."""
     from lark.common.signals import TerminatedError
 
     config = OmegaConf.load(folder / "replay.yaml")

@@ -1,4 +1,4 @@
-"""Where conf/ is, the one instantiate call, and configuration errors in one sentence.
+"""Find conf/, instantiate it, check settings by name and type, and put a user's errors into one sentence.
 
 Imports nothing heavy: `--help` and `--cfg job` must answer at once.
 """
@@ -6,13 +6,14 @@ Imports nothing heavy: `--help` and `--cfg job` must answer at once.
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -22,50 +23,65 @@ from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "selector", "baseline", "diagnostics", "trainer", "logger")
 BLOCKS = ("probe", "sft", "evaluation")
-VALUES = ("seed", "stop_after", "verbose", "budget", "match", "paths")
-STOPS = ("statistics", "selection", "training")
+VALUES: dict[str, Any] = {
+    "seed": Annotated[int, 0],
+    "stop_after": Literal["statistics", "selection", "training", None],
+    "verbose": bool,
+    "budget": Annotated[int, 1],
+    "match": Literal["trajectories", "tokens"],
+    "paths": dict,
+}
+"""What the settings of a run as a whole take; Annotated[int, n] is a whole number of at least n."""
+
 SWEEP_VARIABLE = "LARK_SWEEP"
-MATCHES = ("trajectories", "tokens")
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null",
+    dict: "a group of settings",
+}
 
 
-def folder() -> Path:
-    """conf/ of the installed package if it is there, else that of the checkout."""
+def find_conf() -> Path:
+    """Return conf/ of the installed package if it is there, else that of the checkout."""
     package = Path(__file__).parent
     for candidate in (package / "conf", package.parents[1] / "conf"):
         if (candidate / "config.yaml").is_file():
             return candidate
-    raise FileNotFoundError(f"conf/config.yaml is neither in {package} nor in {package.parents[1]}; reinstall lark")
+    raise LarkError(f"conf/config.yaml is neither in {package} nor in {package.parents[1]}; reinstall lark")
 
 
-def absolute_config_path(words: list[str]) -> list[str]:
-    """The command line with a --config-path of the working folder made absolute: Hydra would look beside its script."""
+def resolve_config_path(words: list[str]) -> list[str]:
+    """Make a --config-path of the working folder absolute in a command line: Hydra would look beside its script."""
 
-    def absolute(path: str) -> str:
+    def resolve(path: str) -> str:
         return str(Path(path).resolve()) if Path(path).is_dir() else path
 
     flags = ("--config-path", "-cp")
     result = [
-        f"--config-path={absolute(word.partition('=')[2])}" if word.startswith("--config-path=") else word
+        f"--config-path={resolve(word.partition('=')[2])}" if word.startswith("--config-path=") else word
         for word in words
     ]
-    return [absolute(word) if i and result[i - 1] in flags else word for i, word in enumerate(result)]
+    return [resolve(word) if i and result[i - 1] in flags else word for i, word in enumerate(result)]
 
 
 def register_resolvers() -> None:
-    """${lark.sweep:} names a multirun by the hash of its command line, so the same command goes on where it stopped."""
+    """Let ${lark.sweep:} name a multirun by the hash of its command line, so the same command continues it."""
     # from the environment, if it is there: the worker process of a launcher has another command line
-    name = lambda: os.environ.get(SWEEP_VARIABLE) or sweep_name(sys.argv)  # noqa: E731
+    name = lambda: os.environ.get(SWEEP_VARIABLE) or hash_command(sys.argv)  # noqa: E731
     OmegaConf.register_new_resolver("lark.sweep", name, replace=True)
 
 
-def sweep_name(words: list[str]) -> str:
-    """The name of the multirun that a command line starts."""
+def hash_command(words: list[str]) -> str:
+    """Return the name of the multirun that a command line starts."""
     told = sorted(word for word in words[1:] if word not in ("-m", "--multirun"))
     return hashlib.sha256("\0".join(told).encode()).hexdigest()[:12]
 
 
 def build(node: Any, **keywords: Any) -> Any:
-    """Instantiate a config node. What a constructor raises for a bad value reaches the user as it is."""
+    """Instantiate a config node; what a constructor raises passes as it is."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
@@ -73,54 +89,63 @@ def build(node: Any, **keywords: Any) -> Any:
         return instantiate(node, _convert_="all", **keywords)
     except InstantiationException as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, (ValueError, TypeError, OSError)):
+        while isinstance(cause, HydraException):
             cause = cause.__cause__
         if isinstance(cause, TypeError):  # a class of the user's own: ours are covered by check_types
             raise LarkError(f"{node.get('_target_')} does not take its settings: {cause}; correct them") from error
-        if cause is not None:
-            raise cause from error
-        raise
+        raise cause or error from error
 
 
-def check(config: DictConfig) -> None:
-    """What no constructor sees: the groups, and the settings that belong to the run as a whole."""
+def list_options(group: str) -> list[str]:
+    """List the names that `group=` takes."""
+    return sorted(path.stem for path in (find_conf() / group).glob("*.yaml"))
+
+
+def build_model_option(name: str) -> Any:
+    """Build the student that `model=<name>` would be."""
+    return build(_load_option("model", name)["model"])
+
+
+def _load_option(group: str, name: str) -> Any:
+    """Load a group's option over those that its defaults list names."""
+    own: Any = OmegaConf.load(find_conf() / group / f"{name}.yaml")
+    bases = [_load_option(group, base) for base in own.pop("defaults", []) if base != "_self_"]
+    return OmegaConf.merge(*bases, own)
+
+
+# --- checks
+
+
+def check_config(config: DictConfig) -> None:
+    """Validate groups and run-wide settings; components validate their own. Raises LarkError."""
     check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
-    if config.stop_after not in (None, *STOPS):
-        raise LarkError(f"stop_after={config.stop_after} is unknown; set it to one of {', '.join(STOPS)}, or null")
-    if not isinstance(config.verbose, bool):
-        raise LarkError(f"verbose={config.verbose} is not true or false; set one of them")
-    if config.match not in MATCHES:
-        raise LarkError(f"match={config.match} is unknown; set it to {' or '.join(MATCHES)}")
-    scorer = config.probe.get("model")
-    if scorer is not None and scorer not in options("model"):
-        raise LarkError(f"probe.model={scorer} is unknown; set it to null or one of {', '.join(options('model'))}")
-    if isinstance(config.budget, bool) or not isinstance(config.budget, int) or config.budget < 1:
-        raise LarkError(f"budget={config.budget} is no number of trajectories a problem; set it to 1 or more")
+    for name, hint in VALUES.items():
+        _check_value(name, config[name], hint)
+    _check_value("probe.model", config.probe.get("model"), Literal[*list_options("model"), None])
 
 
 def check_names(config: DictConfig, *, groups: Iterable[str], others: Iterable[str]) -> None:
-    """What every command's configuration has: its groups whole, nothing but these and `others`, a value for each, a
-    seed and folders.
+    """Validate what every command's configuration has: its groups whole, nothing but these and `others`, a value for
+    each setting, a seed and folders. Raises LarkError.
     """
     known = [*groups, *others]
     for group in groups:
         if not isinstance(config.get(group), DictConfig):
-            raise LarkError(_whole_group(group))
+            raise LarkError(_explain_whole_group(group))
     for name in config:
         if name not in known:
-            raise LarkError(_no_setting(str(name), known))
+            raise LarkError(_explain_unknown(str(name), known))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise LarkError(f"{missing[0]} has no value; set {missing[0]}=... on the command line")
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or config.seed < 0:
-        raise LarkError(f"seed={config.seed} is no whole number from 0 on; set for example seed=0")
+    _check_value("seed", config.seed, VALUES["seed"])
     for name, path in config.paths.items():
         if not isinstance(path, str) or not path:
-            raise LarkError(f"paths.{name}={path} is no folder; set it to one you may write to")
+            raise LarkError(f"paths.{name}={path} is not a folder; set it to one you may write to")
 
 
 def check_types(config: DictConfig, names: Iterable[str] = (*GROUPS, *BLOCKS)) -> None:
-    """Names and types of the settings against the dataclasses they build, which is what tells `sft.lr=abc` apart.
+    """Compare names and types of the settings with the classes they build, which is what tells `sft.lr=abc` apart.
 
     Raises LarkError naming the setting, its value and what it takes. Values in range are the constructors' business.
     """
@@ -129,138 +154,139 @@ def check_types(config: DictConfig, names: Iterable[str] = (*GROUPS, *BLOCKS)) -
 
 
 def _check_node(name: str, node: DictConfig) -> None:
+    """Check a config node, and those inside it, against the signature of its `_target_`."""
     from hydra.utils import get_object
 
-    target = node.get("_target_")
-    if target is not None:
+    if (target := node.get("_target_")) is not None:
         try:
             schema = get_object(target)
         except (ImportError, ValueError) as error:
-            raise LarkError(f"{name}._target_={target} cannot be imported; correct it") from error
-        if isinstance(schema, type) and dataclasses.is_dataclass(schema):
-            takes = [field.name for field in dataclasses.fields(schema) if field.init]
+            remedy = "correct it; if an earlier version of LARK wrote it (replay.yaml), run the command again"
+            raise LarkError(f"{name}._target_={target} cannot be imported: {remedy}") from error
+        if dataclasses.is_dataclass(schema) or (inspect.isfunction(schema) and target.startswith("lark.")):
+            takes = inspect.signature(schema).parameters
+            takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
             hints = get_type_hints(schema)
-            for key in (key for key in node if not str(key).startswith("_")):
-                if key not in takes:
-                    raise LarkError(_no_setting(f"{name}.{key}", [f"{name}.{other}" for other in takes]))
-                if not _fits(node[key], hints[key]):
-                    kind = _in_words(hints[key])
-                    raise LarkError(f"{name}.{key}={node[key]}: this setting takes {kind}; correct it or leave it out")
+            for key in (str(key) for key in node if not str(key).startswith("_")):
+                if key in takes:
+                    _check_value(f"{name}.{key}", node[key], hints[key])
+                elif not takes_any:
+                    raise LarkError(_explain_unknown(f"{name}.{key}", [f"{name}.{other}" for other in takes]))
     for key, value in node.items():
         if isinstance(value, DictConfig):
             _check_node(f"{name}.{key}", value)
 
 
+def _check_value(name: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        raise LarkError(f"{name}={value}: this setting takes {_describe(hint)}; correct it or leave it out")
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a config value may stand where `hint` is annotated; True for annotations that YAML cannot express."""
-    origin, members = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
+    """Tell whether a config value may stand where `hint` is annotated; True for what YAML cannot express."""
+    kind, members = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
         return any(_fits(value, member) for member in members)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    if hint is str or hint is type(None):
-        return isinstance(value, hint)
-    if origin is dict or dataclasses.is_dataclass(hint):
+    if kind is Annotated:
+        return _fits(value, members[0]) and value >= members[1]
+    if kind is Literal:
+        return not isinstance(value, bool) and value in members
+    if kind is float:
+        return type(value) in (int, float)
+    if kind in (int, bool, str, NoneType):
+        return type(value) is kind
+    if kind is dict or dataclasses.is_dataclass(kind):
         return isinstance(value, DictConfig)
-    if origin in (list, tuple):
-        if not isinstance(value, ListConfig):
-            return False
-        if origin is list or members[-1] is ...:
-            return all(_fits(item, members[0]) for item in value)
-        return len(value) == len(members) and all(map(_fits, value, members))
+    if kind in (list, tuple):
+        any_length = kind is list or members[-1] is ...
+        hints = members[:1] * len(value) if any_length and isinstance(value, ListConfig) else members
+        return isinstance(value, ListConfig) and len(value) == len(hints) and all(map(_fits, value, hints))
     return True
 
 
-def _in_words(hint: Any) -> str:
-    origin, members = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(map(_in_words, members))
-    if origin in (list, tuple):
-        kinds = {_in_words(member).removeprefix("a ") for member in members if member is not ...}
-        count = "" if origin is list or members[-1] is ... else f" of {len(members)}"
-        return f"a list{count}, each a {' or '.join(sorted(kinds))}"
-    if origin is dict or dataclasses.is_dataclass(hint):
-        return "a group of settings"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(hint, "something else")
+def _describe(hint: Any) -> str:
+    kind, members = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(map(_describe, members))
+    if kind is Annotated:
+        return f"{_describe(members[0])} of {members[1]} or more"
+    if kind is Literal:
+        return f"one of {', '.join('null' if member is None else str(member) for member in members)}"
+    if kind in (list, tuple):
+        kinds = sorted({_describe(member).removeprefix("a ") for member in members if member is not ...})
+        count = "" if kind is list or members[-1] is ... else f" of {len(members)}"
+        return f"a list{count}, each a {' or '.join(kinds)}"
+    return WORDS.get(dict if dataclasses.is_dataclass(kind) else kind, "something else")
 
 
-def _no_setting(name: str, known: list[str]) -> str:
-    group = name.partition(".")[0]
-    if name in known:
-        other = f"another option of {group}= has it" if group in GROUPS else "another command has it"
-        return f"{name} is no setting here: {other}; leave it out (--cfg job prints those there are)"
-    close = difflib.get_close_matches(name, known, 1)
-    remedy = f"did you mean {close[0]}? " if close else ""
-    return f"{name} is no setting; {remedy}--cfg job prints all of them"
+# --- sentences
 
 
-def _settings() -> list[str]:
-    """The names of all settings, whatever options the groups have."""
-    found: set[str] = set()
-    for path in sorted(folder().rglob("*.yaml")):
-        text = path.read_text()
-        if path.parent.parent != folder() and path.parent != folder():  # a plugin's, of Hydra's own
-            continue
-        inside = path.parent != folder() and "@package _global_" not in text
-        plain = OmegaConf.to_container(OmegaConf.create(text))  # interpolations stay text
-        found |= _names(plain, f"{path.parent.name}." if inside else "")
-    found |= {name.replace("selector.", "baseline.", 1) for name in found if name.startswith("selector.")}
-    return sorted({*GROUPS, *found} - {"defaults"})
+def to_sentence(error: BaseException) -> str | None:
+    """Say an error that a user can act on in one sentence: what setting, which value, what to do.
+
+    Those are LarkError, what Hydra and OmegaConf raise, and OSError on a named path; None for any other, which is a
+    defect of ours and shows its traceback.
+    """
+    if isinstance(error, LarkError):
+        return str(error)
+    if isinstance(error, OverrideParseException):
+        reason = " ".join(str(error).split()).partition(" See https://")[0]
+        quoted = f"'{str(error.override).partition('=')[0]}=\"...\"'"  # for the shell, and for Hydra
+        return f"{error.override} is not setting=value ({reason}); quote what holds spaces, brackets or signs: {quoted}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain_hydra(" ".join(str(error).split()))
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path and who may read and write there"
+    return None
 
 
-def _names(node: Any, prefix: str) -> set[str]:
-    if not isinstance(node, dict):
-        return set()
-    return {f"{prefix}{key}" for key in node}.union(*(_names(value, f"{prefix}{key}.") for key, value in node.items()))
-
-
-def _whole_group(group: str) -> str:
-    return (
-        f"{group}=... cannot be replaced as a whole: a replay keeps its groups, override single settings "
-        f"({group}.<name>=...); a new run takes {group}= one of {', '.join(options(group))}"
-    )
-
-
-def model_option(name: str) -> Any:
-    """Build the student that `model=<name>` would be."""
-    return build(_load_option("model", name)["model"])
-
-
-def _load_option(group: str, name: str) -> Any:
-    """Load a group's option over those that its defaults list names."""
-    own: Any = OmegaConf.load(folder() / group / f"{name}.yaml")
-    bases = [_load_option(group, base) for base in own.pop("defaults", []) if base != "_self_"]
-    return OmegaConf.merge(*bases, own)
-
-
-def options(group: str) -> list[str]:
-    """The names that `group=` takes."""
-    return sorted(path.stem for path in (folder() / group).glob("*.yaml"))
-
-
-def sentence(error: BaseException) -> str:
-    """The error in words for a user: what setting, which value, what to do."""
-    text = " ".join(str(error).split()) if isinstance(error, HydraException | OmegaConfBaseException) else str(error)
+def _explain_hydra(text: str) -> str:
     if unknown := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, option = unknown.groups()
         if group == "hydra":  # a plugin's: hydra/launcher=joblib
             extras = "pip install -e '.[sweep]' (joblib) or '.[slurm]' (slurm) in the checkout"
             return f"hydra/{option} is not installed; {extras}, or leave it out"
-        close = difflib.get_close_matches(option, options(group), 1)
+        close = difflib.get_close_matches(option, list_options(group), 1)
         remedy = f"did you mean {close[0]}? It can be" if close else "set it to one of"
-        return f"{group}={option} is unknown; {remedy} {', '.join(options(group))}"
+        return f"{group}={option} is unknown; {remedy} {', '.join(list_options(group))}"
     if unknown := re.search(r"Could not override '([^']*)'", text):
         name = unknown[1]
-        return _whole_group(name) if name in GROUPS else _no_setting(name, _settings())
-    if isinstance(error, OverrideParseException):
-        reason = text.partition(" See https://")[0]
-        quoted = f"'{str(error.override).partition('=')[0]}=\"...\"'"  # for the shell, and for Hydra
-        return f"{error.override} is no setting=value ({reason}); quote what holds spaces, brackets or signs: {quoted}"
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return f"{text} (--cfg job prints every setting)"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; check the path and who may read and write there"
-    return text
+        return _explain_whole_group(name) if name in GROUPS else _explain_unknown(name, _list_settings())
+    return f"{text} (--cfg job prints every setting)"
+
+
+def _explain_unknown(name: str, known: list[str]) -> str:
+    group = name.partition(".")[0]
+    if name in known:
+        other = f"another option of {group}= has it" if group in GROUPS else "another command has it"
+        return f"{name} is not a setting here: {other}; leave it out (--cfg job prints those there are)"
+    close = difflib.get_close_matches(name, known, 1)
+    remedy = f"did you mean {close[0]}? " if close else ""
+    return f"{name} is not a setting; {remedy}--cfg job prints all of them"
+
+
+def _explain_whole_group(group: str) -> str:
+    return (
+        f"{group}=... cannot be replaced as a whole: a replay keeps its groups, override single settings "
+        f"({group}.<name>=...); a new run takes {group}= one of {', '.join(list_options(group))}"
+    )
+
+
+def _list_settings() -> list[str]:
+    """List the names of all settings, whatever options the groups have."""
+    found = set(GROUPS)
+    for path in sorted(find_conf().rglob("*.yaml")):
+        text, package = path.read_text(), path.relative_to(find_conf()).parent.parts
+        if package[:1] != ("hydra",):  # a plugin's own
+            prefix = () if "@package _global_" in text else package
+            found |= _flatten(OmegaConf.to_container(OmegaConf.create(text)), prefix)
+    return sorted(found | {name.replace("selector.", "baseline.", 1) for name in found})
+
+
+def _flatten(node: Any, prefix: tuple[str, ...]) -> set[str]:
+    """Return the dotted names of all keys of a nested dict."""
+    if not isinstance(node, dict):
+        return set()
+    names = {".".join((*prefix, key)) for key in node if key != "defaults"}
+    return names.union(*(_flatten(value, (*prefix, key)) for key, value in node.items()))

@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lark import config as configuration
-from lark.command import FULL_ERROR, USER_ERRORS, start, write_replay
+from lark.command import FULL_ERROR, start, write_replay
 from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "trainer", "logger")
@@ -26,16 +26,17 @@ OF_CHECKPOINT = ("path", "id", "revision", "dtype", "attention")
 configuration.register_resolvers()
 
 
-@hydra.main(version_base="1.3", config_path=str(configuration.folder()), config_name=MAIN)
+@hydra.main(version_base="1.3", config_path=str(configuration.find_conf()), config_name=MAIN)
 def hydra_main(config: DictConfig) -> float:
     """One evaluation; returns avg@k on the first set."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         return _evaluate(config, folder, list(HydraConfig.get().overrides.task))
-    except USER_ERRORS as error:
-        if FULL_ERROR:
+    except Exception as error:
+        sentence = configuration.to_sentence(error)
+        if FULL_ERROR or sentence is None:
             raise
-        sys.exit(f"lark: {configuration.sentence(error)}")
+        sys.exit(f"lark: {sentence}")
 
 
 def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:

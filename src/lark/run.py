@@ -13,31 +13,31 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lark import config as configuration
-from lark.command import FULL_ERROR, USER_ERRORS, start, write_replay
+from lark.command import FULL_ERROR, start, write_replay
 
 configuration.register_resolvers()
 
 
-@hydra.main(version_base="1.3", config_path=str(configuration.folder()), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(configuration.find_conf()), config_name="config")
 def hydra_main(config: DictConfig) -> float:
     """One job. In a multirun a failure is recorded and the sweep goes on; its end prints it and exits 1."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        configuration.check(config)
+        configuration.check_config(config)
         write_replay(config, folder)
         return job(config, folder, group=folder.parent.name if sweep else folder.name)
     except Exception as error:  # whatever a job fails of, it is recorded and the sweep goes on
-        known = isinstance(error, USER_ERRORS)
-        record_failure(folder, configuration.sentence(error) if known else f"{type(error).__name__}: {error}")
-        known = known and not FULL_ERROR
+        sentence = configuration.to_sentence(error)
+        record_failure(folder, sentence or f"{type(error).__name__}: {error}")
+        shows_traceback = sentence is None or FULL_ERROR
         if not sweep:
-            if known:
-                sys.exit(f"lark: {configuration.sentence(error)}")  # raised, Hydra would print the command line again
-            raise
-        if not known:
+            if shows_traceback:
+                raise
+            sys.exit(f"lark: {sentence}")  # raised, Hydra would print the command line again
+        if shows_traceback:
             traceback.print_exc()
-        print(f"lark: {configuration.sentence(error)}", file=sys.stderr)
+        print(f"lark: {sentence or error}", file=sys.stderr)
         return float("nan")
 
 

@@ -103,7 +103,7 @@ def test_a_job_that_is_preempted_goes_on(alone: Path, cluster: dict[str, str], t
 def launcher(*words: str) -> dict:
     configuration.register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configuration.folder()), version_base="1.3"):
+    with initialize_config_dir(str(configuration.find_conf()), version_base="1.3"):
         config = compose("config", ["hydra/launcher=slurm", *words], return_hydra_config=True)
     config.hydra.job.num = 0
     settings = OmegaConf.to_container(config.hydra.launcher, resolve=True)

@@ -231,7 +231,7 @@ DEFECTS = [  # overrides; what the one sentence has to hold
     (["evaluation.samples=0"], ["evaluation.samples=0"]),
     (["evaluation.samples=x"], ["evaluation.samples=x", "a whole number"]),
     (["evaluation.pass_at=[9]"], ["evaluation.pass_at=9", "evaluation.samples=4"]),
-    (["+foo=1"], ["foo is no setting"]),
+    (["+foo=1"], ["foo is not a setting"]),
     (["seed=-1"], ["seed=-1", "from 0 on"]),
     (["task=maths"], ["task=maths is unknown", "arithmetic"]),
     (["task=jsonl"], ["task=jsonl has no evaluation set", "task.eval=<file>"]),
@@ -277,7 +277,7 @@ def test_help_and_cfg_import_nothing_heavy(tmp_path):
 
 
 def test_what_both_commands_take_is_the_same():
-    ours, theirs = (OmegaConf.load(configuration.folder() / f"{name}.yaml") for name in ("evaluate", "config"))
+    ours, theirs = (OmegaConf.load(configuration.find_conf() / f"{name}.yaml") for name in ("evaluate", "config"))
     for block in ("evaluation", "paths"):
         assert ours[block] == theirs[block]  # type: ignore[index]
 

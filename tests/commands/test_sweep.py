@@ -14,7 +14,7 @@ import torch
 from lark_command import SMALL, Done, lark
 
 from lark.common.cache import read_json
-from lark.config import options
+from lark.config import list_options
 from lark.student.student import Student
 
 FORWARD = ("drop_first", "entropy", "lark", "lark_length", "likelihood", "perplexity_high", "rank", "rho_length", "rsr")
@@ -100,7 +100,7 @@ def test_each_further_pass_runs_once(tmp_path: Path) -> None:
 def test_every_rule_is_in_these_lists_or_has_a_pass_of_its_own(tmp_path: Path) -> None:
     own = {"coverage", "grace", "grad_match", "grad_norm", "ifd", "judge", "lark_exact", "lark_head"}
     own |= {"local_likelihood", "loss_drop", "custom"}
-    assert {*FORWARD, *FREE, *own} == set(options("selector"))
+    assert {*FORWARD, *FREE, *own} == set(list_options("selector"))
 
 
 # ---- at once, killed, failed

@@ -54,11 +54,11 @@ def test_runs_compose(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatc
     first = [word if re.search(r"[\[{\"]", word) else word.partition(",")[0] for word in overrides]
     configuration.register_resolvers()
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configuration.folder()), version_base="1.3"):
+    with initialize_config_dir(str(configuration.find_conf()), version_base="1.3"):
         config = compose("evaluate" if name == "evaluate" else "config", [*search, *first], return_hydra_config=True)
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     if name == "run":
-        configuration.check(own)
+        configuration.check_config(own)
         configuration.check_types(own)
     if "srun" in line:
         assert f"--nodes={config.trainer.num_nodes}" in line or "--nodes" not in line

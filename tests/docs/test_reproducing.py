@@ -48,9 +48,9 @@ def test_the_stretched_students_positions_are_what_transformers_makes_of_them() 
 def test_students() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\w./-]+)[ |]", PAGE, re.MULTILINE)
     named = {option: weights for option, weights in rows if "/" in weights}
-    assert {"qwen", "qwen_math", "llama"} < set(named) <= set(configuration.options("model"))
+    assert {"qwen", "qwen_math", "llama"} < set(named) <= set(configuration.list_options("model"))
     for option, weights in named.items():
-        student: Student = configuration.model_option(option)
+        student: Student = configuration.build_model_option(option)
         assert student.id == weights
 
 

@@ -82,7 +82,9 @@ def test_only_what_is_needed_is_asked_of_the_student(command) -> None:
 
 def test_settings_of_a_class_are_checked(command) -> None:
     done = command(found("SmallLeaps"), "+selector.score.steps=2")
-    assert done.code == 1 and "selector.score.steps is no setting; did you mean selector.score.steps_before" in done.err
+    assert (
+        done.code == 1 and "selector.score.steps is not a setting; did you mean selector.score.steps_before" in done.err
+    )
 
 
 def names_of(cell: str) -> list[str]:

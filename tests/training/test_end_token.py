@@ -197,7 +197,7 @@ def test_what_the_warning_says_to_set_can_be_typed(make_student):
     assert len(typed) == 3
     settings = []
     configuration.register_resolvers()
-    with initialize_config_dir(str(configuration.folder()), version_base="1.3"):
+    with initialize_config_dir(str(configuration.find_conf()), version_base="1.3"):
         for shell_word in typed:
             config = compose("config", ["model=qwen", *shlex.split(shell_word)])
             configuration.check_types(config)

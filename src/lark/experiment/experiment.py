@@ -15,7 +15,7 @@ from lark.common.cache import check_writable, is_complete, remove_path, write_js
 from lark.common.log import announce, open_log
 from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.comparison.printing import print_run
-from lark.config import build, model_option
+from lark.config import build, build_model_option
 from lark.diagnostics.diagnostics import Diagnosis
 from lark.evaluation.summary import settings, summarise_run
 from lark.experiment import console
@@ -75,7 +75,7 @@ class Experiment:
         self.data = TrajectoryDataModule(
             task=parts["task"],
             student=parts["model"],
-            scorer=model_option(scorer) if scorer is not None else None,
+            scorer=build_model_option(scorer) if scorer is not None else None,
             selector=parts["selector"],
             baseline=baseline if isinstance(baseline, Rule) else None,
             recipe=parts["sft"],
