@@ -35,7 +35,7 @@ from lark.generation.backends import stop_ids
 from lark.generation.transformers_backend import Sample, fitting_batch_size, generate_samples
 from lark.student.student import Student, get_head
 from lark.tasks.arithmetic import generate
-from lark.tasks.problems import prompt_messages, read_problems
+from lark.tasks.problems import make_prompt, read_problems
 from lark.tasks.task import EmbeddedTask
 
 
@@ -86,9 +86,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"seed": 0, "problems": 2, "eval_problems": arguments.problems, "shifted_problems": 1}
         embedded = EmbeddedTask(name="arithmetic", generate=generate, sets={"eval": "eval.jsonl"}, settings=sizes)
-        path = arguments.eval or embedded.sources(Path(folder))[1]["eval"]
+        path = arguments.eval or embedded.prepare_evaluation(Path(folder))["eval"]
         problems = read_problems(path, limit=arguments.problems)
-    prompts = {row["problem_id"]: chat.encode_prompt(prompt_messages(row, None)) for row in problems}
+    prompts = {row["problem_id"]: chat.encode_prompt(make_prompt(row, None)) for row in problems}
     longest, ends = max(map(len, prompts.values())), stop_ids(chat)
     size = arguments.batch_size or fitting_batch_size(model, longest + arguments.max_new_tokens)
     keys = [(key, n) for n in range(arguments.samples) for key in prompts]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lark.answers.checker import KINDS, Answer, Checker, Verdict
-from lark.pool.rows import find_files, read_rows
+from lark.pool.files import find_files, read_rows
 
 BATCH = 2_000  # rows checked at a time
 

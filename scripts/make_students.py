@@ -28,7 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from lark.tasks.arithmetic import generate, terms_of
+from lark.tasks.arithmetic import generate, parse_terms
 from lark.tasks.arithmetic_teachers import TEACHERS, Terms, direct, expression, running_totals, slip
 
 # Shapes: N documents, T tokens (longest of the batch), V vocabulary.
@@ -161,7 +161,7 @@ def _expression_in(text: str) -> str:
     """The chain of numbers and operators inside a problem's wording."""
     words = [word.strip(".?") for word in text.split()]
     chain = " ".join(word for word in words if word in "+-" or word.isdigit())
-    assert expression(terms_of(chain)) == chain
+    assert expression(parse_terms(chain)) == chain
     return chain
 
 

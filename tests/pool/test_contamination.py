@@ -9,7 +9,7 @@ from conftest import rows_of_a_pool, write_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lark.pool.contamination import COMMON, WORDS, find_overlap, repeated_problems
+from lark.pool.contamination import COMMON, WORDS, find_overlap, find_repeated_problems
 
 LONG = "A farmer sells 12 boxes of pears and 7 boxes of plums each day for a whole week without a pause"
 
@@ -75,8 +75,8 @@ def test_sets_are_told_apart_and_keep_their_order() -> None:
 
 def test_problems_asked_twice() -> None:
     pool = [("1", "What is x?"), ("2", "what  is X?"), ("3", "What is y?"), ("4", " What is x?")]
-    assert repeated_problems(pool) == [["1", "2", "4"]]
-    assert repeated_problems([]) == []
+    assert find_repeated_problems(pool) == [["1", "2", "4"]]
+    assert find_repeated_problems([]) == []
 
 
 def test_broken_text_is_compared_too() -> None:

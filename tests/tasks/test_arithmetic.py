@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lark.tasks.arithmetic import SOURCE_DATASET, generate, is_correct, terms_of
+from lark.tasks.arithmetic import SOURCE_DATASET, generate, is_correct, parse_terms
 from lark.tasks.arithmetic_teachers import SLIP_RATE, TEACHERS, expression, running_totals, slip
 
 NAMES = ("pool.jsonl", "eval.jsonl", "shifted.jsonl")
@@ -140,7 +140,7 @@ def test_teachers_write_distinct_texts_of_distinct_lengths(rows):
 
 @given(chains)
 def test_chain_round_trips(terms):
-    assert terms_of(expression(terms)) == terms
+    assert parse_terms(expression(terms)) == terms
     assert eval(expression(terms)) == sum(terms) == running_totals(terms)[-1]
 
 

@@ -15,7 +15,7 @@ from teacher_folder import PROBLEMS, SYSTEM, TWICE, gold, question, trajectory, 
 from lark.common.cache import read_json
 from lark.pool.pool import PoolError, read_pool
 from lark.tasks.conversations import Candidate, Columns, parse_turns, read_candidates
-from lark.tasks.hub_rows import HubRows
+from lark.tasks.hub import HubTask
 from lark.tasks.teacher_files import TeacherFiles
 
 FORM = "*/short-sys_5k_gen*.json"
@@ -32,18 +32,22 @@ def math_task(folder: Path, **settings: Any) -> TeacherFiles:
     return TeacherFiles(**{**fixed, "on_error": "drop"} | settings)
 
 
-def imported(task: Any, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any], list[str]]:
-    """Rows, manifest and what is said of the import; the rows are a pool without faults."""
-    said: list[str] = []
-    path, _ = task.sources(cache, said.append)
+def import_pool(task: Any, cache: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows and manifest; the rows are a pool without faults."""
+    path = task.prepare_pool(cache)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(read_pool(path, cache=cache).rows) == len(rows)
-    return rows, read_json(path.with_name("manifest.json")), said
+    return rows, read_json(path.with_name("manifest.json"))
 
 
-def test_the_papers_layout_with_all_its_faults(folder: Path, tmp_path: Path) -> None:
+def count_of(manifest: dict[str, Any], words: str) -> int:
+    return sum(count for what, count in manifest["counts"].items() if words in what)
+
+
+def test_the_papers_layout_with_all_its_faults(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lark")
     task = math_task(folder, answers=str(write_answers(tmp_path / "numina.jsonl")))
-    rows, manifest, said = imported(task, tmp_path)
+    rows, manifest = import_pool(task, tmp_path)
 
     written = {
         (rsr.question(n), teacher, f"gen{sample}"): trajectory(n, teacher, sample)
@@ -67,15 +71,17 @@ def test_the_papers_layout_with_all_its_faults(folder: Path, tmp_path: Path) -> 
     assert Counter(row["problem_id"] for row in rows)[str(TWICE[0])] == 2 * 8
     assert len({(row["problem_id"], row["candidate_id"]) for row in rows}) == len(rows)
 
-    assert manifest["dropped"] == {"empty trajectory": 1} == task.dropped(tmp_path)
+    assert manifest["dropped"] == {"empty trajectory": 1} == task.count_dropped(tmp_path)
     (fault,) = manifest["faults"]
-    assert (fault["file"], fault["line"]) == ("alpha/gen2.json", 1)  # json.dumps writes one line
-    assert manifest["questions_asked_twice"] == 1 and manifest["examples_asked_twice"] == [list(TWICE)]
-    assert manifest["problems_with_answer"] == PROBLEMS - 1 - 2 and manifest["answers_contradicting"] == 1
-    assert manifest["prompts_replaced"] == Counter(r["teacher"] for r in rows)["gamma"] + 3  # and beta's upper case
+    assert (fault["file"], fault["line"]) == ("alpha/gen2.json", rsr.EMPTY + 1)
+    assert count_of(manifest, "questions repeated") == 1 and count_of(manifest, "another was before") == 0
+    assert manifest["problems_with_answer"] == PROBLEMS - 1 - 2 and count_of(manifest, "task.answers has another") == 1
+    assert (
+        count_of(manifest, "prompts replaced") == Counter(r["teacher"] for r in rows)["gamma"] + 3
+    )  # beta's upper case
     assert manifest["lists"]["gamma/gen2.json"] == rsr.SHORT and len(manifest["lists"]) == 8
-    text = "\n".join(said)
-    for words in ("1 empty trajectory", "asked twice", "unequal length", "gamma/gen2.json 12", "'Answer in a box.'"):
+    text = caplog.text
+    for words in ("1 empty trajectory", "repeated", "unequal length", "gamma/gen2.json 12", "'Answer in a box.'"):
         assert words in text
     assert "gamma lacks gen3" in text
 
@@ -83,47 +89,46 @@ def test_the_papers_layout_with_all_its_faults(folder: Path, tmp_path: Path) -> 
 def test_swapped_rows_are_no_questions_out_of_line_but_new_ones_are(folder: Path, tmp_path: Path) -> None:
     path = folder / "beta" / "short-sys_5k_gen3.json"
     path.write_text(json.dumps([{"messages": rsr.turns(40, "beta", 3)}]))
-    rows, manifest, _ = imported(math_task(folder), tmp_path)
-    assert manifest["questions_out_of_line"] == 1
+    rows, manifest = import_pool(math_task(folder), tmp_path)
+    assert count_of(manifest, "another was before") == 1
     (row,) = (row for row in rows if row["messages"][1]["content"] == question(40))
     assert row["problem_id"].startswith("0-") and row["answer"] is None
 
 
 def test_it_is_made_once_and_again_when_anything_changes(folder: Path, tmp_path: Path) -> None:
-    task, lines = math_task(folder), []
-    first, _ = task.sources(tmp_path, lines.append)
+    task = math_task(folder)
+    first = task.prepare_pool(tmp_path)
     stamp = first.stat().st_mtime_ns
-    again, _ = task.sources(tmp_path, lines.append)
-    assert again == first and first.stat().st_mtime_ns == stamp
-    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :], "said again"
-    others = [replace(task, samples=["gen1"]), replace(task, rows=3), replace(task, system=None)]
-    paths = {other.sources(tmp_path, lines.append)[0] for other in others}
+    assert task.prepare_pool(tmp_path) == first and first.stat().st_mtime_ns == stamp
+    paths = {
+        replace(task, **change).prepare_pool(tmp_path)
+        for change in ({"samples": ["gen1"]}, {"rows": 3}, {"system": None})
+    }
     (folder / "alpha" / "short-sys_5k_gen1.json").write_text(json.dumps([{"messages": rsr.turns(1, "alpha", 1)}]))
-    assert len({first, *paths, math_task(folder).sources(tmp_path, lines.append)[0]}) == 5
+    assert len({first, *paths, math_task(folder).prepare_pool(tmp_path)}) == 5
 
 
 def test_teachers_and_samples_can_be_chosen(folder: Path, tmp_path: Path) -> None:
-    rows, _, said = imported(math_task(folder, teachers=["gamma", "alpha"], samples=["gen1", "gen3"]), tmp_path)
+    rows, _ = import_pool(math_task(folder, teachers=["gamma", "alpha"], samples=["gen1", "gen3"]), tmp_path)
     assert {row["candidate_id"].removesuffix("-2") for row in rows} == {"alpha-gen1", "alpha-gen3", "gamma-gen1"}
-    assert "gamma lacks gen3" in "\n".join(said)
-    rows, _, _ = imported(math_task(folder, rows=2), tmp_path)
+    rows, _ = import_pool(math_task(folder, rows=2), tmp_path)
     assert {row["problem_id"] for row in rows} == {"0", "1"}
     for settings, message in [
         ({"teachers": ["delta"]}, r"task\.teachers=\['delta'\].*has no delta; choose of alpha, beta, gamma"),
         ({"samples": ["gen4"]}, r"task\.samples=\['gen4'\].*choose of gen1, gen2, gen3"),
         ({"teachers": []}, r"task\.teachers=\[\]"),
         ({"files": "*/none*.json"}, r"task\.files=\*/none\*\.json"),
-        ({"pool": str(folder / "nowhere")}, r"task\.pool=.*nowhere is no folder"),
+        ({"pool": str(folder / "nowhere")}, r"task\.pool=.*nowhere is not a folder"),
         ({"rows": 0}, r"task\.rows=0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            math_task(folder, **settings).sources(tmp_path)
+            math_task(folder, **settings).prepare_pool(tmp_path)
 
 
 def test_faults_raise_all_at_once_unless_they_are_to_be_dropped(folder: Path, tmp_path: Path) -> None:
     (folder / "beta" / "short-sys_5k_gen2.json").write_text(json.dumps([{"messages": "[{'role':"}, 3, {"text": "x"}]))
     with pytest.raises(PoolError, match=r"4 faulty rows: correct them, or set task\.on_error=drop") as caught:
-        math_task(folder, on_error="raise").sources(tmp_path)
+        math_task(folder, on_error="raise").prepare_pool(tmp_path)
     assert [fault.reason for fault in caught.value.faults] == [
         "empty trajectory",
         "unreadable messages",
@@ -132,7 +137,7 @@ def test_faults_raise_all_at_once_unless_they_are_to_be_dropped(folder: Path, tm
     ]
     (folder / "beta" / "short-sys_5k_gen2.json").write_text('[{"messages": ')
     with pytest.raises(PoolError, match=r"breaks off"):
-        math_task(folder).sources(tmp_path)
+        math_task(folder).prepare_pool(tmp_path)
     assert not list(tmp_path.glob("tasks/*/manifest.json")), "nothing half-made looks finished"
 
 
@@ -140,15 +145,15 @@ def test_answers_need_their_columns(folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "What?", "reply": "4"}\n')
     with pytest.raises(ValueError, match=r"task\.answers=.*bad\.jsonl gives none of its 1 problems an answer"):
-        math_task(folder, answers=str(bad)).sources(tmp_path)
+        math_task(folder, answers=str(bad)).prepare_pool(tmp_path)
     with pytest.raises(ValueError, match=r"task\.answers=.*gone\.jsonl does not exist"):
-        math_task(folder, answers=str(tmp_path / "gone.jsonl")).sources(tmp_path)
+        math_task(folder, answers=str(tmp_path / "gone.jsonl")).prepare_pool(tmp_path)
 
 
 def test_answers_from_parquet(folder: Path, tmp_path: Path) -> None:
     table = pa.table({"problem": [question(1), question(2)], "answer": ["a", None], "solution": ["", r"\boxed{b}"]})
     pq.write_table(table, tmp_path / "answers.parquet")
-    rows, manifest, _ = imported(math_task(folder, answers=str(tmp_path / "answers.parquet")), tmp_path)
+    rows, manifest = import_pool(math_task(folder, answers=str(tmp_path / "answers.parquet")), tmp_path)
     answers = {row["problem_id"]: row["answer"] for row in rows}
     assert (answers["1"], answers["2"], answers["5"]) == ("a", "b", None) and manifest["problems_with_answer"] == 2
 
@@ -158,15 +163,15 @@ def test_the_hub_is_named_when_it_cannot_be_reached(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=rf"task\.pool=some/pool \(revision {commit}\).*set task\.pool to a local copy"
     ):
-        math_task(Path("some/pool"), revision=commit).sources(tmp_path)
+        math_task(Path("some/pool"), revision=commit).prepare_pool(tmp_path)
     with pytest.raises(ValueError, match=r"task\.pool=some/pool \(revision main\)"):
-        math_task(Path("some/pool")).sources(tmp_path)
+        math_task(Path("some/pool")).prepare_pool(tmp_path)
     with pytest.raises(
         ValueError, match=rf"task\.pool=some/data \(revision {commit}\).*set task\.pool to a local copy"
     ):
-        hub_task(Path("some/data"), MESSAGES, revision=commit).sources(tmp_path)
+        hub_task(Path("some/data"), MESSAGES, revision=commit).prepare_pool(tmp_path)
     with pytest.raises(ValueError, match=r"task\.answers=some/answers .*set task\.answers to a local copy"):
-        math_task(write_teacher_folder(tmp_path / "p"), answers="some/answers", answers_revision=commit).sources(
+        math_task(write_teacher_folder(tmp_path / "p"), answers="some/answers", answers_revision=commit).prepare_pool(
             tmp_path
         )
 
@@ -181,11 +186,11 @@ def test_the_hubs_files_are_read_from_its_cache(folder: Path, tmp_path: Path, mo
     folder.rename(snapshot)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     task = math_task(Path("some/pool"), revision=commit, teachers=["alpha"], samples=["gen1"])
-    rows, manifest, _ = imported(task, tmp_path)
+    rows, manifest = import_pool(task, tmp_path)
     assert {row["candidate_id"] for row in rows} == {"alpha-gen1", "alpha-gen1-2"}
     assert manifest["identity"]["pool"]["commit"] == commit
     snapshot.rename(tmp_path / "away")
-    assert imported(task, tmp_path)[0] == rows, "what was made needs the hub no more"
+    assert import_pool(task, tmp_path)[0] == rows, "what was made needs the hub no more"
 
 
 # One file or folder a teacher
@@ -204,20 +209,20 @@ def test_one_file_a_teacher_by_id_by_text_or_by_row(tmp_path: Path) -> None:
     write("by_text.jsonl", [{"problem": question(i), "trajectory": f"text {i}", "correct": i == 1} for i in (1, 2)])
     columns = Columns(problem="problem", trajectory="trajectory", correct="correct")
     task = TeacherFiles(name="t", pool=str(pool), problems=str(problems), columns=columns)
-    rows, _, _ = imported(replace(task, teachers=["by_row", "by_text"]), tmp_path)
+    rows, _ = import_pool(replace(task, teachers=["by_row", "by_text"]), tmp_path)
     found = {(row["messages"][0]["content"], row["teacher"]): row for row in rows}
     assert found[question(1), "by_row"]["problem_id"] == found[question(1), "by_text"]["problem_id"]
     assert [row["correct"] for row in rows] == [None, None, True, False]
 
     by_id = replace(task, teachers=["by_id"], columns=replace(columns, problem_id="problem_id"))
-    rows, _, _ = imported(by_id, tmp_path)
+    rows, _ = import_pool(by_id, tmp_path)
     assert [(row["problem_id"], row["messages"][0]["content"]) for row in rows] == [
         ("2", question(2)),
         ("0", question(0)),
     ]
     assert [row["answer"] for row in rows] == [gold(2), gold(0)]
-    with pytest.raises(PoolError, match="no text"):
-        replace(by_id, problems=None).sources(tmp_path)
+    with pytest.raises(PoolError, match="not text"):
+        replace(by_id, problems=None).prepare_pool(tmp_path)
 
 
 def test_folders_and_files_of_teachers_may_stand_together(tmp_path: Path) -> None:
@@ -226,7 +231,7 @@ def test_folders_and_files_of_teachers_may_stand_together(tmp_path: Path) -> Non
     for name in ("a/run_x.jsonl", "a/run_y.jsonl", "b.jsonl"):
         (tmp_path / "pool" / name).write_text(json.dumps(row) + "\n")
     columns = Columns(problem="problem", trajectory="trajectory")
-    rows, _, _ = imported(TeacherFiles(name="t", pool=str(tmp_path / "pool"), columns=columns), tmp_path)
+    rows, _ = import_pool(TeacherFiles(name="t", pool=str(tmp_path / "pool"), columns=columns), tmp_path)
     assert [(r["teacher"], r["candidate_id"]) for r in rows] == [("a", "a-x"), ("a", "a-y"), ("b", "b")]
     assert len({r["problem_id"] for r in rows}) == 1
 
@@ -234,8 +239,8 @@ def test_folders_and_files_of_teachers_may_stand_together(tmp_path: Path) -> Non
 # Data sets by their columns
 
 
-def hub_task(pool: Path, columns: Columns, **settings: Any) -> HubRows:
-    return HubRows(**{"name": "hub", "pool": str(pool), "columns": columns, "on_error": "drop"} | settings)
+def hub_task(pool: Path, columns: Columns, **settings: Any) -> HubTask:
+    return HubTask(**{"name": "hub", "pool": str(pool), "columns": columns, "on_error": "drop"} | settings)
 
 
 def test_lists_of_trajectories_with_their_verdicts(tmp_path: Path) -> None:
@@ -253,7 +258,7 @@ def test_lists_of_trajectories_with_their_verdicts(tmp_path: Path) -> None:
     columns = Columns(
         problem="problem", problem_id="uuid", trajectory="generations", correct="ok", answer="answer", keep=["level"]
     )
-    found, manifest, _ = imported(hub_task(pool, columns, system="Think."), tmp_path)
+    found, manifest = import_pool(hub_task(pool, columns, system="Think."), tmp_path)
     assert [(r["problem_id"], r["candidate_id"], r["messages"][-1]["content"], r["correct"]) for r in found] == [
         ("u1", "candidate-1", "a", True),
         ("u1", "candidate-2", "b", False),
@@ -271,7 +276,7 @@ def test_several_columns_with_thoughts_apart(tmp_path: Path) -> None:
         + "\n"
     )
     columns = Columns(problem="question", trajectory=["r1", "g"], reasoning=["r1_think", "g_think"], solution="s")
-    rows, _, _ = imported(hub_task(path, columns), tmp_path)
+    rows, _ = import_pool(hub_task(path, columns), tmp_path)
     assert [(r["teacher"], r["messages"][-1]["content"], r["answer"]) for r in rows] == [
         ("r1", "<think>\nhm\n</think>\n\nA", "B"),
         ("g", "B", "B"),
@@ -286,20 +291,22 @@ def test_conversations_of_one_question_become_one_problem(tmp_path: Path) -> Non
         for q, a, m in [("Why?", "A", "x"), ("How?", "B", "x"), ("why?", "C", "x")]
     ]
     path.write_text(json.dumps(rows))
-    found, manifest, said = imported(hub_task(path, Columns(messages="conversations", teacher="model")), tmp_path)
+    found, manifest = import_pool(hub_task(path, Columns(messages="conversations", teacher="model")), tmp_path)
     assert [r["candidate_id"] for r in found] == ["x-1", "x-1", "x-2"]
     assert found[0]["problem_id"] == found[2]["problem_id"] != found[1]["problem_id"]
-    assert found[2]["messages"][0] == {"role": "user", "content": "Why?"} and manifest["prompts_replaced"] == 1
-    assert "3 rows of 2 problems by 1 teacher," in said[0]
+    assert (
+        found[2]["messages"][0] == {"role": "user", "content": "Why?"} and count_of(manifest, "prompts replaced") == 1
+    )
+    assert (manifest["rows"], manifest["problems"], len(manifest["teachers"])) == (3, 2, 1)
 
 
 def test_answers_of_a_problem_must_agree(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [("a?", "1"), ("a?", "2"), ("a?", None), ("b?", None), ("b?", "3")]
     path.write_text("".join(json.dumps({"q": q, "t": "x", "a": a}) + "\n" for q, a in rows))
-    found, manifest, _ = imported(hub_task(path, Columns(problem="q", trajectory="t", answer="a")), tmp_path)
+    found, manifest = import_pool(hub_task(path, Columns(problem="q", trajectory="t", answer="a")), tmp_path)
     assert [r["answer"] for r in found] == ["1", "1", None, None]
-    assert manifest["dropped"] == {"different answer": 1} and manifest["answers_ignored"] == 1
+    assert manifest["dropped"] == {"different answer": 1} and count_of(manifest, "answers ignored") == 1
 
 
 @pytest.mark.parametrize(
@@ -318,14 +325,14 @@ def test_what_is_not_there_is_named(settings: dict[str, Any], message: str, tmp_
     pool.mkdir()
     (pool / "train.jsonl").write_text('{"q": "a?", "t": "x"}\n')
     task = hub_task(pool, Columns(problem="q", trajectory="t"))
-    assert len(imported(task, tmp_path)[0]) == 1
+    assert len(import_pool(task, tmp_path)[0]) == 1
     with pytest.raises(ValueError, match=message):
-        replace(task, **settings).sources(tmp_path)
+        replace(task, **settings).prepare_pool(tmp_path)
 
 
 def test_a_pool_needs_trajectories(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task\.columns\.trajectory=null and task\.columns\.messages=null"):
-        hub_task(tmp_path, Columns(problem="q")).sources(tmp_path)
+        hub_task(tmp_path, Columns(problem="q")).prepare_pool(tmp_path)
 
 
 # Rows

@@ -3,14 +3,14 @@ import json
 import pandas
 import pytest
 
-from lark.tasks.problems import answer_to, level_of, prompt_messages, read_problems
+from lark.tasks.problems import make_answer, make_prompt, read_level, read_problems
 
 
 def test_prompts():
     user = {"role": "user", "content": "1 + 1?"}
-    assert prompt_messages({"problem": "1 + 1?"}, None) == [user]
-    assert prompt_messages({"problem": "1 + 1?"}, "Think.") == [{"role": "system", "content": "Think."}, user]
-    assert prompt_messages({"messages": [user], "problem": "other"}, "Think.") == [user]
+    assert make_prompt({"problem": "1 + 1?"}, None) == [user]
+    assert make_prompt({"problem": "1 + 1?"}, "Think.") == [{"role": "system", "content": "Think."}, user]
+    assert make_prompt({"messages": [user], "problem": "other"}, "Think.") == [user]
 
 
 def write(path, *rows):
@@ -70,15 +70,15 @@ def test_missing_and_empty_files_and_limits_are_named(tmp_path):
 
 
 def test_levels_are_text():
-    assert [level_of(row) for row in ({"level": 5}, {"level": " Level 5 "}, {"level": None}, {})] == [
+    assert [read_level(row) for row in ({"level": 5}, {"level": " Level 5 "}, {"level": None}, {})] == [
         *("5", "5", None, None)
     ]
 
 
 def test_a_row_brings_its_own_checker_and_pattern():
     row = {"problem_id": "1", "problem": "?", "answer": "B", "checker": "choice", "pattern": r"pick (\w)"}
-    assert (answer_to(row, "pick B").kind, answer_to(row, "pick B").pattern) == ("choice", r"pick (\w)")
-    plain = answer_to({"problem_id": "1", "problem": "?", "answer": "B"}, "B")
+    assert (make_answer(row, "pick B").kind, make_answer(row, "pick B").pattern) == ("choice", r"pick (\w)")
+    plain = make_answer({"problem_id": "1", "problem": "?", "answer": "B"}, "B")
     assert (plain.kind, plain.pattern, plain.gold, plain.text) == (None, None, "B", "B")
 
 

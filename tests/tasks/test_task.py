@@ -2,31 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lark.tasks.task import EmbeddedTask, Task
 
 
-def numbers(folder: Path, *, count: int = 2) -> None:
-    (folder / "pool.jsonl").write_text(json.dumps(count))
-    (folder / "eval.jsonl").write_text("")
+def test_evaluation_files_come_by_name_and_need_no_pool(tmp_path: Path) -> None:
+    def prepare(eval):
+        return Task(name="t", pool="nowhere.jsonl", eval=eval).prepare_evaluation(tmp_path)
 
-
-def test_one_evaluation_file_or_several_by_name() -> None:
-    pool, sets = Task(name="t", pool=["a", "b"], eval="e.jsonl").sources(Path("cache"))
-    assert (pool, sets) == (["a", "b"], {"eval": Path("e.jsonl")})
-    assert Task(name="t", pool="a").sources(Path("cache"))[1] == {}
-    several = Task(name="t", pool="a", eval={"easy": "x.jsonl", "hard": "y.jsonl"})
-    assert several.sources(Path("cache"))[1] == {"easy": Path("x.jsonl"), "hard": Path("y.jsonl")}
-
-
-def test_evaluation_files_need_no_pool(tmp_path: Path) -> None:
-    """What `python -m lark.evaluate` asks for."""
-    task = Task(name="t", pool="nowhere.jsonl", eval={"easy": "x.jsonl", "left_out": None})
-    assert task.evaluation_files(tmp_path) == {"easy": Path("x.jsonl")}
-    embedded = EmbeddedTask(name="t", generate=numbers, sets={"eval": "eval.jsonl"}, pool="nowhere.jsonl")
-    assert embedded.evaluation_files(tmp_path)["eval"].is_file()
+    assert prepare(None) == {}
+    assert prepare("e.jsonl") == {"eval": Path("e.jsonl")}
+    assert prepare({"easy": "x.jsonl", "left_out": None}) == {"easy": Path("x.jsonl")}
+    assert prepare("math500, maths") == {"eval": Path("math500, maths")}, "not all of these are benchmarks"
 
 
 def test_a_benchmark_of_a_local_file_is_read_as_such(tmp_path: Path) -> None:
@@ -34,31 +24,22 @@ def test_a_benchmark_of_a_local_file_is_read_as_such(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"problem": "What is 1 + 1?", "answer": "2", "level": 3, "unique_id": "a/1.json"}) + "\n"
     )
-    said: list[str] = []
-    files = Task(name="t", pool="p", eval={"mine": str(path), "math500": str(path)}).evaluation_files(
-        tmp_path, said.append
-    )
-    assert files["mine"] == path != files["math500"] and any("math500" in line for line in said)
+    files = Task(name="t", pool="p", eval={"mine": str(path), "math500": str(path)}).prepare_evaluation(tmp_path)
+    assert files["mine"] == path != files["math500"]
     (row,) = map(json.loads, files["math500"].read_text().splitlines())
     assert row["problem"] == "What is 1 + 1?" and row["messages"][-1]["role"] == "user"
 
 
 @pytest.mark.parametrize("eval", ["math500", ["math500"], "math500, svamp", {"math500": "hub"}])
 def test_benchmarks_by_name_come_from_the_hub(eval, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"math500.*task\.eval=\{math500: <file>\}"):  # no network here
-        Task(name="t", pool="p", eval=eval).evaluation_files(tmp_path, lambda text: None)
+    with pytest.raises(ValueError, match=r"benchmark math500.*task\.eval=\{math500: <file>\}"):  # no network here
+        Task(name="t", pool="p", eval=eval).prepare_evaluation(tmp_path)
 
 
 @pytest.mark.parametrize("eval", [["maths"], {"maths": "hub"}])
 def test_names_that_are_no_benchmarks(eval, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"task\.eval=maths names no benchmark"):
-        Task(name="t", pool="p", eval=eval).evaluation_files(tmp_path)
-
-
-def test_a_text_of_other_names_is_a_file(tmp_path: Path) -> None:
-    assert Task(name="t", pool="p", eval="math500, maths").evaluation_files(tmp_path) == {
-        "eval": Path("math500, maths")
-    }
+    with pytest.raises(ValueError, match=r"task\.eval=maths is not the name of a benchmark"):
+        Task(name="t", pool="p", eval=eval).prepare_evaluation(tmp_path)
 
 
 def test_embedded_files_are_written_once_and_by_their_settings(tmp_path: Path) -> None:
@@ -66,36 +47,18 @@ def test_embedded_files_are_written_once_and_by_their_settings(tmp_path: Path) -
 
     def generate(folder: Path, *, count: int) -> None:
         calls.append(count)
-        numbers(folder, count=count)
+        (folder / "pool.jsonl").write_text(json.dumps(count))
+        (folder / "eval.jsonl").write_text("")
 
-    def task(count: int) -> EmbeddedTask:
-        return EmbeddedTask(name="t", generate=generate, sets={"eval": "eval.jsonl"}, settings={"count": count})
+    def prepare(count: int, pool: str | None = None) -> tuple[Any, dict[str, Path]]:
+        settings = {"count": count}
+        task = EmbeddedTask(name="t", generate=generate, sets={"eval": "eval.jsonl"}, settings=settings, pool=pool)
+        return task.prepare_pool(tmp_path), task.prepare_evaluation(tmp_path)
 
-    pool, sets = task(2).sources(tmp_path)
-    again, _ = task(2).sources(tmp_path)
-    other, _ = task(3).sources(tmp_path)
-    assert calls == [2, 3]
-    assert pool == again != other
-    assert (pool.read_text(), other.read_text()) == ("2", "3")
-    assert sets["eval"].is_file()
-
-
-def test_embedded_files_of_a_killed_writer_are_written_again(tmp_path: Path) -> None:
-    def killed(folder: Path) -> None:
-        (folder / "pool.jsonl").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        EmbeddedTask(name="t", generate=killed).sources(tmp_path)
-    pool, _ = EmbeddedTask(name="t", generate=numbers).sources(tmp_path)
-    assert pool.read_text() == "2"
-
-
-def test_an_embedded_task_takes_a_pool_of_the_users_own(tmp_path: Path) -> None:
-    task = EmbeddedTask(name="t", generate=numbers, sets={"eval": "eval.jsonl"}, pool="mine.jsonl")
-    pool, sets = task.sources(tmp_path)
-    assert pool == "mine.jsonl"
-    assert sets["eval"].is_file()
+    (two, sets), (again, _), (three, _) = prepare(2), prepare(2), prepare(3)
+    assert calls == [2, 3] and two == again != three
+    assert (two.read_text(), three.read_text()) == ("2", "3") and sets["eval"].is_file()
+    assert prepare(2, "mine.jsonl") == ("mine.jsonl", sets), "a pool of the user's own, with this task's sets"
 
 
 @pytest.mark.parametrize(

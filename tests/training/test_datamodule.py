@@ -9,7 +9,7 @@ import torch
 from conftest import rows_of_a_pool
 
 from lark.common.table_cache import read_columns, read_row_numbers
-from lark.pool.pool import held_out
+from lark.pool.pool import mask_held_out
 from lark.scoring.passes import Gradients, LocalWindows, MeanHidden, Statistics
 from lark.scoring.statistics_pass import PassModule, ProbeModule
 from lark.selection.policies import TopB
@@ -74,7 +74,7 @@ def test_other_stages_do_not_score(make_data, monkeypatch):
 def test_held_out_problems_are_never_candidates(make_data):
     data = ready(make_data())
     pool = data.trajectories
-    out = set(pool.problem_id[held_out(pool.problem_id, 0.25)])
+    out = set(pool.problem_id[mask_held_out(pool.problem_id, 0.25)])
     assert len(out) == 2
     assert not out & set(data.candidates["problem_id"])
     assert set(data.candidates["problem_id"]) | out == set(pool.problem_id)

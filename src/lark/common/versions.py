@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 FORMULAS = {
-    "pool": 1,  # rows as they are read, checked and normalised (lark.pool)
+    "pool": 2,  # rows as they are read, checked and normalised (lark.pool)
     "arithmetic": 1,  # the embedded task's problems and teachers
     "reasoning_gym": 1,  # how its problems become rows
     "imported": 1,  # how pools of others become rows

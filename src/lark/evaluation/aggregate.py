@@ -12,7 +12,7 @@ from lark.answers.answer_clusters import votes
 from lark.common.cache import write_json
 from lark.comparison.inference import compute_mean_interval
 from lark.evaluation.metrics import AverageAtK, MajorityAtK, PassAtK, ProblemMean
-from lark.tasks.problems import level_of
+from lark.tasks.problems import read_level
 
 Record = Mapping[str, Any]
 NO_LEVEL = "none"
@@ -47,7 +47,7 @@ def figures_of(
     def figures(part: Sequence[Record]) -> dict[str, Any]:
         return {"metrics": summarise(part, pass_at=pass_at, several_right=several), "interval": _interval(part)}
 
-    level_by_problem = {problem["problem_id"]: level_of(problem) or NO_LEVEL for problem in problems}
+    level_by_problem = {problem["problem_id"]: read_level(problem) or NO_LEVEL for problem in problems}
     levels = sorted(set(level_by_problem.values()), key=_natural)
     by_level = {
         level: figures([record for record in records if level_by_problem[record["problem_id"]] == level])

@@ -25,7 +25,7 @@ from lark.generation.backends import ENGINES, Engine, transformers_engine, vllm_
 from lark.generation.transformers_backend import check_sampling
 from lark.student.chat import Chat
 from lark.student.student import Student
-from lark.tasks.problems import answer_to, prompt_messages
+from lark.tasks.problems import make_answer, make_prompt
 
 Problem = dict[str, Any]
 Record = dict[str, Any]
@@ -125,7 +125,7 @@ def evaluate(
         if not rows:
             raise LarkError(f"task.eval: {name} holds no problem to evaluate on; set it to a file with rows")
         assert len({row["problem_id"] for row in rows}) == len(rows), "problem ids are distinct"
-        checker.validate([answer_to(row, "") for row in rows])  # before anything is generated
+        checker.validate([make_answer(row, "") for row in rows])  # before anything is generated
     settings = {
         "samples": sampling.samples,
         "temperature": sampling.temperature,
@@ -181,7 +181,7 @@ class _Set:
     def of(
         name: str, problems: Sequence[Problem], engine: Engine, settings: Mapping[str, Any], system: str | None
     ) -> "_Set":
-        prompts = [engine.encode_prompt(prompt_messages(problem, system)) for problem in problems]
+        prompts = [engine.encode_prompt(make_prompt(problem, system)) for problem in problems]
         keys = [problem["problem_id"] for problem in problems]
         identity = identity_hash({**settings, "prompts": prompts, "keys": keys, "of": engine.identity})
         return _Set(name=name, problems=problems, prompts=prompts, identity=identity)
@@ -230,7 +230,7 @@ def check_records(records: Iterable[Record], problems: Sequence[Problem], checke
     rows = {problem["problem_id"]: problem for problem in problems}
     order = {problem_id: i for i, problem_id in enumerate(rows)}
     in_order = sorted(records, key=lambda record: (order[record["problem_id"]], record["sample"]))
-    verdicts = checker.check([answer_to(rows[record["problem_id"]], record["text"]) for record in in_order])
+    verdicts = checker.check([make_answer(rows[record["problem_id"]], record["text"]) for record in in_order])
     return [record | dataclasses.asdict(verdict) for record, verdict in zip(in_order, verdicts, strict=True)]
 
 

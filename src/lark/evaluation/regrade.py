@@ -131,7 +131,7 @@ def _problems(folder: Path, name: str, records: Sequence[Record], task: Task, ca
     """The problems of the samples."""
     file = folder / f"problems-{name}.jsonl"
     if not file.is_file():
-        files = task.evaluation_files(cache)
+        files = task.prepare_evaluation(cache)
         if name not in files:
             raise LarkError(
                 f"{file} is missing, and task={task.name} has no evaluation set {name} "

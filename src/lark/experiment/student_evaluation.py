@@ -111,7 +111,7 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
 
 def _problems(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
     """The task's evaluation sets, and a line on each."""
-    files = task.evaluation_files(cache, say)
+    files = task.prepare_evaluation(cache)
     if not files:
         raise LarkError(f"task={task.name} has no evaluation set; set task.eval=<file>, or to {{name: file, ...}}")
     problems = {name: read_problems(path, limit=task.eval_limit) for name, path in files.items()}

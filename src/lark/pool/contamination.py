@@ -46,7 +46,7 @@ def find_overlap(sets: Mapping[str, Sequence[tuple[str, str]]], pool: Iterable[t
     texts: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     for name, problems in sets.items():
         for identifier, text in problems:
-            texts[question_digest(text)].append((name, identifier))
+            texts[hash_question(text)].append((name, identifier))
             for phrase in _phrases(text):
                 phrases[phrase].add((name, identifier))
     phrases = {phrase: where for phrase, where in phrases.items() if len(where) <= COMMON}
@@ -56,7 +56,7 @@ def find_overlap(sets: Mapping[str, Sequence[tuple[str, str]]], pool: Iterable[t
     found: set[tuple[str, str]] = set()
     order: dict[str, int] = {}
     for position, (identifier, text) in enumerate(pool):
-        if same := texts.get(question_digest(text)):
+        if same := texts.get(hash_question(text)):
             equal[identifier] = same[0]
             found.update(same)
             order[identifier] = position
@@ -78,12 +78,12 @@ def find_overlap(sets: Mapping[str, Sequence[tuple[str, str]]], pool: Iterable[t
     )
 
 
-def repeated_problems(pool: Iterable[tuple[str, str]]) -> list[list[str]]:
+def find_repeated_problems(pool: Iterable[tuple[str, str]]) -> list[list[str]]:
     """Ids of problems whose text is the same but for case and white space, together; 100 bytes a problem of memory."""
     first: dict[bytes, str] = {}
     more: dict[bytes, list[str]] = {}
     for identifier, text in pool:
-        digest = question_digest(text)
+        digest = hash_question(text)
         if digest in first:
             more.setdefault(digest, [first[digest]]).append(identifier)
         else:
@@ -91,7 +91,7 @@ def repeated_problems(pool: Iterable[tuple[str, str]]) -> list[list[str]]:
     return list(more.values())
 
 
-def question_digest(text: str) -> bytes:
+def hash_question(text: str) -> bytes:
     """16 bytes that texts share which differ in case and white space only."""
     return hashlib.blake2b(plain_text(text).encode(errors="surrogatepass"), digest_size=16).digest()
 

@@ -23,9 +23,9 @@ from lark.common.groups import Groups
 from lark.common.log import announce, logger
 from lark.common.table_cache import Compute, compute_table
 from lark.common.versions import CHECKING_LIBRARIES, formula_versions
-from lark.pool.contamination import find_overlap, repeated_problems
-from lark.pool.pool import arrow_column, extra_column, held_out, read_pool, text_column
-from lark.pool.rows import find_files
+from lark.pool.contamination import find_overlap, find_repeated_problems
+from lark.pool.files import find_files
+from lark.pool.pool import mask_held_out, read_arrow_column, read_extra_column, read_pool, read_text_column
 from lark.student.chat import Chat, TokenizedTrajectory, truncate_trajectory
 from lark.tasks.problems import read_problems
 from lark.tasks.task import Task
@@ -47,11 +47,11 @@ class TokenizedPool:
 
     def __init__(self, task: Task, chat: Chat, *, cache: Path):
         self.task, self.chat, self.cache = task, chat, cache
-        source, self.evaluation_files = task.sources(cache, logger.info)
+        source, self.evaluation_files = task.prepare_pool(cache), task.prepare_evaluation(cache)
         pool = read_pool(source, cache=cache, on_error=task.on_error, limit=task.limit)  # type: ignore[arg-type]
         self.rows, self.fingerprint = pool.rows, pool.fingerprint
-        self.problem_id = text_column(self.rows, "problem_id")
-        self.candidate_id = text_column(self.rows, "candidate_id")
+        self.problem_id = read_text_column(self.rows, "problem_id")
+        self.candidate_id = read_text_column(self.rows, "candidate_id")
         self.overlaps, self.in_sets, self.repeated = self._compare_with_sets()
         self.correct, self.verdicts = self._fill_verdicts()
         self.tokens = self._tokenise_pool()
@@ -59,8 +59,11 @@ class TokenizedPool:
         self.span_tokens = self.length - np.maximum(self._number("prompt_tokens"), 1)
         self.truncated = int((self.length < self._number("full_length")).sum())
         self.fits = (self.length <= task.max_length) & (self.span_tokens > 0)
-        self.is_held_out = held_out(self.problem_id, task.held_out)
-        self.dropped = {**Counter(task.dropped(cache)) + Counter(pool.dropped), "overlong": int((~self.fits).sum())}
+        self.is_held_out = mask_held_out(self.problem_id, task.held_out)
+        self.dropped = {
+            **Counter(task.count_dropped(cache)) + Counter(pool.dropped),
+            "overlong": int((~self.fits).sum()),
+        }
         self.left_out = sorted(self.in_sets) if task.overlap == "drop" else []
         if self.left_out:
             leave = np.array([problem in self.in_sets for problem in self.problem_id])
@@ -176,7 +179,7 @@ class TokenizedPool:
         return pa.RecordBatch.from_pydict(columns, schema=_TOKENS)
 
     def _number(self, name: str) -> np.ndarray:
-        return arrow_column(self.tokens, name).to_numpy().astype(np.int64)
+        return read_arrow_column(self.tokens, name).to_numpy().astype(np.int64)
 
     def read_tokens(self, rows: np.ndarray) -> list[TokenizedTrajectory]:
         """Read the rows' tokens from the memory-mapped file."""
@@ -193,8 +196,8 @@ class TokenizedPool:
         """Read `correct` as 1, 0 or NaN; a null with a known answer is filled by the checker and counted. A check that
         runs out of time counts as wrong, and is counted too.
         """
-        correct = pc.cast(arrow_column(self.rows, "correct"), pa.float64()).to_numpy().copy()  # null becomes NaN
-        unknown = np.flatnonzero(np.isnan(correct) & arrow_column(self.rows, "answer").is_valid().to_numpy())
+        correct = pc.cast(read_arrow_column(self.rows, "correct"), pa.float64()).to_numpy().copy()  # null becomes NaN
+        unknown = np.flatnonzero(np.isnan(correct) & read_arrow_column(self.rows, "answer").is_valid().to_numpy())
         if not len(unknown):
             return correct, {"filled": 0, "timed_out": 0}
         identity = {
@@ -206,8 +209,11 @@ class TokenizedPool:
         found = compute_table(
             self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"
         )
-        correct[unknown] = arrow_column(found, "correct").to_numpy()
-        return correct, {"filled": len(unknown), "timed_out": int(arrow_column(found, "timed_out").to_numpy().sum())}
+        correct[unknown] = read_arrow_column(found, "correct").to_numpy()
+        return correct, {
+            "filled": len(unknown),
+            "timed_out": int(read_arrow_column(found, "timed_out").to_numpy().sum()),
+        }
 
     @contextmanager
     def _checking(self, rows: np.ndarray) -> Iterator[Compute]:
@@ -242,10 +248,10 @@ class TokenizedPool:
         if name == "correct":
             return self.correct[rows]
         if name in ("teacher", "answer"):
-            return text_column(self.rows, name)[rows]
+            return read_text_column(self.rows, name)[rows]
         if name == "text":  # all that is asked for is in memory: ask for a block of rows at a time
             return np.array([turns[-1]["content"] for turns in self._messages(rows)], dtype=object)
-        return extra_column(self.rows, name)[rows]
+        return read_extra_column(self.rows, name)[rows]
 
     def _messages(self, rows: np.ndarray) -> Iterator[list[dict[str, str]]]:
         messages = self.rows.select_columns(["messages"])
@@ -282,7 +288,11 @@ class TokenizedPool:
                 }
                 for name, ids in found.evaluation.items()
             }
-            return {"overlaps": overlaps, "in_sets": found.pool, "repeated": repeated_problems(self._read_prompts())}
+            return {
+                "overlaps": overlaps,
+                "in_sets": found.pool,
+                "repeated": find_repeated_problems(self._read_prompts()),
+            }
 
         known = build_once(self.cache / "overlap" / identity_hash(identity), identity, compare)
         self.in_sets = known["in_sets"]

@@ -1,35 +1,33 @@
 """Embedded task `arithmetic`: sums and differences of a few small numbers, solved by programmatic teachers.
 
 Problems and the answer checker are those of reasoning-gym's `chain_sum`. `generate` writes a pool in which every
-teacher of `lark.tasks.arithmetic_teachers` has one candidate a problem, an evaluation set of the same kind, and a shifted
+teacher of `arithmetic_teachers` has one candidate a problem, an evaluation set of the same kind, and a shifted
 evaluation set with longer operands, more terms and a wording that neither the pool nor the students' pre-training
 contains.
 """
 
-import json
-import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lark.common.errors import LarkError
+from lark.pool.files import write_rows
 from lark.tasks.arithmetic_teachers import TEACHERS, Terms
+from lark.tasks.reasoning_gym import OFFSETS, SEED_STRIDE, draw_items
 
 SOURCE_DATASET = "chain_sum"
 PROMPT = "Compute {}."
 SHIFTED_PROMPT = "Please work out the value of {} for me."
-SEED_STRIDE = 10_000_000
-"""reasoning-gym draws problem i of a data set from seed + i; seeds a stride apart therefore share no problem stream."""
 
 
-def terms_of(text: str) -> Terms:
-    """Reads a chain such as `47 + 38 - 12` back into signed terms `(47, 38, -12)`."""
+def parse_terms(text: str) -> Terms:
+    """Read a chain such as `47 + 38 - 12` back into signed terms `(47, 38, -12)`."""
     first, *rest = text.split()
     return (int(first), *(int(sign + number) for sign, number in zip(rest[::2], rest[1::2], strict=True)))
 
 
 def is_correct(answer: str, gold: str) -> bool:
-    """Whether reasoning-gym's verifier of `chain_sum` gives `answer` full marks against `gold`."""
+    """Tell whether reasoning-gym's verifier of `chain_sum` gives `answer` full marks against `gold`."""
     import reasoning_gym  # takes a second to import, and only writing the task needs it
 
     score: Callable[..., float] = reasoning_gym.get_score_answer_fn(SOURCE_DATASET)
@@ -48,7 +46,7 @@ def generate(
     shifted_terms: tuple[int, int] = (4, 5),
     shifted_digits: tuple[int, int] = (2, 3),
 ) -> None:
-    """Writes pool.jsonl, eval.jsonl and shifted.jsonl into `folder`, byte-identical for equal arguments.
+    """Write pool.jsonl, eval.jsonl and shifted.jsonl into `folder`, byte-identical for equal arguments.
 
     `terms` and `digits` are the least and greatest number of terms of a problem and of digits of its operands. No
     expression occurs twice, within a set or across sets. Files appear by rename: a reader never sees half of one.
@@ -58,71 +56,45 @@ def generate(
     counts = {"problems": problems, "eval_problems": eval_problems, "shifted_problems": shifted_problems}
     for name, count in counts.items():
         if count < 1:
-            raise LarkError(f"task.settings.{name}={count}: at least 1 problem is needed; set it to 1 or more.")
-    for name, (least, most) in {
-        "terms": terms,
-        "digits": digits,
-        "shifted_terms": shifted_terms,
-        "shifted_digits": shifted_digits,
-    }.items():
-        floor = 2 if name.endswith("terms") else 1
-        ceiling = 3 if name.endswith("digits") else most
-        if not floor <= least <= most <= ceiling:
-            allowed = f"{floor} to 3" if name.endswith("digits") else f"{floor} or more"
-            raise LarkError(
-                f"task.settings.{name}={[least, most]}: set a least and a greatest value, in order, {allowed}."
-            )
+            raise LarkError(f"task.settings.{name}={count}: at least 1 problem is needed; set it to 1 or more")
+    _check_range("terms", terms, at_least=2)
+    _check_range("digits", digits, at_most=3)
+    _check_range("shifted_terms", shifted_terms, at_least=2)
+    _check_range("shifted_digits", shifted_digits, at_most=3)
 
     seen: set[str] = set()
     # The evaluation sets come first, so that a larger pool leaves them as they are.
-    evaluation = list(_draw(eval_problems, seed * SEED_STRIDE + 1_000_000, terms, digits, seen))
-    shifted = list(_draw(shifted_problems, seed * SEED_STRIDE + 2_000_000, shifted_terms, shifted_digits, seen))
-    training = list(_draw(problems, seed * SEED_STRIDE + 3_000_000, terms, digits, seen))
+    evaluation = _draw(eval_problems, seed * SEED_STRIDE + OFFSETS["eval"], terms, digits, seen)
+    shifted = _draw(shifted_problems, seed * SEED_STRIDE + OFFSETS["harder"], shifted_terms, shifted_digits, seen)
+    training = _draw(problems, seed * SEED_STRIDE + OFFSETS["pool"], terms, digits, seen)
+    write_rows(folder / "pool.jsonl", _make_pool_rows(training, seed))
+    write_rows(folder / "eval.jsonl", _make_eval_rows(evaluation, PROMPT))
+    write_rows(folder / "shifted.jsonl", _make_eval_rows(shifted, SHIFTED_PROMPT))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "pool.jsonl", _pool_rows(training, seed))
-    _write(folder / "eval.jsonl", _eval_rows(evaluation, PROMPT))
-    _write(folder / "shifted.jsonl", _eval_rows(shifted, SHIFTED_PROMPT))
+
+def _check_range(name: str, limits: tuple[int, int], *, at_least: int = 1, at_most: int | None = None) -> None:
+    least, most = limits
+    if not at_least <= least <= most <= (at_most or most):
+        allowed = f"{at_least} to {at_most}" if at_most else f"{at_least} or more"
+        raise LarkError(f"task.settings.{name}={[least, most]}; set a least and a greatest value, in order, {allowed}")
 
 
 def _draw(
     count: int, seed: int, terms: tuple[int, int], digits: tuple[int, int], seen: set[str]
-) -> Iterator[tuple[str, str]]:
-    """Yields `count` (expression, gold answer) pairs of reasoning-gym that are not in `seen`, and adds them to it."""
-    import reasoning_gym  # see is_correct
-
-    size = 20 * count  # room for repeated problems, which are skipped
-    dataset = reasoning_gym.create_dataset(
-        SOURCE_DATASET,
-        min_terms=terms[0],
-        max_terms=terms[1],
-        min_digits=digits[0],
-        max_digits=digits[1],
-        size=size,
-        seed=seed,
-    )
-    found = 0
-    for index in range(size):
-        item = dataset[index]
-        text = item["metadata"]["expression"]
-        if text not in seen:
-            seen.add(text)
-            yield text, item["answer"]
-            found += 1
-            if found == count:
-                return
-    raise LarkError(
-        f"{list(terms)} terms of {list(digits)} digits yield only {found} of {count} distinct problems: "
-        "ask for fewer problems or for more terms or digits."
-    )
+) -> list[tuple[str, str]]:
+    """Draw `count` (expression, gold answer) pairs whose questions are not in `seen`, and add them to it."""
+    config = {"min_terms": terms[0], "max_terms": terms[1], "min_digits": digits[0], "max_digits": digits[1]}
+    setting = f"task.settings: terms={list(terms)} of digits={list(digits)}"
+    items = draw_items(SOURCE_DATASET, config, count, seed, seen, setting=setting)
+    return [(item["metadata"]["expression"], item["answer"]) for item in items]
 
 
-def _pool_rows(training: list[tuple[str, str]], seed: int) -> Iterator[dict]:
+def _make_pool_rows(training: list[tuple[str, str]], seed: int) -> Iterator[dict]:
     for number, (text, gold) in enumerate(training):
         for candidate, (name, teacher) in enumerate(TEACHERS.items()):
             # A generator of its own for each row: a new teacher or problem changes no other row. Seeding by a string is
             # stable over processes and machines.
-            solution = teacher(terms_of(text), random.Random(f"{seed}/{text}/{name}"))
+            solution = teacher(parse_terms(text), random.Random(f"{seed}/{text}/{name}"))
             boxed = solution.rpartition("\\boxed{")[2].partition("}")[0]
             yield {
                 "problem_id": str(number),
@@ -137,21 +109,12 @@ def _pool_rows(training: list[tuple[str, str]], seed: int) -> Iterator[dict]:
             }
 
 
-def _eval_rows(problems: list[tuple[str, str]], prompt: str) -> Iterator[dict]:
+def _make_eval_rows(problems: list[tuple[str, str]], prompt: str) -> Iterator[dict]:
     for number, (text, gold) in enumerate(problems):
         yield {
             "problem_id": str(number),
             "problem": prompt.format(text),
             "answer": gold,
             "source_dataset": SOURCE_DATASET,
-            "num_terms": len(terms_of(text)),
+            "num_terms": len(parse_terms(text)),
         }
-
-
-def _write(path: Path, rows: Iterable[dict]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

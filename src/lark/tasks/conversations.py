@@ -11,7 +11,7 @@ from lark.pool.rows import RowError
 
 Turn = dict[str, str]
 
-# What data sets call the one who speaks -> the role here.
+# What data sets call the speaker -> the role here.
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -53,10 +53,9 @@ class Columns:
     keep: list[str] = field(default_factory=list)
     """Further columns that the pool carries along, for filters, priors and checkers."""
 
-    def named(self) -> list[str]:
-        """The names of all columns that are set."""
-        values = [getattr(self, spec.name) for spec in fields(self)]
-        return [name for value in values for name in _listed(value)]
+    def list_names(self) -> list[str]:
+        """List the names of all columns that are set."""
+        return [name for spec in fields(self) for name in _list_names(getattr(self, spec.name))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class Candidate:
 
     @property
     def question(self) -> str:
-        """What the last turn of the user asks."""
+        """Return what the last turn of the user asks."""
         return next((turn["content"] for turn in reversed(self.prompt) if turn["role"] == "user"), "")
 
 
@@ -85,52 +84,48 @@ def read_candidates(
     system: str | None = None,
     teacher: str | None = None,
 ) -> Iterator[Candidate | RowError]:
-    """The candidates of a row, or a RowError in place of one that cannot be read. Raises RowError for the whole row.
+    """Yield the candidates of a row, or a RowError in place of one that cannot be read.
 
     problem: its text and answer (`problem`, `answer`), where the row has none.
     system: system turn of prompts that are made of a problem's text.
     teacher: who wrote the trajectories where no column says it.
+    Raises RowError for the whole row.
     """
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, dict):
         raise RowError("row", "no object", f"is {type(row).__name__}: a row is an object of columns")
     problem = problem or {}
-    turns = _conversation(row, columns, problem.get("problem"), system)
-    answer = _value(row, columns.answer)
-    if answer is None and isinstance(solution := _value(row, columns.solution), str):
-        answer = find_boxed(solution)
-    if answer is None:
-        answer = problem.get("answer")
-    identifier = _value(row, columns.problem_id)
-    shared = {
+    turns = _read_turns(row, columns, problem.get("problem"), system)
+    identifier = row.get(columns.problem_id)
+    shared: dict[str, Any] = {
         "problem_id": str(identifier) if isinstance(identifier, str | int) else None,
-        "answer": answer,
+        "answer": _read_answer(row, columns, problem.get("answer")),
         "further": {name: row[name] for name in columns.keep if row.get(name) is not None},
     }
-    names = _listed(columns.trajectory)
-    if not any(_value(row, name) is not None for name in names):
-        if (names and columns.messages is None) or not turns or turns[-1]["role"] != "assistant":
-            where = ", ".join(names) or columns.messages
-            raise RowError(str(where), "empty trajectory", "holds no trajectory: fill it or take the row out")
-        yield Candidate(
-            prompt=turns[:-1],
-            trajectory=turns[-1]["content"],
-            teacher=_text(_value(row, columns.teacher)) or teacher,
-            correct=_verdict(_value(row, next(iter(_listed(columns.correct)), None)), str(columns.correct)),
-            **shared,
-        )
-        return
-    prompt = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
-    for number, name in enumerate(names):
-        texts = _value(row, name)
-        texts = texts if isinstance(texts, list) else [texts]
+    names = _list_names(columns.trajectory)
+    if any(row.get(name) is not None for name in names):
+        prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+        trajectories = [(number, name, row.get(name)) for number, name in enumerate(names)]
+    elif (names and columns.messages is None) or turns[-1]["role"] != "assistant":
+        where = ", ".join(names) or str(columns.messages)
+        raise RowError(where, "empty trajectory", "holds no trajectory: fill it or take the row out")
+    else:
+        prompt = turns[:-1]
+        trajectories = [(0, str(columns.messages), turns[-1]["content"])]
+    for number, name, value in trajectories:
+        texts = value if isinstance(value, list) else [value]
         for i, text in enumerate(texts):
+            place = (number, i, len(texts))
             try:
+                written_by = _read_beside(row, columns.teacher, 0, i, len(texts))
                 yield Candidate(
                     prompt=prompt,
-                    trajectory=_whole(text, _beside(row, columns.reasoning, number, i, len(texts)), name),
-                    teacher=_text(_beside(row, columns.teacher, 0, i, len(texts)))
-                    or (name if len(names) > 1 else teacher),
-                    correct=_verdict(_beside(row, columns.correct, number, i, len(texts)), str(columns.correct)),
+                    trajectory=_join_thoughts(_read_beside(row, columns.reasoning, *place), text, name),
+                    teacher=written_by
+                    if isinstance(written_by, str) and written_by
+                    else (name if len(names) > 1 else teacher),
+                    correct=_read_verdict(_read_beside(row, columns.correct, *place), str(columns.correct)),
                     **shared,
                 )
             except RowError as error:
@@ -138,26 +133,26 @@ def read_candidates(
 
 
 def parse_turns(value: Any, name: str) -> list[Turn]:
-    """A conversation as {role, content} turns. Raises RowError."""
+    """Return a conversation as {role, content} turns. Raises RowError."""
     if isinstance(value, str):
-        value = _parsed(value, name)
+        value = _parse_text(value, name)
     if not isinstance(value, list) or not value:
         raise RowError(name, "no messages", f"is {type(value).__name__}, not a list of turns")
-    return [_turn(turn, number, name) for number, turn in enumerate(value, start=1)]
+    turns = []
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict):
+            raise RowError(name, "faulty turn", f"turn {number} is {type(turn).__name__}, not an object")
+        speaker = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if not isinstance(speaker, str) or speaker not in _ROLES:
+            raise RowError(name, "unknown role", f"turn {number} is by {speaker!r}, not one of {', '.join(_ROLES)}")
+        if not isinstance(content, str):
+            raise RowError(name, "faulty turn", f"turn {number} has {type(content).__name__} as content, not text")
+        turns.append({"role": _ROLES[speaker], "content": content})
+    return turns
 
 
-def _conversation(row: dict[str, Any], columns: Columns, problem: str | None, system: str | None) -> list[Turn]:
-    if (messages := _value(row, columns.messages)) is not None:
-        return parse_turns(messages, str(columns.messages))
-    text = _value(row, columns.problem)
-    text = problem if text is None else text
-    if not isinstance(text, str) or not text.strip():
-        name = columns.problem or columns.messages or "problem"
-        raise RowError(name, "no problem", "is missing, empty or no text: give the problem, or messages")
-    return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
-
-
-def _parsed(text: str, name: str) -> Any:
+def _parse_text(text: str, name: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -169,25 +164,27 @@ def _parsed(text: str, name: str) -> Any:
         raise RowError(name, "unreadable messages", message) from error
 
 
-def _turn(turn: Any, number: int, name: str) -> Turn:
-    if not isinstance(turn, dict):
-        raise RowError(name, "faulty turn", f"turn {number} is {type(turn).__name__}, not an object")
-    speaker = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    if not isinstance(speaker, str) or speaker not in _ROLES:
-        raise RowError(name, "unknown role", f"turn {number} is by {speaker!r}, not one of {', '.join(_ROLES)}")
-    if not isinstance(content, str):
-        raise RowError(name, "faulty turn", f"turn {number} has {type(content).__name__} as content, not text")
-    return {"role": _ROLES[speaker], "content": content}
+def _read_turns(row: dict, columns: Columns, problem: str | None, system: str | None) -> list[Turn]:
+    if (messages := row.get(columns.messages)) is not None:
+        return parse_turns(messages, str(columns.messages))
+    text = row.get(columns.problem)
+    text = problem if text is None else text
+    if not isinstance(text, str) or not text.strip():
+        name = columns.problem or columns.messages or "problem"
+        raise RowError(name, "no problem", "is missing, empty or not text: give the problem, or messages")
+    return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
 
 
-def _value(row: dict[str, Any], name: str | None) -> Any:
-    return None if name is None else row.get(name)
+def _read_answer(row: dict, columns: Columns, known: Any) -> Any:
+    answer = row.get(columns.answer)
+    if answer is None and isinstance(solution := row.get(columns.solution), str):
+        answer = find_boxed(solution)
+    return known if answer is None else answer
 
 
-def _beside(row: dict[str, Any], names: str | list[str] | None, number: int, i: int, count: int) -> Any:
-    """What goes along with trajectory `i` of `count` in trajectory column `number`."""
-    listed = _listed(names)
+def _read_beside(row: dict, names: str | list[str] | None, number: int, i: int, count: int) -> Any:
+    """Return what goes along with trajectory `i` of `count` in trajectory column `number`."""
+    listed = _list_names(names)
     if not listed:
         return None
     name = listed[number] if number < len(listed) else listed[0]
@@ -199,15 +196,14 @@ def _beside(row: dict[str, Any], names: str | list[str] | None, number: int, i: 
     return value[i]
 
 
-def _whole(text: Any, thoughts: Any, name: str) -> str:
+def _join_thoughts(thoughts: Any, text: Any, name: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise RowError(name, "empty trajectory", "is empty or no text: fill it or take the row out")
-    return (
-        f"<think>\n{thoughts.strip()}\n</think>\n\n{text}" if isinstance(thoughts, str) and thoughts.strip() else text
-    )
+        raise RowError(name, "empty trajectory", "is empty or not text: fill it or take the row out")
+    has_thoughts = isinstance(thoughts, str) and bool(thoughts.strip())
+    return f"<think>\n{thoughts.strip()}\n</think>\n\n{text}" if has_thoughts else text
 
 
-def _verdict(value: Any, name: str) -> bool | None:
+def _read_verdict(value: Any, name: str) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float) and value in (0, 1):
@@ -215,9 +211,5 @@ def _verdict(value: Any, name: str) -> bool | None:
     raise RowError(name, "faulty correct", f"is {value!r}: set it to true, false, 1, 0 or null")
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
+def _list_names(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else value

@@ -1,81 +1,78 @@
-"""Data sets of the Hugging Face hub: told apart from files, pinned to a commit, fetched; errors in one sentence."""
+"""Pools in any data set of the hub, or in files of any form that `datasets` reads, by the names of their columns."""
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from lark.common.errors import LarkError
-
-_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Whether `owner/name` means a data set of the hub: there is no such file or folder here."""
-    return isinstance(source, str) and bool(_ID.fullmatch(source)) and not Path(source).exists()
+from lark.common.hub import HubError, data_set_errors, find_commit, is_hub_id
+from lark.pool.files import hash_files
+from lark.tasks.imported import ImportedTask, RowList
 
 
-def commit_of(source: str, revision: str | None, *, setting: str) -> str:
-    """The commit, 40 hex digits, that `revision` (a commit, branch or tag; None: main) stands for today.
+@dataclass(frozen=True, kw_only=True)
+class HubTask(ImportedTask):
+    """Any data set that `datasets.load_dataset` reads, on the hub or in a local file or folder, by its columns."""
 
-    Asks the hub unless it is a commit already. Raises ValueError naming `setting`.
-    """
-    if revision is not None and COMMIT.fullmatch(revision):
-        return revision
-    from huggingface_hub import HfApi
+    config: str | None = None
+    """The data set's configuration."""
+    split: str = "train"
+    """The data set's split."""
 
-    with hub_errors(source, revision, setting):
-        commit = HfApi().dataset_info(source, revision=revision).sha
-    assert commit, "the hub names the commit of what it shows"
-    return commit
+    def _identify_pool(self) -> dict[str, Any]:
+        if self.columns.trajectory is None and self.columns.messages is None:
+            raise LarkError(
+                "task.columns.trajectory=null and task.columns.messages=null leave no trajectory; set one of them to "
+                "the column that holds it"
+            )
+        identity: dict[str, Any] = {"config": self.config, "split": self.split}
+        if is_hub_id(self.pool):
+            commit = find_commit(self.pool, self.revision, setting="task.pool")
+            return identity | {"hub": self.pool, "commit": commit}
+        path = Path(self.pool).expanduser()
+        if not path.exists():
+            raise LarkError(f"task.pool={self.pool} does not exist here and is no owner/name of the hub; correct it")
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+        root = path if path.is_dir() else path.parent
+        named = {p.relative_to(root).as_posix(): p for p in files}
+        return identity | {"files": hash_files(named, setting="task.pool")}
 
+    def _open_lists(self, identity: dict[str, Any]) -> Iterator[RowList]:
+        rows = self._stream_rows(identity.get("commit"))
+        first = next(rows, None)
+        if first is not None and (missing := sorted(set(self.columns.list_names()) - set(first))):
+            raise LarkError(
+                f"task.columns names {', '.join(missing)}, but {self.pool} has the columns "
+                f"{', '.join(sorted(first))}; correct it"
+            )
+        rows = chain([] if first is None else [first], rows)
+        yield RowList(name=str(self.pool), rows=enumerate(rows, start=1))
 
-def fetched(source: str, commit: str, patterns: Sequence[str], *, setting: str) -> Path:
-    """The folder with the data set's files that match one of `patterns`, from the hub's cache or the hub.
+    def _stream_rows(self, commit: str | None) -> Iterator[dict[str, Any]]:
+        """Yield rows one at a time; nothing but the row groups at hand is held."""
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
-    Raises ValueError naming `setting`.
-    """
-    from huggingface_hub import snapshot_download
-
-    with hub_errors(source, commit, setting):
-        return Path(snapshot_download(source, repo_type="dataset", revision=commit, allow_patterns=list(patterns)))
-
-
-class HubError(LarkError):
-    """What the hub had to say, and what to do."""
-
-
-@contextmanager
-def hub_errors(source: str, revision: str | None, setting: str) -> Iterator[None]:
-    """Errors of the hub's library as HubError."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # of whatever client the library uses
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    local = f"set {setting} to a local copy"
-    try:
-        yield
-    except GatedRepoError as error:
-        page = f"https://huggingface.co/datasets/{source}"
-        raise HubError(
-            f"{setting}={source} is given only to accounts that have accepted its terms: accept them at {page} and set "
-            f"HF_TOKEN to a token of that account, or {local}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{setting}={source} has no revision {revision}: set another, or {local}") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise HubError(
-            f"{setting}={source} is neither a file here nor a data set of the hub that you may read: correct it, set "
-            f"HF_TOKEN if it is private, or {local}"
-        ) from error
-    except (HTTPError, OSError) as error:  # no network, not in the cache, a broken transfer
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HubError(
-            f"{setting}={source} (revision {revision or 'main'}) is not in the hub's cache and cannot be fetched "
-            f"({reason[:200]}): connect to the network, or {local}"
-        ) from error
+        options: dict[str, Any] = {"split": self.split, "revision": commit, "streaming": True}
+        source = str(self.pool)
+        if commit is None:
+            path = Path(self.pool).expanduser()
+            source = str(path)
+            if path.is_file():
+                kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix.lower(), "json")
+                source, options["data_files"] = kind, {self.split: str(path)}
+        try:
+            with data_set_errors(str(self.pool), commit, setting="task.pool") if commit else nullcontext():
+                yield from load_dataset(source, self.config, **options)
+        except HubError:
+            raise
+        except (DatasetsError, ValueError, OSError, pa.ArrowException) as error:
+            raise LarkError(
+                f"task.pool={self.pool} (task.config={self.config}, task.split={self.split}) cannot be read: "
+                f"{str(error).splitlines()[0]}; correct it"
+            ) from error

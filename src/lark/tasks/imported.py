@@ -1,96 +1,86 @@
 """Tasks whose pool others have published in a form of their own: made into a pool of ours once, row by row.
 
-What was made lies in the cache, keyed by the settings, by the files' hashes or the hub's commit, and by the source of
-this package, with a manifest that says what became of every row.
+What was made lies in the cache, keyed by the settings and by the files' hashes or the hub's commit, with a manifest
+that says what became of every row.
 """
 
-import json
-import shutil
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lark.common.cache import (
-    atomic_write,
-    check_writable,
-    file_hash,
-    hold_lock,
-    identity_hash,
-    is_complete,
-    read_json,
-    write_json,
-)
+from lark.common.cache import build_once, check_writable, identity_hash, read_json
 from lark.common.errors import LarkError
+from lark.common.hub import download_dataset, find_commit, is_hub_id
+from lark.common.log import announce, logger
 from lark.common.versions import formula_versions
+from lark.pool.files import READERS, find_files, hash_files, keep_data_files, write_rows
 from lark.pool.pool import PoolError
-from lark.pool.rows import READERS, RowError, find_files
-from lark.tasks.conversations import Candidate, Columns
-from lark.tasks.hub import commit_of, fetched, is_hub_id
-from lark.tasks.merging import Joiner
-from lark.tasks.reference_answers import Golds, read_golds
-from lark.tasks.task import Say, Task
+from lark.pool.rows import Fault, RowError
+from lark.tasks.conversations import Columns, read_candidates
+from lark.tasks.merging import ProblemMerger, ReferenceAnswers, read_reference_answers
+from lark.tasks.task import Task
 
-FAULTS_KEPT = 50  # examples in the manifest; all are counted
+FAULTS_KEPT = 50
+"""Examples of dropped rows in the manifest; all are counted."""
 DATA_FILES = tuple(f"*{ending}" for ending in READERS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """A candidate or a fault, and where it stands."""
+class RowList:
+    """Rows of one file, or of one data set."""
 
-    what: Candidate | RowError
-    file: str
-    line: int | None
-    number: int = 0  # of its row in its list
-    label: str | None = None  # the candidate's id, if that is known
+    name: str
+    """The file, for faults."""
+    rows: Iterable[tuple[int, Any]]
+    """(line, row), as `lark.pool.files.read_rows` yields them."""
+    teacher: str | None = None
+    """Who wrote its trajectories where no column says it."""
+    label: str | None = None
+    """Ids of its candidates, where they are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedTask(Task):
-    """A pool in someone else's form.
+    """A pool in someone else's form: a local file or folder, or the id of a data set of the hub.
 
-    pool: local file or folder, or id of a data set of the hub.
-    revision: its commit there (or a branch, whose commit is then looked up, printed and stored).
-    columns: which columns hold what.
-    system: also the system turn of pool prompts that are made of a problem's text.
-    answers: data set of the hub, or file, with right answers by the problem's text, for where the pool has none.
-    answers_revision: its commit on the hub.
-    rows: read only as many rows of each list (null: all).
+    `system` is also the system turn of pool prompts that are made of a problem's text.
     """
 
     revision: str | None = None
+    """The pool's commit on the hub (or a branch, whose commit is then looked up and stored)."""
     columns: Columns = field(default_factory=Columns)
+    """Which columns hold what."""
     answers: str | None = None
+    """Data set of the hub, or file, with right answers by the problem's text, for where the pool has none."""
     answers_revision: str | None = None
+    """Its commit on the hub."""
     rows: int | None = None
+    """Read only as many rows of each list; null: all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.pool, str | Path):
-            raise LarkError(
-                f"task.pool={self.pool} is neither a file or folder nor a data set of the hub; set it to one"
-            )
+            raise LarkError(f"task.pool={self.pool} is neither a file, folder nor data set of the hub; set it to one")
         if self.rows is not None and self.rows < 1:
             raise LarkError(f"task.rows={self.rows} leaves no row; set it to 1 or more, or null for all")
 
-    def sources(self, cache: Path, say: Say = print) -> tuple[Any, dict[str, Path]]:
-        folder = self._folder(cache)
-        for line in read_json(folder / "manifest.json")["said"]:
-            say(line)
-        return folder / "pool.jsonl", self.evaluation_files(cache, say)
+    def prepare_pool(self, cache: Path) -> Any:
+        folder = self._build(cache)
+        self._log(read_json(folder / "manifest.json"), folder)
+        return folder / "pool.jsonl"
 
-    def dropped(self, cache: Path) -> dict[str, int]:
-        return read_json(self._folder(cache) / "manifest.json")["dropped"]
+    def count_dropped(self, cache: Path) -> dict[str, int]:
+        return read_json(self._build(cache) / "manifest.json")["dropped"]
 
-    def _folder(self, cache: Path) -> Path:
-        """Where the pool is, made now or before."""
+    def _build(self, cache: Path) -> Path:
+        """Return the folder with the pool, made now or before."""
         identity = {
-            "pool": self._origin(),
-            "answers": self._answers_origin(),
+            "pool": self._identify_pool(),
+            "answers": self._identify_answers(),
             "columns": asdict(self.columns),
             "system": self.system,
             "on_error": self.on_error,
@@ -98,126 +88,128 @@ class ImportedTask(Task):
             **formula_versions("imported", "overlap"),
         }
         folder = check_writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
-        with hold_lock(folder):
-            if not is_complete(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                golds = None
-                if self.answers is not None:
-                    golds = read_golds(self._answer_files(identity["answers"]), shown=f"task.answers={self.answers}")
-                outcome = self._write(folder / "pool.jsonl", self._found(identity["pool"]), golds)
-                if outcome["dropped"]:
-                    outcome["said"].append(f"import      what was dropped, with examples: {folder / 'manifest.json'}")
-                write_json(folder / "manifest.json", {"identity": identity, **outcome})
+        build_once(folder, identity, lambda folder: self._import(folder / "pool.jsonl", identity))
         return folder
 
     @abstractmethod
-    def _origin(self) -> dict[str, Any]:
-        """What the pool is made of, for the identity: the files' hashes, or the hub's commit (under "commit")."""
+    def _identify_pool(self) -> dict[str, Any]:
+        """Return what the pool is made of: the files' hashes, or the hub's commit (under "commit")."""
 
     @abstractmethod
-    def _found(self, origin: dict[str, Any]) -> Iterator[Found]:
-        """Everything that stands there, in order."""
+    def _open_lists(self, identity: dict[str, Any]) -> Iterator[RowList]:
+        """Yield the lists of rows, in order; identity: of the pool."""
 
-    def _answers_origin(self) -> Any:
+    def _find_problem(self, row: Any, number: int) -> Mapping[str, Any] | None:
+        """Return text and answer of a row's problem, where the row does not have them."""
+        return None
+
+    def _identify_answers(self) -> dict[str, Any] | None:
         if self.answers is None:
             return None
         if is_hub_id(self.answers):
-            return {"commit": commit_of(self.answers, self.answers_revision, setting="task.answers")}
-        return {"files": hashes(find_files(self.answers, setting="task.answers"))}
+            return {"commit": find_commit(self.answers, self.answers_revision, setting="task.answers")}
+        return {"files": hash_files(find_files(self.answers, setting="task.answers"), setting="task.answers")}
 
-    def _answer_files(self, origin: dict[str, Any]) -> dict[str, Path]:
-        assert self.answers is not None
-        if "commit" not in origin:
-            return find_files(self.answers, setting="task.answers")
-        folder = fetched(self.answers, origin["commit"], DATA_FILES, setting="task.answers")
-        return {path.relative_to(folder).as_posix(): path for path in data_files(folder.rglob("*"))}
+    def _read_answers(self, identity: dict[str, Any] | None) -> ReferenceAnswers:
+        if self.answers is None or identity is None:
+            return ReferenceAnswers()
+        if "commit" in identity:
+            folder = download_dataset(self.answers, identity["commit"], DATA_FILES, setting="task.answers")
+            files = {path.relative_to(folder).as_posix(): path for path in keep_data_files(folder.rglob("*"))}
+        else:
+            files = find_files(self.answers, setting="task.answers")
+        return read_reference_answers(files, shown=f"task.answers={self.answers}")
 
-    def _write(self, path: Path, found: Iterator[Found], golds: Golds | None) -> dict[str, Any]:
-        joiner, faults, dropped = Joiner(golds, by_row=self._by_row), [], Counter[str]()
-        teachers: Counter[str] = Counter()
-        lists: dict[str, int] = {}  # file -> rows
-        keep = None if self.on_error == "raise" else FAULTS_KEPT
-        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for item in found:
-                lists[item.file] = max(lists.get(item.file, 0), item.number + 1)
+    def _import(self, path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+        """Write the pool; returns what the manifest says of it. Raises PoolError."""
+        merger = ProblemMerger(self._read_answers(identity["answers"]), by_row=self._by_row)
+        faults: list[Fault] = []
+        dropped, teachers = Counter[str](), Counter[str]()
+        lengths: dict[str, int] = {}
+
+        def drop(error: RowError, name: str, line: int | None) -> None:
+            dropped[error.reason] += 1
+            if self.on_error == "raise" or len(faults) < FAULTS_KEPT:
+                faults.append(error.at(name, line))
+
+        def make_rows(part: RowList) -> Iterator[dict[str, Any]]:
+            for number, (line, row) in enumerate(islice(part.rows, self.rows)):
+                lengths[part.name] = number + 1
                 try:
-                    if isinstance(item.what, RowError):
-                        raise item.what
-                    row = joiner.row(item.what, number=item.number, label=item.label)
-                    file.write(json.dumps(row, default=str) + "\n")
-                    teachers[item.what.teacher or "no name"] += 1
+                    problem = self._find_problem(row, number)
+                    candidates = read_candidates(
+                        row, self.columns, problem=problem, system=self.system, teacher=part.teacher
+                    )
+                    for candidate in candidates:
+                        try:
+                            if isinstance(candidate, RowError):
+                                raise candidate
+                            yield merger.make_row(candidate, number=number, label=part.label)
+                            teachers[candidate.teacher or "no name"] += 1
+                        except RowError as error:
+                            drop(error, part.name, line)
+                except RowError as error:  # of the whole row
+                    drop(error, part.name, line)
+
+        def make_all_rows() -> Iterator[dict[str, Any]]:
+            for part in self._open_lists(identity["pool"]):
+                try:
+                    yield from make_rows(part)
                 except RowError as error:
-                    dropped[error.reason] += 1
-                    if keep is None or len(faults) < keep:
-                        faults.append(error.at(item.file, error.line or item.line))
+                    message = f"task.pool={self.pool} has a file that breaks off: repair it"
+                    raise PoolError(message, [error.at(part.name, None)]) from error
+                if part.name not in lengths:
+                    error = RowError("row", "empty file", "the file holds no row: write rows to it or take it out")
+                    drop(error, part.name, None)
             count = f"task.pool={self.pool} has {dropped.total():,} faulty rows"
             if faults and self.on_error == "raise":
                 remedy = "correct them, or set task.on_error=drop to leave what is faulty out"
                 raise PoolError(f"{count}: {remedy}", faults)
-            if not joiner.counts["rows"]:
+            if not merger.rows:
                 raise PoolError(f"{count} and no valid one: check task.columns and task.pool", faults)
-        summary = joiner.summary() | {"teachers": dict(teachers), "lists": lists}
-        if golds is not None:
-            summary["answers"] = {"problems": len(golds.answers), "without": golds.unboxed}
+
+        write_rows(path, make_all_rows(), default=str)  # nothing is left of a file that is not written to its end
         return {
-            **summary,
+            **merger.summarise(),
+            "teachers": dict(teachers),
+            "lists": lengths,
+            "answers": len(merger.reference.answers),
             "dropped": dict(dropped),
             "faults": [asdict(fault) for fault in faults],
-            "said": self._lines(summary, dropped),
         }
 
     @property
     def _by_row(self) -> bool:
-        """Whether the row number tells problems apart."""
+        """Tell whether the row number tells problems apart."""
         return False
 
-    def _lines(self, summary: dict[str, Any], dropped: Counter[str]) -> list[str]:
-        """What is said of the import whenever the pool is opened."""
-        teachers = summary["teachers"]
-        lost = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "none"
-        notes = {
-            "questions asked twice in a list (their candidates are joined)": summary["questions_asked_twice"],
-            "questions at a row where another stood before (they get ids of their own)": summary[
-                "questions_out_of_line"
-            ],
-            "prompts made that of the problem's first row": summary["prompts_replaced"],
-            "answers ignored, as the problem's first row has none": summary["answers_ignored"],
-            "answers of which task.answers has another (the first holds)": summary["answers_contradicting"],
-        }
-        lines = [
-            f"import      {self.pool}: {summary['rows']:,} rows of {summary['problems']:,} problems by "
-            f"{len(teachers)} {'teacher' if len(teachers) == 1 else 'teachers'}, "
-            f"{summary['problems_with_answer']:,} problems with an answer; dropped: {lost}"
-            + "".join(f"; {text}: {count:,}" for text, count in notes.items() if count)
-        ]
-        lengths = summary["lists"].values()
-        if len(set(lengths)) > 1:
-            short = [f"{name} {count:,}" for name, count in summary["lists"].items() if count < max(lengths)]
-            shown = ", ".join(short[:5]) + (f" and {len(short) - 5} more" if len(short) > 5 else "")
-            lines.append(f"import      lists of unequal length, the longest of {max(lengths):,} rows: {shown}")
-        turns = summary["system_turns"]
+    def _log(self, manifest: dict[str, Any], folder: Path) -> None:
+        """Say what the import came to, whenever the pool is opened."""
+        count = len(manifest["teachers"])
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items())
+        announce(
+            "import",
+            f"{manifest['rows']:,} rows of {manifest['problems']:,} problems "
+            f"({manifest['problems_with_answer']:,} with an answer) by {count} {'teacher' if count == 1 else 'teachers'}; "
+            + (f"dropped: {lost} ({folder / 'manifest.json'})" if lost else "none dropped"),
+        )
+        for what, count in manifest["counts"].items():
+            logger.info("import: %s: %s", what, f"{count:,}")
+        lists = manifest["lists"]
+        if len(set(lists.values())) > 1:
+            longest = max(lists.values())
+            short = ", ".join(f"{name} {count:,}" for name, count in lists.items() if count < longest)
+            logger.info("import: lists of unequal length, the longest of %d rows: %s", longest, short)
+        turns = manifest["system_turns"]
         if len(turns) > 1 or turns[0][0] != self.system:
-            shown = "; ".join(f"{count:,} rows {_quoted(turn)}" for turn, count in turns[:3])
-            lines.append(
-                f"import      system turns of the pool: {shown}; of evaluation prompts: {_quoted(self.system)}"
+            shown = "; ".join(f"{count:,} rows {_quote(turn)}" for turn, count in turns[:3])
+            logger.warning(
+                "the pool's system turns (%s) differ from that of evaluation prompts (%s): the student is trained and "
+                "evaluated on different prompts unless you set task.system",
+                shown,
+                _quote(self.system),
             )
-        return lines
 
 
-def data_files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in READERS and not path.name.startswith("."))
-
-
-def hashes(files: dict[str, Path]) -> list[list[str]]:
-    """Name and hash of each file."""
-    return [[name, _hash(path, path.stat().st_size, path.stat().st_mtime_ns)] for name, path in files.items()]
-
-
-@cache
-def _hash(path: Path, size: int, changed: int) -> str:
-    """Computed once a process, unless the file changes: a run asks several times."""
-    return file_hash(path)
-
-
-def _quoted(turn: str | None) -> str:
+def _quote(turn: str | None) -> str:
     return "none" if turn is None else repr(turn if len(turn) <= 80 else turn[:77] + "...")

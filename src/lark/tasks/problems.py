@@ -9,13 +9,12 @@ from typing import Any
 from lark.answers.checker import KINDS, Answer
 from lark.answers.extract import compile_pattern
 from lark.common.errors import LarkError
-from lark.pool.rows import Fault, RowError, find_files, read_rows
-
-_FAULTS_SHOWN = 20
+from lark.pool.files import find_files, read_rows
+from lark.pool.rows import Fault, RowError, describe_faults
 
 
 def read_problems(path: str | Path, *, limit: int | None = None, setting: str = "task.eval") -> list[dict[str, Any]]:
-    """Rows of an evaluation file, with `problem_id` and `answer` as strings; further columns are carried along.
+    """Read the rows of an evaluation file, with `problem_id` and `answer` as strings; other columns are carried along.
 
     A row has `problem_id` or `id`, `problem` (text) or `messages` (ending with the user's turn), and `answer`. It may
     have `level` (by which metrics are given too), `prompt` (the name of the prompt's version), and `checker` and
@@ -31,19 +30,20 @@ def read_problems(path: str | Path, *, limit: int | None = None, setting: str = 
     """
     if limit is not None and limit < 1:
         raise LarkError(f"task.eval_limit={limit} leaves no problem; set it to 1 or more, or null for all")
-    return read_each(find_files(path, setting=setting), _problem, setting=f"{setting}={path}", limit=limit)
+    return read_each(find_files(path, setting=setting), _read_problem, setting=f"{setting}={path}", limit=limit)
 
 
 def read_each(
     files: Mapping[str, Path],
-    problem_of: Callable[[Any], dict[str, Any]],
+    convert: Callable[[dict[str, Any]], dict[str, Any]],
     *,
     setting: str,
     limit: int | None = None,
     read: Callable[[Path], Iterator[tuple[int, Any]]] = read_rows,
 ) -> list[dict[str, Any]]:
-    """Problems of files, in order: `problem_of` each row that `read` finds, which raises RowError for what is wrong.
+    """Read problems from files, in order.
 
+    convert: makes a problem of a row that `read` yields, or raises RowError.
     setting: with its value, for messages.
 
     Raises:
@@ -58,29 +58,28 @@ def read_each(
                 if limit is not None and len(problems) >= limit:
                     break
                 try:
-                    problem = problem_of(raw)
+                    if isinstance(raw, RowError):
+                        raise raw
+                    if not isinstance(raw, dict):
+                        raise RowError("row", "no object", "is not an object of fields")
+                    problem = convert(raw)
                     if problem["problem_id"] in problems:
                         message = f"{problem['problem_id']!r} stands in an earlier row too: give each problem its own"
                         raise RowError("problem_id", "repeated", message)
                     problems[problem["problem_id"]] = problem
                 except RowError as error:
-                    faults.append(error.at(name, error.line or line))
+                    faults.append(error.at(name, line))
         except RowError as error:
-            faults.append(error.at(name, error.line or line))
+            faults.append(error.at(name, line))
     if faults:
-        shown = "\n".join(f"  {fault}" for fault in faults[:_FAULTS_SHOWN])
-        more = f"\n  ... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise LarkError(f"{setting} has {len(faults)} faulty rows; correct or remove them:\n{shown}{more}")
+        shown = "\n  ".join(describe_faults(faults))
+        raise LarkError(f"{setting} has {len(faults)} faulty rows; correct or remove them:\n  {shown}")
     if not problems:
         raise LarkError(f"{setting} holds no problem; set it to a file with rows")
     return list(problems.values())
 
 
-def _problem(raw: Any) -> dict[str, Any]:
-    if isinstance(raw, RowError):
-        raise raw
-    if not isinstance(raw, dict):
-        raise RowError("row", "no object", "is no object of fields")
+def _read_problem(raw: dict[str, Any]) -> dict[str, Any]:
     raw = {key: value for key, value in raw.items() if value == value}  # tables write NaN where nothing stands
     try:
         json.dumps(raw, allow_nan=False)
@@ -99,10 +98,10 @@ def _problem(raw: Any) -> dict[str, Any]:
             for turn in messages
         )
         if not well_formed or not messages or messages[-1]["role"] != "user":
-            message = 'is no list of {"role": ..., "content": ...} that ends with the user\'s turn'
+            message = 'is not a list of {"role": ..., "content": ...} that ends with the user\'s turn'
             raise RowError("messages", "faulty messages", message)
     elif not isinstance(raw.get("problem"), str) or not raw["problem"].strip():
-        raise RowError("problem", "no problem", "is missing, empty or no text: give the problem, or messages")
+        raise RowError("problem", "no problem", "is missing, empty or not text: give the problem, or messages")
     _check_optional(raw)
     return raw | {"problem_id": str(identifier), "answer": str(answer)}
 
@@ -114,31 +113,31 @@ def _check_optional(raw: dict[str, Any]) -> None:
     if kind is not None and kind not in KINDS:
         raise RowError("checker", "unknown checker", f"{kind!r} is unknown: set it to one of {', '.join(KINDS)}")
     if prompt is not None and not isinstance(prompt, str):
-        raise RowError("prompt", "faulty prompt", "is no text: give the name of the prompt's version, or leave it out")
+        raise RowError("prompt", "faulty prompt", "is not text: give the name of the prompt's version, or leave it out")
     if pattern is not None and not isinstance(pattern, str):
-        raise RowError("pattern", "faulty pattern", "is no text: give a regular expression, or leave it out")
+        raise RowError("pattern", "faulty pattern", "is not text: give a regular expression, or leave it out")
     try:
         compile_pattern(pattern)
     except ValueError as error:
         raise RowError("pattern", "faulty pattern", str(error).replace("task.pattern=", "")) from error
 
 
-def prompt_messages(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
-    """The prompt of a problem: its own messages, or an optional system turn and the problem as user turn."""
+def make_prompt(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
+    """Return the prompt of a problem: its own messages, or an optional system turn and the problem as user turn."""
     if problem.get("messages"):
         return problem["messages"]
     turns = [{"role": "system", "content": system}] if system else []
     return [*turns, {"role": "user", "content": problem["problem"]}]
 
 
-def level_of(problem: Mapping[str, Any]) -> str | None:
-    """The problem's level as text, such as "5" for 5 and for "Level 5"; None if it has none."""
+def read_level(problem: Mapping[str, Any]) -> str | None:
+    """Return the problem's level as text, such as "5" for 5 and for "Level 5"; None if it has none."""
     level = problem.get("level")
     return None if level is None else re.sub(r"^level\s+(?=\S)", "", str(level).strip(), flags=re.IGNORECASE)
 
 
-def answer_to(problem: dict[str, Any], text: str) -> Answer:
-    """What a checker is asked about a text that answers the problem."""
+def make_answer(problem: dict[str, Any], text: str) -> Answer:
+    """Return what a checker is asked about a text that answers the problem."""
     return Answer(
         text=text,
         gold=problem["answer"],

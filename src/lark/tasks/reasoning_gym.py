@@ -1,28 +1,26 @@
-"""Task `reasoning_gym`: problems of any data set of reasoning-gym, from a seed, and worked solutions where they exist.
+"""Task `reasoning_gym`: problems of any data set of reasoning-gym, from a seed, for a pool sampled from teachers.
 
 Run as a script with the settings as JSON on its standard input, it writes the files of one task: in a process of its
 own, because some data sets of reasoning-gym walk over sets of strings, whose order the hash seed decides.
 """
 
 import difflib
-import importlib.metadata
 import inspect
 import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lark.answers.extract import extract_answer
-from lark.common.cache import atomic_write, check_writable, hold_lock, identity_hash, is_complete, read_json, write_json
+from lark.common.cache import build_once, check_writable, identity_hash
 from lark.common.errors import LarkError
+from lark.common.log import logger
 from lark.common.versions import formula_versions
-from lark.tasks.gold_steps import WITH_STEPS, Item, solutions
-from lark.tasks.task import Say, Task
+from lark.pool.files import write_rows
+from lark.tasks.task import Task
 
 SEED_STRIDE = 10_000_000
 OFFSETS = {"eval": 1_000_000, "harder": 2_000_000, "pool": 3_000_000}
@@ -32,68 +30,65 @@ VARIETY = 20  # items drawn for each that is wanted, at most: problems that came
 ANY_ANSWER = "whatever reasoning_gym's verifier accepts"  # the gold of problems with many right answers
 EXACT = ("arc_agi", "rearc")  # their verifiers need Python's tuples, which a file does not keep
 
+Item = dict[str, Any]
+"""An item of reasoning-gym: question, answer, metadata."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class GymTask(Task):
-    """Problems of reasoning-gym: a pool (where solutions exist), an evaluation set of the same kind and a harder one.
-
-    settings: see `generate`.   pool: one of your own in place of the worked solutions; null: those.
-    system: also the pool's system turn.
-    """
+class ReasoningGymTask(Task):
+    """Problems of reasoning-gym: for a pool, an evaluation set of the same kind and a harder one."""
 
     pool: Any = None
+    """Trajectories for the problems, sampled from teachers."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `generate`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = [name for name in inspect.signature(generate).parameters if name not in ("folder", "system")]
+        known = [name for name in inspect.signature(generate).parameters if name != "folder"]
         for name in self.settings:
             if name not in known:
-                raise LarkError(f"task.settings.{name} is no setting of this task; it has {', '.join(known)}")
+                raise LarkError(f"task.settings.{name} is not a setting of this task; it has {', '.join(known)}")
         if not self.settings.get("tasks"):
             raise LarkError("task.settings.tasks names no data set; set it to some, such as [chain_sum, gsm_symbolic]")
 
-    def sources(self, cache: Path, say: Say = print) -> tuple[Any, dict[str, Path]]:
-        folder = self._folder(cache)
+    def prepare_pool(self, cache: Path) -> Any:
         if self.pool is None:
-            for line in read_json(folder / "manifest.json")["said"]:
-                say(line)
-            if not (folder / "pool.jsonl").exists():
-                names = list(_names(self.settings["tasks"]))
-                raise LarkError(
-                    f"task.settings.tasks={names} come without worked solutions, which only "
-                    f"{', '.join(WITH_STEPS)} have; sample a pool from teachers of your own (python -m lark.sample, "
-                    f"with the problems in {folder / 'problems.jsonl'}) and set task.pool to it"
-                )
-        return folder / "pool.jsonl" if self.pool is None else self.pool, self.evaluation_files(cache, say)
+            problems = self._build(cache) / "problems.jsonl"
+            raise LarkError(
+                "task.pool=null leaves no trajectory, as reasoning_gym has problems only; sample some from teachers "
+                f"(python -m lark.sample --problems {problems} --checker reasoning_gym --output pool.jsonl --teacher "
+                "...) and set task.pool=pool.jsonl"
+            )
+        return self.pool
 
-    def evaluation_files(self, cache: Path, say: Say = print) -> dict[str, Path]:
-        folder = self._folder(cache)
+    def prepare_evaluation(self, cache: Path) -> dict[str, Path]:
+        folder = self._build(cache)
         return {name: path for name in ("eval", "harder") if (path := folder / f"{name}.jsonl").exists()}
 
-    def _folder(self, cache: Path) -> Path:
-        settings = self.settings | {"system": self.system}
-        identity = {
-            "settings": settings,
-            "reasoning_gym": importlib.metadata.version("reasoning-gym"),
-            **formula_versions("reasoning_gym", "arithmetic"),
-        }
+    def _build(self, cache: Path) -> Path:
+        identity = {"settings": self.settings, **formula_versions("reasoning_gym", libraries=("reasoning-gym",))}
         folder = check_writable(cache, "paths.cache") / "tasks" / f"{self.name}-{identity_hash(identity)}"
-        with hold_lock(folder):
-            if not is_complete(folder):
-                done = subprocess.run(
-                    [sys.executable, "-m", "lark.tasks.reasoning_gym", str(folder)],
-                    input=json.dumps(settings),
-                    env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-                    capture_output=True,
-                    text=True,
-                )
-                if done.returncode == 2:  # a setting that cannot be
-                    raise LarkError(done.stderr.strip().splitlines()[-1])
-                if done.returncode:
-                    raise RuntimeError(f"writing {folder} failed:\n{done.stderr}")
-                write_json(folder / "manifest.json", {"identity": identity, **json.loads(done.stdout.splitlines()[-1])})
+        manifest = build_once(folder, identity, lambda folder: _generate_apart(folder, self.settings))
+        for note in manifest["notes"]:
+            logger.info("%s", note)
         return folder
+
+
+def _generate_apart(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Call `generate` in a process whose hash seed is 0. Raises LarkError for a setting that cannot be used."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lark.tasks.reasoning_gym", str(folder)],
+        input=json.dumps(settings),
+        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 2:
+        raise LarkError(done.stderr.strip().splitlines()[-1])
+    if done.returncode:
+        raise RuntimeError(f"writing {folder} failed:\n{done.stderr}")
+    return {"notes": json.loads(done.stdout.splitlines()[-1])}
 
 
 def generate(
@@ -105,9 +100,8 @@ def generate(
     eval_problems: int = 50,
     harder_problems: int = 50,
     harder: Mapping[str, Mapping[str, Any]] | None = None,
-    system: str | None = None,
-) -> dict[str, Any]:
-    """Write pool.jsonl (if there are solutions), problems.jsonl (those of the pool), eval.jsonl, harder.jsonl.
+) -> list[str]:
+    """Write problems.jsonl (for a pool), eval.jsonl and harder.jsonl; return what is to be said of them.
 
     tasks: names of data sets, as a list or as text with commas, or name -> settings of that data set.
     problems, eval_problems, harder_problems: of each task.
@@ -115,76 +109,47 @@ def generate(
         beyond the greatest value that the pool has; a task without such a level has no harder set.
 
     Equal arguments give equal files, but for time_intervals, whose dates are relative to today's.
-    Returns what the manifest says. Raises LarkError naming the setting.
+    Raises LarkError naming the setting.
     """
-    import reasoning_gym
-
-    chosen = _checked(tasks, {"problems": problems, "eval_problems": eval_problems, "harder_problems": harder_problems})
-    rows: dict[str, list[dict[str, Any]]] = {"pool": [], "problems": [], "eval": [], "harder": []}
-    wrong: Counter[str] = Counter()
+    chosen = _check_settings(
+        tasks, {"problems": problems, "eval_problems": eval_problems, "harder_problems": harder_problems}
+    )
+    rows: dict[str, list[dict[str, Any]]] = {"problems": [], "eval": [], "harder": []}
     notes: list[str] = []
     for name, config in chosen.items():
         seen: set[str] = set()
-        for i, item in enumerate(_draw(name, config, eval_problems, seed, "eval", seen)):
-            rows["eval"].append(_problem(name, i, item))
+        rows["eval"] += _draw_rows(name, config, eval_problems, seed, "eval", seen)
         given = (harder or {}).get(name)
-        beyond = dict(_harder(name, config) if given is None else given)
-        try:
-            drawn = list(_draw(name, config | beyond, harder_problems, seed, "harder", seen)) if beyond else []
-        except ValueError as error:
-            if given is not None:
-                raise
-            drawn = []
-            notes.append(f"no harder problems of {name}: {error}")
-        rows["harder"] += [_problem(name, i, item) | {"settings": beyond} for i, item in enumerate(drawn)]
+        beyond = dict(_raise_level(name, config) if given is None else given)
         if not beyond:
             notes.append(f"no harder problems of {name}: its curriculum has no level beyond the pool's")
-        verify = reasoning_gym.get_score_answer_fn(name)
-        for i, item in enumerate(_draw(name, config, problems, seed, "pool", seen)):
-            rows["problems"].append(_problem(name, i, item))
-            for row in _candidates(name, i, item, seed, system):
-                answer = extract_answer(row["messages"][-1]["content"])
-                if answer is not None and verify(answer=answer, entry=item) == 1.0:  # type: ignore[call-arg]
-                    rows["pool"].append(row)
-                else:
-                    wrong[f"{row['teacher']}'s for {name}"] += 1
+        else:
+            try:
+                found = _draw_rows(name, config | beyond, harder_problems, seed, "harder", seen)
+                rows["harder"] += [row | {"settings": beyond} for row in found]
+            except LarkError as error:
+                if given is not None:
+                    raise
+                notes.append(f"no harder problems of {name}: {error}")
+        rows["problems"] += _draw_rows(name, config, problems, seed, "pool", seen)
     for name, content in rows.items():
         if content:
-            with atomic_write(folder / f"{name}.jsonl") as temporary:
-                text = "".join(json.dumps(row, default=_plain) + "\n" for row in content)
-                temporary.write_text(text, encoding="utf-8", newline="\n")
-    return {"said": _lines(chosen, rows, wrong, notes), "wrong": dict(wrong), "notes": notes}
+            write_rows(folder / f"{name}.jsonl", content, default=_make_plain)
+    return notes
 
 
-def _names(tasks: Any) -> Any:
-    return [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
+def draw_items(
+    name: str, config: Mapping[str, Any], count: int, seed: int, seen: set[str], *, setting: str
+) -> Iterator[Item]:
+    """Draw `count` items of a data set whose questions are not in `seen`, where they are entered.
 
-
-def _checked(tasks: Any, counts: dict[str, int]) -> dict[str, dict[str, Any]]:
-    from reasoning_gym.factory import DATASETS
-
-    known = sorted(set(DATASETS) - {"composite"})
-    tasks = _names(tasks)
-    chosen = {name: dict(tasks[name] or {}) if isinstance(tasks, Mapping) else {} for name in tasks}
-    for name in chosen:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
-            raise LarkError(f"task.settings.tasks: reasoning_gym has no {name}; {hint}")
-    for setting, count in counts.items():
-        if count < 1:
-            raise LarkError(f"task.settings.{setting}={count}: at least 1 problem is needed; set it to 1 or more")
-    return chosen
-
-
-def _draw(name: str, config: dict[str, Any], count: int, seed: int, part: str, seen: set[str]) -> Iterator[Item]:
-    """`count` items whose questions are not in `seen`, where they are entered. Raises LarkError."""
-    import reasoning_gym
+    setting: the user's setting that `config` comes from, with its value. Raises LarkError naming it.
+    """
+    import reasoning_gym  # takes a second to import, and only writing a task needs it
 
     size = VARIETY * count
-    setting = f"task.settings.tasks={{{name}: {config}}}"
     try:
-        dataset = reasoning_gym.create_dataset(name, **config, size=size, seed=seed * SEED_STRIDE + OFFSETS[part])
+        dataset = reasoning_gym.create_dataset(name, **config, size=size, seed=seed)
     except (TypeError, AssertionError, ValueError) as error:
         raise LarkError(f"{setting} is not what reasoning_gym takes: {error}") from error
     found = 0
@@ -199,11 +164,30 @@ def _draw(name: str, config: dict[str, Any], count: int, seed: int, part: str, s
             found += 1
             if found == count:
                 return
-    raise LarkError(f"{setting} yields only {found} of {count} distinct problems; ask for fewer, or for wider settings")
+    raise LarkError(
+        f"{setting} yields only {found} of {count} distinct problems; ask for fewer problems or for wider settings"
+    )
 
 
-def _harder(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Settings one level of the curriculum beyond those of `config`."""
+def _check_settings(tasks: Any, counts: dict[str, int]) -> dict[str, dict[str, Any]]:
+    from reasoning_gym.factory import DATASETS
+
+    known = sorted(set(DATASETS) - {"composite"})
+    tasks = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
+    chosen = {name: dict(tasks[name] or {}) if isinstance(tasks, Mapping) else {} for name in tasks}
+    for name in chosen:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(known)}"
+            raise LarkError(f"task.settings.tasks: reasoning_gym has no {name}; {hint}")
+    for setting, count in counts.items():
+        if count < 1:
+            raise LarkError(f"task.settings.{setting}={count}: at least 1 problem is needed; set it to 1 or more")
+    return chosen
+
+
+def _raise_level(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that go one level of the curriculum beyond those of `config`."""
     from reasoning_gym.coaching.base_curriculum import RangeAttributeDefinition, ScalarAttributeDefinition
     from reasoning_gym.factory import CURRICULA, DATASETS, create_curriculum
 
@@ -229,44 +213,26 @@ def _harder(name: str, config: dict[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def _problem(name: str, number: int, item: Item) -> dict[str, Any]:
-    answer = ANY_ANSWER if item["answer"] is None else str(item["answer"])
-    return {
-        "problem_id": f"{name}-{number}",
-        "problem": item["question"],
-        "answer": answer,
-        "source_dataset": name,
-        "metadata": item["metadata"],
-        **({"checker": "exact"} if name in EXACT else {}),
-    }
-
-
-def _candidates(name: str, number: int, item: Item, seed: int, system: str | None) -> Iterator[dict[str, Any]]:
-    prompt = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": item["question"]}]
-    for teacher, text in solutions(name, item, seed):
-        yield {
+def _draw_rows(
+    name: str, config: dict[str, Any], count: int, seed: int, part: str, seen: set[str]
+) -> list[dict[str, Any]]:
+    setting = f"task.settings.tasks={{{name}: {config}}}"
+    items = draw_items(name, config, count, seed * SEED_STRIDE + OFFSETS[part], seen, setting=setting)
+    return [
+        {
             "problem_id": f"{name}-{number}",
-            "candidate_id": teacher,
-            "teacher": teacher,
-            "messages": [*prompt, {"role": "assistant", "content": text}],
-            "answer": str(item["answer"]),
-            "correct": True,
+            "problem": item["question"],
+            "answer": ANY_ANSWER if item["answer"] is None else str(item["answer"]),
             "source_dataset": name,
+            "metadata": item["metadata"],
+            **({"checker": "exact"} if name in EXACT else {}),
         }
+        for number, item in enumerate(items)
+    ]
 
 
-def _lines(chosen: Iterable[str], rows: dict[str, list[Any]], wrong: Counter[str], notes: list[str]) -> list[str]:
-    bare = [name for name in chosen if name not in WITH_STEPS]
-    counts = f"{len(rows['problems']):,} problems of {', '.join(chosen)}"
-    lines = [f"gold steps  {len(rows['pool']):,} worked solutions to {counts}"]
-    if bare:
-        lines.append(f"gold steps  none for {', '.join(bare)}: their problems are evaluated, but are not in the pool")
-    lines += [f"gold steps  {count:,} of {who} left out, as the verifier refuses them" for who, count in wrong.items()]
-    return [*lines, *(f"gold steps  {note}" for note in notes)]
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has no form for: numpy's numbers, sets, dates."""
+def _make_plain(value: Any) -> Any:
+    """Make plain JSON of numpy's numbers, sets and dates."""
     if hasattr(value, "item"):
         return value.item()
     return sorted(value) if isinstance(value, set | frozenset) else str(value)
@@ -274,8 +240,8 @@ def _plain(value: Any) -> Any:
 
 if __name__ == "__main__":
     try:
-        outcome = generate(Path(sys.argv[1]), **json.load(sys.stdin))
-    except ValueError as error:
+        notes = generate(Path(sys.argv[1]), **json.load(sys.stdin))
+    except LarkError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(outcome))
+    print(json.dumps(notes))

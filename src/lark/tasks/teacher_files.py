@@ -1,20 +1,19 @@
 """Pools in one file or folder a teacher, such as that of the RSR paper (arXiv 2601.14249)."""
 
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lark.common.errors import LarkError
+from lark.common.hub import download_dataset, find_commit, is_hub_id
+from lark.common.log import logger
 from lark.common.progress_line import show_progress
-from lark.pool.pool import PoolError
-from lark.pool.rows import READERS, Fault, RowError, find_files, read_rows
-from lark.tasks.conversations import read_candidates
-from lark.tasks.hub import commit_of, fetched, is_hub_id
-from lark.tasks.imported import Found, ImportedTask, data_files, hashes
+from lark.pool.files import READERS, find_files, hash_files, keep_data_files, read_rows
+from lark.tasks.imported import ImportedTask, RowList
+from lark.tasks.problems import read_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,44 +22,48 @@ class TeacherFiles(ImportedTask):
 
     A row's problem is known by its own text or conversation, or is looked up in `problems` by the row's id or number.
     The samples of a teacher are called by what tells its files' names apart: gen1 of short-sys_5k_gen1.json.
-
-    files: glob of the files inside the pool's folder.
-    teachers, samples: only these (null: all there are).
-    problems: evaluation-style file of problems (problem_id, problem, answer) for rows without a problem's text.
     """
 
     files: str = "*"
+    """Glob of the files inside the pool's folder."""
     teachers: list[str] | None = None
+    """Only these; null: all there are."""
     samples: list[str] | None = None
+    """Only these; null: all there are."""
     problems: str | None = None
+    """File of problems (problem_id, problem, answer) for rows without a problem's text."""
 
     @property
     def _by_row(self) -> bool:
         return True
 
-    def _origin(self) -> dict[str, Any]:
+    def _identify_pool(self) -> dict[str, Any]:
         problems = find_files(self.problems, setting="task.problems") if self.problems else {}
-        origin: dict[str, Any] = {"problems": hashes(problems), "form": self.files}
+        identity: dict[str, Any] = {
+            "problems": hash_files(problems, setting="task.problems"),
+            "form": self.files,
+        }
         if not is_hub_id(self.pool):
-            return origin | {"files": hashes(self._chosen(Path(self.pool).expanduser()))}
-        commit = commit_of(self.pool, self.revision, setting="task.pool")
-        return origin | {"hub": self.pool, "commit": commit, "teachers": self.teachers, "samples": self.samples}
+            files = self._choose_files(Path(self.pool).expanduser())
+            return identity | {"files": hash_files(files, setting="task.pool")}
+        commit = find_commit(self.pool, self.revision, setting="task.pool")
+        return identity | {"hub": self.pool, "commit": commit, "teachers": self.teachers, "samples": self.samples}
 
-    def _paths(self, origin: dict[str, Any]) -> dict[str, Path]:
-        if "commit" not in origin:
-            return self._chosen(Path(self.pool).expanduser())
+    def _find_paths(self, commit: str | None) -> dict[str, Path]:
+        if commit is None:
+            return self._choose_files(Path(self.pool).expanduser())
         folder, _, name = self.files.rpartition("/")
         folders = self.teachers if folder and self.teachers is not None else [folder]
         names = [f"*{sample}.*" for sample in self.samples] if self.samples is not None else [name]
         patterns = [f"{folder}/{name}".lstrip("/") for folder in folders for name in names]
-        return self._chosen(fetched(self.pool, origin["commit"], patterns, setting="task.pool"))
+        return self._choose_files(download_dataset(self.pool, commit, patterns, setting="task.pool"))
 
-    def _chosen(self, root: Path) -> dict[str, Path]:
-        """`teacher/sample` -> file, of the teachers and samples asked for. Raises LarkError for those not there."""
+    def _choose_files(self, root: Path) -> dict[str, Path]:
+        """Return `teacher/sample` -> file, of the teachers and samples asked for. Raises LarkError for missing ones."""
         if not root.is_dir():
-            raise LarkError(f"task.pool={self.pool} is no folder; set it to that of the teachers' files or folders")
+            raise LarkError(f"task.pool={self.pool} is not a folder; set it to that of the teachers' files or folders")
         forms = ["*", "*/*"] if self.files == "*" else [self.files]  # by default the teachers' folders as well
-        files = data_files(path for form in forms for path in root.glob(form))
+        files = keep_data_files(path for form in forms for path in root.glob(form))
         if not files:
             raise LarkError(
                 f"task.pool={self.pool} has no {', '.join(READERS)} file of the form task.files={self.files}; correct "
@@ -87,58 +90,38 @@ class TeacherFiles(ImportedTask):
                 paths = {name: path for name, path in paths.items() if name.partition("/")[part] in wanted}
         return paths
 
-    def _found(self, origin: dict[str, Any]) -> Iterator[Found]:
-        lookup, paths = self._lookup(), self._paths(origin)
-        total = sum(path.stat().st_size for path in paths.values()) / 1e6
-        with show_progress("importing", total, "MB") as progress:
+    def _open_lists(self, identity: dict[str, Any]) -> Iterator[RowList]:
+        paths = self._find_paths(identity.get("commit"))
+        with show_progress("importing", sum(path.stat().st_size for path in paths.values()) / 1e6, "MB") as progress:
             for name, path in paths.items():
-                teacher = name.partition("/")[0]
-                shown, line, number = f"{name}{path.suffix}", None, -1
-                try:
-                    for number, (line, row) in enumerate(islice(read_rows(path), self.rows)):
-                        place = {"file": shown, "line": line, "number": number, "label": name.replace("/", "-")}
-                        try:
-                            if isinstance(row, RowError):
-                                raise row
-                            for what in read_candidates(
-                                row,
-                                self.columns,
-                                problem=self._known(row, number, lookup),
-                                system=self.system,
-                                teacher=teacher,
-                            ):
-                                yield Found(what=what, **place)
-                        except RowError as error:
-                            yield Found(what=error, **place)
-                except RowError as error:
-                    fault: Fault = error.at(shown, error.line)
-                    raise PoolError(f"task.pool={self.pool} has a file that breaks off: repair it", [fault]) from error
-                if line is None:
-                    error = RowError("row", "empty file", "the file holds no row: write rows to it or take it out")
-                    yield Found(what=error, file=shown, line=None)
-                progress.update(path.stat().st_size / 1e6)
+                yield RowList(
+                    name=f"{name}{path.suffix}",
+                    rows=read_rows(path, lambda size: progress.update(size / 1e6)),
+                    teacher=name.partition("/")[0],
+                    label=name.replace("/", "-"),
+                )
 
-    def _known(self, row: Any, number: int, lookup: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-        """The problem of a row in `problems`: by its id, else, where it does not say what is asked, by its number."""
+    def _find_problem(self, row: Any, number: int) -> Mapping[str, Any] | None:
+        """Look the row's problem up by its id, else, where the row does not say what is asked, by its number."""
         if not isinstance(row, dict):
             return None
         identifier = row.get(self.columns.problem_id)
-        says = any(row.get(name) is not None for name in (self.columns.problem, self.columns.messages))
-        return lookup.get(str(number if identifier is None and not says else identifier))
+        asks = any(row.get(name) is not None for name in (self.columns.problem, self.columns.messages))
+        return self._known_problems.get(str(number if identifier is None and not asks else identifier))
 
-    def _lookup(self) -> dict[str, dict[str, Any]]:
+    @cached_property
+    def _known_problems(self) -> dict[str, dict[str, Any]]:
         if self.problems is None:
             return {}
-        from lark.tasks.problems import read_problems
-
         return {row["problem_id"]: row for row in read_problems(self.problems, setting="task.problems")}
 
-    def _lines(self, summary: dict[str, Any], dropped: Counter[str]) -> list[str]:
+    def _log(self, manifest: dict[str, Any], folder: Path) -> None:
+        super()._log(manifest, folder)
         samples: dict[str, set[str]] = {}
-        for name in summary["lists"]:
+        for name in manifest["lists"]:
             teacher, _, sample = name.rpartition(".")[0].partition("/")
             samples.setdefault(teacher, set()).add(sample)
         every = set.union(*samples.values(), self.samples or ()) - {""}
-        short = {teacher: sorted(every - there) for teacher, there in samples.items() if "" not in there}
-        lacking = "; ".join(f"{teacher} lacks {', '.join(missing)}" for teacher, missing in short.items() if missing)
-        return super()._lines(summary, dropped) + ([f"import      {lacking}"] if lacking else [])
+        for teacher, there in samples.items():
+            if "" not in there and (missing := sorted(every - there)):
+                logger.info("import: %s lacks %s", teacher, ", ".join(missing))

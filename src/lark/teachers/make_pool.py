@@ -22,8 +22,8 @@ from lark.common.cache import atomic_write, file_hash, hold_lock, identity_hash,
 from lark.common.errors import LarkError
 from lark.common.progress_line import show_progress
 from lark.common.record_file import Key, RecordFile
-from lark.pool.rows import normalise
-from lark.tasks.problems import answer_to, prompt_messages
+from lark.pool.rows import normalise_row
+from lark.tasks.problems import make_answer, make_prompt
 from lark.teachers.openai_teacher import Endpoint, Halt, Request, Tally
 from lark.teachers.pool_rows import SAMPLING, Figures, Source, digest_of, pool_rows
 from lark.teachers.teachers import LocalTeacher, Teacher
@@ -79,7 +79,7 @@ def make_pool(
     folder = Path(f"{output}.samples")
     if output.exists() and not (folder.exists() or manifest.exists()):
         raise LarkError(f"--output {output} is there already and was not made here; name another file")
-    checker.validate([answer_to(problem, "") for problem in problems])
+    checker.validate([make_answer(problem, "") for problem in problems])
     prompts = {problem["problem_id"]: _prompt(problem, system) for problem in problems}
     with ExitStack() as stack:
         asked = [_prepare(teacher, prompts, folder, stack, say) for teacher in teachers]
@@ -115,9 +115,9 @@ def make_pool(
 
 def _prompt(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
     """The turns before the trajectory, as a pool can have them. Raises LarkError before anything is asked."""
-    turns = [{name: turn[name] for name in ("role", "content")} for turn in prompt_messages(problem, system)]
+    turns = [{name: turn[name] for name in ("role", "content")} for turn in make_prompt(problem, system)]
     row = {**problem, "candidate_id": "0", "messages": [*turns, {"role": "assistant", "content": "."}]}
-    _, errors = normalise({name: value for name, value in row.items() if name not in ("teacher", "correct")})
+    _, errors = normalise_row({name: value for name, value in row.items() if name not in ("teacher", "correct")})
     if errors:
         error = errors[0].at("--problems", None)
         raise LarkError(f"problem {problem['problem_id']} cannot be a row of a pool: {error}")

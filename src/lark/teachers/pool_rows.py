@@ -11,7 +11,7 @@ from lark.answers.checker import Checker
 from lark.answers.extract import find_boxed
 from lark.common.record_file import RecordFile
 from lark.pool.rows import COLUMNS
-from lark.tasks.problems import answer_to
+from lark.tasks.problems import make_answer
 from lark.teachers.teachers import Teacher
 
 BLOCK = 64  # problems whose trajectories are checked together and in memory
@@ -74,7 +74,7 @@ def pool_rows(
                     record = source.file.read((problem["problem_id"], digest, sample))
                     if (text := _count(record, source.figures, thinking)) is not None:
                         found.append((problem, source, record, text))
-        verdicts = checker.check([answer_to(problem, text) for problem, *_, text in found])
+        verdicts = checker.check([make_answer(problem, text) for problem, *_, text in found])
         for (problem, source, record, text), verdict in zip(found, verdicts, strict=True):
             truncated, figure = record["finish_reason"] == "length", source.figures
             figure.correct += verdict.correct

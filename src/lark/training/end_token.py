@@ -21,7 +21,7 @@ from torch import Tensor
 from lark.common.cache import write_json
 from lark.common.log import logger
 from lark.common.ranks import is_main
-from lark.pool.pool import arrow_column
+from lark.pool.pool import read_arrow_column
 from lark.student.distributed import call_as_method, gather_head
 from lark.student.student import compute_hidden_states, get_base_model, get_head
 from lark.student.token_statistics import Head
@@ -64,7 +64,7 @@ class EndTokenCheck(Callback):
 
 def count_missing_ends(pool: TokenizedPool, row: np.ndarray) -> int:
     """Count the trajectories whose end-of-turn token was cut off; all others end their span with it."""
-    return int((arrow_column(pool.tokens, "end_of_turn").to_numpy()[row] < 0).sum())
+    return int((read_arrow_column(pool.tokens, "end_of_turn").to_numpy()[row] < 0).sum())
 
 
 def inspect_end_token(model: Any, pool: TokenizedPool, row: np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""Files of rows: found by a file, folder, glob or list of these; read one row at a time with its place; written.
+
+A reader yields (line, row), with a `RowError` as the row where that row alone is lost, and raises a `RowError` where
+the rest of the file is lost as well.
+"""
+
+import difflib
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lark.common.cache import atomic_write, file_hash
+from lark.common.errors import LarkError
+from lark.common.progress_line import show_progress
+from lark.pool.rows import RowError, parse_json
+
+JSON_BYTES = 2**30
+"""Size of the largest JSON file that is read: a list is parsed whole, into some three times as much memory."""
+_PARQUET_ROWS = 200  # rows of a Parquet file held at a time
+_PARQUET_BUFFER = 2**20  # bytes; without it a whole row group is held, which may be the whole file
+
+Progress = Callable[[float], Any]
+"""Called for every row with the bytes that it takes in its file, roughly."""
+
+
+def find_files(source: str | Path | Sequence[str | Path], *, setting: str) -> dict[str, Path]:
+    """Return the files of a file, a folder, a glob or a list of these, in order, each once.
+
+    setting: the name under which the user chose them, such as "task.pool".
+    Keys are the names relative to the folder that all files share: unique, and the same wherever that folder lies.
+    Raises LarkError naming `setting` for a missing file, an unknown ending, or a folder or glob without a file.
+    """
+    sources = [source] if isinstance(source, str | Path) else list(source or [])
+    if not sources or not all(map(str, sources)):
+        raise LarkError(f"{setting} is not set: set it to a {ENDINGS} file, or to a folder or glob of such files")
+    paths: dict[Path, None] = {}  # ordered, and each file once where items of a list overlap
+    for item in sources:
+        path = Path(item).expanduser().absolute()  # not resolved: a hub cache links to files without an ending
+        if not path.exists() and not glob.has_magic(str(path)):
+            raise LarkError(f"{setting}={item} does not exist: {_suggest(path, setting)}")
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found = [
+            file for match in matches for file in (keep_data_files(match.iterdir()) if match.is_dir() else [match])
+        ]
+        if not found:
+            raise LarkError(f"{setting}={item} holds no {ENDINGS} file: set {setting} to where the rows are")
+        paths.update(dict.fromkeys(found))
+    for path in paths:
+        if path.suffix.lower() not in READERS:
+            raise LarkError(f"{setting}={path} has an unknown ending: convert it to (or name it) {ENDINGS}")
+    shared = os.path.commonpath([path.parent for path in paths])
+    return {path.relative_to(shared).as_posix(): path for path in paths}
+
+
+def keep_data_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files whose ending says that they hold rows, sorted; hidden ones are left out."""
+    return sorted(path for path in paths if path.suffix.lower() in READERS and not path.name.startswith("."))
+
+
+def _suggest(path: Path, setting: str) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}, correct {setting}"
+    names = [other.name for other in keep_data_files(path.parent.iterdir())]
+    if close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.4):
+        return f"did you mean {path.parent / close[0]}?"
+    return f"set {setting} to a {ENDINGS} file ({path.parent} holds {', '.join(names[:5]) or 'none'})"
+
+
+def hash_files(files: dict[str, Path], *, setting: str) -> list[list[Any]]:
+    """Return name, size in bytes and sha256 of each file. Raises LarkError naming `setting` for an unreadable one."""
+    contents = []
+    with show_progress("comparing files", sum(path.stat().st_size for path in files.values()) / 1e6, "MB") as progress:
+        for name, path in files.items():
+            status = path.stat()
+            try:
+                contents.append([name, status.st_size, _hash_file(path, status.st_size, status.st_mtime_ns)])
+            except OSError as error:
+                raise LarkError(
+                    f"{setting}={path} cannot be read ({error.strerror}): set it to a readable file"
+                ) from error
+            progress.update(status.st_size // 10**6)
+    return contents
+
+
+@cache
+def _hash_file(path: Path, size: int, changed: int) -> str:
+    """Hash a file once a process, unless it changes: a run asks several times."""
+    return file_hash(path)
+
+
+def read_rows(path: Path, progress: Progress = lambda size: None) -> Iterator[tuple[int, Any]]:
+    """Yield (line, row) of one file by the ending of its name; rows are whatever JSON stands there, unchecked.
+
+    A JSONL file is read line by line, a Parquet file a few rows at a time, a JSON list whole; in JSON and Parquet the
+    line is the number of the row, from 1.
+    Yields a `RowError` as the row of a line that is broken; raises `RowError` where the rest of the file is lost.
+    """
+    return READERS[path.suffix.lower()](path, progress)
+
+
+def _decode(data: bytes, *, first: bool) -> str:
+    try:
+        return data.decode("utf-8-sig" if first else "utf-8")  # a byte order mark may open a file, nothing else
+    except UnicodeDecodeError as error:
+        message = f"byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8: save the file as UTF-8"
+        raise RowError("row", "invalid UTF-8", message) from error
+
+
+def _read_jsonl(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+    with open(path, "rb") as file:  # in bytes: a broken line must not end the file, and only \n ends a line
+        for line, data in enumerate(file, start=1):
+            if not data.strip():
+                continue
+            progress(len(data))
+            try:
+                row = parse_json(_decode(data.rstrip(), first=line == 1), "row")
+            except RowError as error:
+                row = error
+            yield line, row
+
+
+def _read_json(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+    size = path.stat().st_size
+    if size > JSON_BYTES:
+        message = f"is {size:,} bytes long, and a JSON list is read whole: convert it to JSONL or Parquet"
+        raise RowError("row", "large JSON", message)
+    text = _decode(path.read_bytes(), first=True)
+    rows = parse_json(text, "row") if text.strip() else []
+    if not isinstance(rows, list):
+        raise RowError("row", "broken JSON", "is not one list of rows: rows one a line belong in a .jsonl file")
+    for number, row in enumerate(rows, start=1):
+        progress(size / len(rows))
+        yield number, row
+
+
+def _read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+    count, size = 0, path.stat().st_size
+    try:
+        with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    count += 1
+                    progress(size / file.metadata.num_rows)
+                    yield count, row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        message = f"no row from here on can be read as Parquet: {error}"
+        raise RowError("row", "damaged Parquet", message, line=count + 1) from error
+
+
+READERS: dict[str, Callable[[Path, Progress], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+ENDINGS = ".jsonl, .json or .parquet"
+
+
+def write_rows(path: Path, rows: Iterable[Any], *, default: Callable[[Any], Any] | None = None) -> None:
+    """Write rows as JSONL, whole or not at all.
+
+    default: makes plain JSON of what JSON has no form for.
+    """
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, default=default) + "\n" for row in rows)
