@@ -302,7 +302,7 @@ class Chat:
         return f"{prompt}«{self._decode(span[:limit])} ... {len(span) - limit - 1} more ... {self._decode(span[-1:])}»"
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids)).rstrip("\ufffd")  # a character may be cut in its midst
+        return str(self.tokenizer.decode(list(ids))).rstrip("\ufffd")  # a character may be cut in its midst
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:

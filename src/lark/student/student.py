@@ -124,6 +124,7 @@ class Student:
 
     def identity(self) -> dict[str, str | None]:
         """Identify the weights: hub id and revision, or a hash of the local files; likewise merged adapters."""
+        found: dict[str, str | None]
         found = {"id": self.id, "revision": self._commit} if self.folder is None else {"weights": self._weights_hash}
         if self.adapters:
             found["adapter"] = self._adapter_hash
