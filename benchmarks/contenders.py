@@ -213,7 +213,7 @@ def _optimizers(data: TrajectoryDataModule, model: Any, steps: int) -> Any:
     """Our learning rates; fused, as Trainer's own AdamW is."""
     recipe, trained = data.recipe, [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: recipe.rate(step, steps) / recipe.lr)
+    return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: recipe.compute_rate(step, steps) / recipe.lr)
 
 
 @torch.no_grad()

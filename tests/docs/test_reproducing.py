@@ -36,7 +36,7 @@ def test_the_papers_settings() -> None:
         assert config.task.eval == "aime24, aime25, amc23, math500, gpqa"
         recipe: Recipe = configuration.build(sft)
         kept = round(5000 * (1 - config.task.held_out))
-        assert recipe.steps_for(kept * config.budget) == steps and f"{steps:,} " in PAGE
+        assert recipe.count_steps(kept * config.budget) == steps and f"{steps:,} " in PAGE
 
 
 def test_the_stretched_students_positions_are_what_transformers_makes_of_them() -> None:

@@ -403,6 +403,6 @@ def test_recipe_says_which_setting_is_wrong(wrong):
 
 
 def test_steps_follow_from_epochs():
-    assert Recipe(epochs=3, batch_size=64).steps_for(100) == 5
-    assert Recipe(steps=7).steps_for(100) == 7
-    assert Recipe(epochs=0.01, batch_size=64).steps_for(10) == 1
+    assert Recipe(epochs=3, batch_size=64).count_steps(100) == 5
+    assert Recipe(steps=7).count_steps(100) == 7
+    assert Recipe(epochs=0.01, batch_size=64).count_steps(10) == 1

@@ -76,7 +76,7 @@ def test_rates_are_the_means_over_the_epochs(warm_up):
     ends = list_epoch_ends(arm)
     assert [rate for _, rate in list_checkpoints(arm)] == pytest.approx([0.5] * 3)
     _, arm, _ = warm_up(cache="cosine", recipe={"schedule": "cosine", "warmup": 0.0, "lr": 1.0})
-    whole = [arm.recipe.rate(step, ends[-1]) for step in range(ends[-1])]
+    whole = [arm.recipe.compute_rate(step, ends[-1]) for step in range(ends[-1])]
     expected = [np.mean(whole[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
     assert [rate for _, rate in list_checkpoints(arm)] == pytest.approx(expected)
     assert expected[0] > expected[1] > expected[2] > 0

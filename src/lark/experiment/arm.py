@@ -70,7 +70,7 @@ class ArmRunner:
 
     def make(self, name: str, rule: str) -> Arm:
         """Make the arm of the data's selection of that name; all arms get as many steps as the selector's."""
-        steps = self.data.recipe.steps_for(len(self.data.selections["selector"].row))
+        steps = self.data.recipe.count_steps(len(self.data.selections["selector"].row))
         return make_arm(name, rule, self.data, recipe=self.data.recipe, steps=steps, arms=self.arms)
 
     def find_action(self, arm: Arm) -> str:

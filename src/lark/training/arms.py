@@ -93,14 +93,11 @@ def make_arm(
         "versions": formula_versions("training", "tokens", "forward", libraries=STUDENT_LIBRARIES),
         "rows": hashlib.sha256(selection.row.tobytes()).hexdigest(),
         "weights": hashlib.sha256(selection.weight.tobytes()).hexdigest(),
-        "recipe": recipe.identity(),
         "steps": steps,
         "seed": data.seed,
-        "precision": data.precision,
         "kept": kept,
+        **data.identify_training(recipe),
     }
-    if (student.lora or {}).get("lora_dropout"):  # each rank and micro-batch draws its own masks
-        identity["dropout"] = {"ranks": data.world_size, "micro_batch_tokens": recipe.micro_batch_tokens}
     folder = arms / identity_hash(identity)
     return Arm(name=name, rule=rule, selection=selection, recipe=recipe, steps=steps, identity=identity, folder=folder)
 

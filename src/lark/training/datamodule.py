@@ -250,7 +250,16 @@ class TrajectoryDataModule(LightningDataModule):
         if not np.array_equal(work.rows, self.scored_trajectories.scored):  # the trained student drops rows too
             identity["rows"] = hashlib.sha256(work.rows.tobytes()).hexdigest()
         if isinstance(wanted, GradientMatches):
-            identity["warm_up"] = [self.recipe.for_epochs(wanted.epochs).identity(), self.precision]
+            identity["warm_up"] = self.identify_training(self.recipe.for_epochs(wanted.epochs))
+        return identity
+
+    def identify_training(self, recipe: Recipe) -> dict[str, Any]:
+        """Name how a student is trained: recipe, precision and, as each rank and micro-batch draws its own masks of
+        LoRA's dropout, what these are where there is dropout.
+        """
+        identity = {"recipe": recipe.identity(), "precision": self.precision}
+        if (self.student.lora or {}).get("lora_dropout"):
+            identity["dropout"] = {"ranks": self.world_size, "micro_batch_tokens": recipe.micro_batch_tokens}
         return identity
 
     def pass_folder(self, wanted: Pass) -> Path:

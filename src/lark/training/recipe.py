@@ -6,14 +6,14 @@ from typing import Any
 
 from lark.common.errors import LarkError
 
-_NO_RESULT = ("checkpoint_every", "epochs", "steps", "spike")
-"""Settings of a recipe that change no student, or do so by the number of steps and the rate chosen."""
+_NO_RESULT = ("checkpoint_every", "epochs", "steps", "spike", "micro_batch_tokens")
+"""Settings of a recipe that change no student, or do so by the number of steps alone."""
 
 AVERAGES = ("trajectory", "token")
 
 
 def check_average(average: str, setting: str) -> None:
-    """Raises LarkError, naming `setting`, for what no loss is averaged over."""
+    """Check what a loss is averaged over. Raises LarkError, which names `setting`."""
     if average not in AVERAGES:
         follows = "" if setting == "sft.average" else " (it follows sft.average)"
         raise LarkError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}{follows}")
@@ -75,15 +75,15 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise LarkError(f"sft.{name}={getattr(self, name)} must be above 0; set it to a positive number")
         if not 0 <= self.warmup < 1:
-            raise LarkError(f"sft.warmup={self.warmup} is no share of the steps; set it from 0 to below 1")
+            raise LarkError(f"sft.warmup={self.warmup} is not a share of the steps; set it from 0 to below 1")
 
     def identity(self) -> dict[str, Any]:
-        """What a student trained for so many steps depends on (on `micro_batch_tokens` through LoRA's dropout)."""
+        """Name what a student that is trained for so many steps depends on."""
         settings = {name: value for name, value in vars(self).items() if name not in _NO_RESULT}
         return settings | {"betas": list(self.betas)}
 
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    def compute_rate(self, step: int, steps: int) -> float:
+        """Compute the learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the schedule."""
         warmup = max(1, round(self.warmup * steps))
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -91,9 +91,9 @@ class Recipe:
         return self.lr * (1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
 
     def for_epochs(self, epochs: int) -> "Recipe":
-        """The same recipe for so many epochs, all rows alike, without a held-out curve: that of a warm-up arm."""
+        """Derive the recipe of a warm-up arm: so many epochs, all rows alike, without a held-out curve."""
         return replace(self, steps=None, epochs=float(epochs), validations=1, weighted=False)
 
-    def steps_for(self, trajectories: int) -> int:
-        """Optimizer steps of a run whose selector chose `trajectories`."""
+    def count_steps(self, trajectories: int) -> int:
+        """Count the optimizer steps of a run whose selector chose `trajectories`."""
         return self.steps or max(1, math.ceil(self.epochs * trajectories / self.batch_size))

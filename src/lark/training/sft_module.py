@@ -102,7 +102,7 @@ class SFTModule(LightningModule):
         )
 
         def factor(step: int) -> float:
-            return recipe.rate(step, self.steps) / recipe.lr
+            return recipe.compute_rate(step, self.steps) / recipe.lr
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 

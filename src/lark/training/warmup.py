@@ -26,7 +26,7 @@ def make_warm_up_arm(data: TrajectoryDataModule, wanted: GradientMatches, arms: 
     """Make the arm, not yet trained; its selection joins `data.selections` until it is."""
     data.selections[NAME] = _choose_at_random(data, wanted.warmup_share)
     recipe = data.recipe.for_epochs(wanted.epochs)
-    steps = recipe.steps_for(len(data.selections[NAME].row))
+    steps = recipe.count_steps(len(data.selections[NAME].row))
     return make_arm(NAME, NAME, data, recipe=recipe, steps=steps, arms=arms, kept=wanted.epochs)
 
 
@@ -61,7 +61,7 @@ def list_checkpoints(arm: Arm) -> tuple[tuple[Path, float], ...]:
     return tuple(
         (
             arm.folder / "epochs" / f"{epoch}.ckpt",
-            float(np.mean([arm.recipe.rate(step, ends[-1]) for step in range(start, max(end, start + 1))])),
+            float(np.mean([arm.recipe.compute_rate(step, ends[-1]) for step in range(start, max(end, start + 1))])),
         )
         for epoch, (start, end) in enumerate(zip(starts, ends, strict=True), start=1)
     )
