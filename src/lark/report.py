@@ -18,8 +18,7 @@ from lark.comparison.summaries import read_summaries, take_best_rates
 if TYPE_CHECKING:
     from lark.comparison.comparison import Comparison
 
-FAILURES = 10
-"""How many failed runs are named."""
+FAILURES = 10  # how many failed runs are named
 FORMATS = {"csv": ("arms.csv", "differences.csv"), "latex": ("comparison.tex",), "json": ("comparison.json",)}
 """What can be printed instead of the table, as it is in these files."""
 
@@ -105,8 +104,8 @@ def _print_failures(comparison: "Comparison") -> None:
         print(f"failed: {further} further runs, which --page and --output name", file=sys.stderr)
 
 
-def main() -> None:
-    """Run the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line's parser."""
     about = __doc__.splitlines()[0] if __doc__ else ""
     parser = argparse.ArgumentParser(prog="python -m lark.report", description=about)
     add = parser.add_argument
@@ -117,8 +116,13 @@ def main() -> None:
     add("--page", type=Path, metavar="FILE.html", help="write the page, and plotly.min.js beside it")
     best = "of runs that differ in sft.lr only, take each arm at the rate of its lowest held-out loss"
     add("--best-lr", action="store_true", help=best)
+    return parser
+
+
+def main() -> None:
+    """Run the command line."""
     try:
-        report(**vars(parser.parse_args()))
+        report(**vars(build_parser().parse_args()))
     except (LarkError, OSError) as error:
         sys.exit(f"lark: {error}")
 

@@ -99,13 +99,6 @@ def test_the_area_under_the_curve_by_hand() -> None:
         assert math.isnan(compute_curve_mean(too_short))
 
 
-def test_unmatched_baselines_are_marked() -> None:
-    arms = arms_of(
-        group_of(run(selector=arm("lark", "a", accuracies([1.0])), baseline=arm("all", "b", accuracies([0.0]))))
-    )
-    assert (arms["lark"].matched, arms["all"].matched) == (True, False)
-
-
 def test_a_rule_named_like_the_untrained_student_is_trained() -> None:
     rule = f"{UNTRAINED} longest"
     group = group_of(run(selector=arm("lark", "a", accuracies([1.0])), baseline=arm(rule, "b", accuracies([0.0]))))
@@ -153,13 +146,6 @@ def test_a_difference_has_the_interval_and_p_of_its_table_of_seeds_and_problems(
     assert found.p == found.p_holm == compute_sign_flip_p((a_SP - b_SP).mean(0)[problems])
     smallest = compute_smallest_detectable(expected.standard_error, df=expected.df)
     assert found.smallest_detectable == smallest > compute_smallest_detectable(expected.standard_error)
-
-
-def test_one_seed_is_labelled() -> None:
-    selector, baseline = arm("lark", "a", accuracies([1.0, 0.5, 0.5])), arm("rsr", "b", accuracies([0.0, 0.5, 0.25]))
-    found = on(difference_of(run(selector=selector, baseline=baseline)))
-    assert found.interval.label == "seed variance not estimated"
-    assert found.interval.estimate == pytest.approx(1.25 / 3)
 
 
 def test_without_a_baseline_the_untrained_student_is_taken_off() -> None:
@@ -237,25 +223,6 @@ def test_holm_over_the_pairs_of_a_set() -> None:
     assert {of_rule["other"].p_holm for of_rule in found.values()} == {3 * 0.03125}  # a family of its own
 
 
-def test_pairs_of_several_runs_are_one_difference() -> None:
-    settings = [{"budget": budget} for budget in (1, 2)]
-    runs = [
-        run(
-            selector=arm("lark", f"a{one}{seed}", accuracies([1.0, 0.5])),
-            baseline=arm("random", f"r{one}{seed}", accuracies([0.0, 0.5])),
-            seed=seed,
-            settings=one,
-        )
-        for one in settings
-        for seed in SEEDS
-    ]
-    group = group_of(*runs, *runs)
-    assert [one.label for one in group.differences] == [
-        "lark budget=1 - random budget=1",
-        "lark budget=2 - random budget=2",
-    ]
-
-
 # ---- groups and the grid
 
 
@@ -286,17 +253,6 @@ def test_the_grid_counts_wins_ties_and_losses() -> None:
     assert (rsr.label, rsr.wins, rsr.ties, rsr.losses) == ("rsr - random", 1, 0, 0)
     assert [cell and cell.estimate for cell in rsr.cells] == [None, None, 0.25]
     assert rsr.average == 0.25
-
-
-def test_labels_are_a_group_s_own() -> None:
-    """Learning rates that differ between models only tell no two arms apart."""
-    runs = [constant(0.25, model=model, settings={"sft.lr": lr}) for model, lr in (("a", 1e-4), ("b", 1e-5))]
-    assert [row.label for row in compare(runs).grid] == ["lark - random"]
-
-
-def test_one_column_is_no_grid() -> None:
-    comparison = compare([constant(0.25), constant(0.25, rule="rsr")])
-    assert comparison.grid == comparison.columns == ()
 
 
 def test_an_interval_that_there_is_not_neither_wins_nor_ties() -> None:

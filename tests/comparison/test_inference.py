@@ -41,14 +41,6 @@ def coverage(found: list[Interval], truth: float = 0.0) -> float:
     return float(np.mean([one.low <= truth <= one.high for one in found]))
 
 
-def nested_interval(difference_SP: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The wrong way: seeds are resampled, and problems again and independently in each of them."""
-    seeds, problems = difference_SP.shape
-    row_RS = rng.integers(seeds, size=(400, seeds))
-    problem_RSP = rng.integers(problems, size=(400, seeds, problems))
-    return np.quantile(difference_SP[row_RS[..., None], problem_RSP].mean((1, 2)), [0.025, 0.975])
-
-
 def test_estimate_is_the_mean_difference():
     a_SP, b_SP = np.array([[1.0, 0.5, 0.0]] * 3), np.array([[0.5, 0.5, 0.25]] * 3)
     interval = compute_paired_difference(a_SP, b_SP, resamples=200)
@@ -119,22 +111,12 @@ def test_one_problem_gives_no_interval():
     assert interval.label == "one problem, no interval"
 
 
-@pytest.mark.parametrize("seed_sd", [0.0, 0.12, 0.25])
-@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize(("seeds", "seed_sd"), [(3, 0.0), (3, 0.25), (5, 0.12), (10, 0.0), (10, 0.25)])
 def test_coverage_of_avg_at_4_with_seed_problem_and_residual_variance(seeds, seed_sd):
     """Nominal .95; 400 trials tell it to within .022."""
     rng = np.random.default_rng(3)
     accuracy = simulated_accuracies(rng, trials=400, seeds=seeds, problems=100, seed_sd=seed_sd)
     assert 0.92 <= coverage(intervals(accuracy)) <= 0.985
-
-
-def test_crossed_covers_where_nested_does_not():
-    """Problems that all seeds answer are no further problems: METHODS.md's .82 to .87."""
-    rng = np.random.default_rng(9)
-    accuracy = simulated_accuracies(rng, trials=400, seeds=5, problems=60, seed_sd=0.12)
-    nested = np.array([nested_interval(a - b, rng) for a, b in accuracy])
-    covered = np.mean((nested[:, 0] <= 0) & (nested[:, 1] >= 0))
-    assert covered < 0.92 < coverage(intervals(accuracy))
 
 
 def test_coverage_of_a_true_difference():
@@ -244,7 +226,7 @@ def test_smallest_detectable_difference_of_a_t_test(df):
 
 @pytest.mark.parametrize(
     ("seeds", "seed_sd", "least", "most"),
-    [(1, 0.0, 0.75, 0.85), (3, 0.0, 0.7, 0.85), (3, 0.12, 0.66, 0.85), (5, 0.12, 0.72, 0.85), (10, 0.12, 0.75, 0.85)],
+    [(1, 0.0, 0.75, 0.85), (3, 0.12, 0.66, 0.85), (10, 0.12, 0.75, 0.85)],
 )
 def test_the_interval_excludes_0_at_the_smallest_detectable_difference(seeds, seed_sd, least, most):
     """The whole procedure: what one experiment calls detectable is, on average, what further ones detect. With 3 seeds

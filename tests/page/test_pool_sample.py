@@ -1,8 +1,5 @@
 """What a run keeps of its pool for the page: whole problems, the texts as they are trained, every choice."""
 
-import gzip
-import json
-
 import numpy as np
 import pytest
 from conftest import rows_of_a_pool
@@ -149,13 +146,3 @@ def test_samples_are_whole_problems_that_do_not_depend_on_the_order(limit):
     assert sorted(again[row] for row in rows) == sorted(chosen)
     if limit == 1_000:
         assert len(rows) == len(ids)
-
-
-def test_only_the_first_line_is_parsed_for_figures(selected, tmp_path):
-    write_sample(tmp_path, selected, {})
-    with gzip.open(tmp_path / NAME, "rt") as file:
-        first = json.loads(file.readline())
-    with gzip.open(tmp_path / NAME, "wt") as file:
-        file.write(json.dumps(first) + "\nno JSON\n")
-    sample = read_sample(tmp_path)
-    assert sample is not None and sample.facts == first["facts"]

@@ -69,7 +69,3 @@ def test_bytes_are_bounded_too(pools, monkeypatch):
     monkeypatch.setattr(trajectories, "PACKED_BYTES", 10)
     heads, _ = pack(pools)
     assert heads[0]["trajectories"] == 1  # each pool keeps one
-
-
-def test_no_pool_is_an_empty_list():
-    assert pack([]) == ([], base64.b64encode(gzip.compress(b"[]", mtime=0)).decode())

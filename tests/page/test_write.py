@@ -66,19 +66,13 @@ def embedded(page: Parsed) -> dict:
     return json.loads(text)
 
 
-def test_tables_have_captions_headers_and_every_figure(page, folder, capsys):
-    assert len(page.of("caption")) == len(page.of("table")) == 3
-    assert all(th["scope"] in ("col", "row") for th in page.of("th"))
-    cells = page.text("td")
-    content = json.loads((folder / "0" / "summary.json").read_text())
-    assert f"{content['arms']['selector']['trajectories']:,}" in cells
+def test_tables_have_the_printed_figures(page, folder, capsys):
     rows = [text for text in page.text("bdi") if text in RULES]
     assert rows == ["random", "lark", "longest"]  # as the printed table has them
     report.report([folder])
     printed = capsys.readouterr().out
-    for cell in cells:
-        if re.fullmatch(r"[-+.\d,%]+", cell):
-            assert cell in printed
+    figures = [cell for cell in page.text("td") if re.fullmatch(r"[-+.\d,%]+", cell)]
+    assert len(figures) > 20 and all(cell in printed for cell in figures)
 
 
 def test_it_may_load_its_own_scripts_and_plotly_only(page):

@@ -107,7 +107,7 @@ def compute_mean_interval(
     The bootstrap is that of `compute_paired_difference` over problems, against 0. Problems are resampled with the
     samples that were drawn for them, so the interval covers which problems were asked and the noise of sampling. Where
     all values are equal it has no width. Simulated coverage of nominal 95 % intervals, and half their mean width in
-    points, for problems whose chances are Beta(0.3, 0.3), Beta(0.3, 2.7) and Beta(0.1, 3) distributed (600 trials each):
+    points, for problems with chances that are Beta(0.3, 0.3), Beta(0.3, 2.7) and Beta(0.1, 3) distributed (600 trials):
 
         problems  k   mean .50      mean .10     mean .03
            30     4   .96 (15.7)    .93 (7.1)    .86 (3.9)
