@@ -7,25 +7,19 @@ config and model card.
 import argparse
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lark.common.cache import is_complete, read_json, write_json
 from lark.common.errors import LarkError
+from lark.common.log import announce, logger, open_log
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ARMS = ("selector", "baseline")
 
 
 def export(
-    arm: str | Path,
-    out: str | Path,
-    *,
-    merge: bool = False,
-    dtype: str | None = None,
-    base: str | None = None,
-    say: Callable[[str], None] = print,
+    arm: str | Path, out: str | Path, *, merge: bool = False, dtype: str | None = None, base: str | None = None
 ) -> None:
     """Write the student that was trained in `arm` to the folder `out`, whole or not at all.
 
@@ -45,24 +39,23 @@ def export(
         raise LarkError(f"{out} is there already and not an empty folder; name another, or remove it")
     if dtype not in (None, *DTYPES):
         raise LarkError(f"--dtype {dtype} is unknown; set it to one of {', '.join(DTYPES)}")
-    if student["lora"] is None:
-        if base is not None:
-            raise LarkError(f"--base {base}: this student was trained whole and has no base; leave it out")
-        if merge:
-            say("merge       nothing to merge: every parameter was trained")
-    elif merge or base is not None:
-        student |= _moved(student, base)
-        _check_base(trained, say)
+    is_adapter = student["lora"] is not None
+    if base is not None and not is_adapter:
+        raise LarkError(f"--base {base}: this student was trained whole and has no base; leave it out")
+    if merge and not is_adapter:
+        logger.warning("--merge: nothing to merge, every parameter was trained")
+    merge = merge and is_adapter
+    if merge or base is not None:
+        student |= _locate_base(student, base)
+        _check_base(trained)
     if (arm.parent / "replay.yaml").is_file():  # a run's link: it may reuse what another run has trained
         trained["run"] = str(arm.parent.absolute())
-    merge = merge and student["lora"] is not None
+
     temporary = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if merge:
-            weights = _write_merged(student, checkpoint, temporary, dtype)
-        elif dtype is not None and student["lora"] is None:
-            weights = _write_cast(student, checkpoint, temporary, dtype)
+        if merge or (dtype is not None and not is_adapter):
+            weights = _write_model(student, checkpoint, temporary, dtype, merge=merge)
         else:
             weights = _write_copy(student, checkpoint, temporary, dtype, base)
         _write_card(temporary, trained, arm, merged=merge, weights=weights)
@@ -71,12 +64,12 @@ def export(
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say(f"export      {out}: {weights}")
+    announce("export", f"{out}: {weights}")
 
 
 def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
-    """trained.json of the arm that `setting` (such as "checkpoint=") names. Raises LarkError that says what to name
-    instead.
+    """Read trained.json of the arm that `setting` (such as "checkpoint=") names. Raises LarkError that says what to
+    name instead.
     """
     if not is_complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
         if inside := [str(arm / name) for name in _ARMS if is_complete(arm / name, "trained.json")]:
@@ -89,8 +82,8 @@ def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
     return trained
 
 
-def _moved(student: dict[str, Any], base: str | None) -> dict[str, Any]:
-    """The student's settings that change where `base` says where its weights are."""
+def _locate_base(student: dict[str, Any], base: str | None) -> dict[str, Any]:
+    """Return the student's settings that change where `base` says where its weights are."""
     if base is None or (student["path"] is None and base == student["id"]):
         return {}
     if Path(base).exists():
@@ -98,8 +91,8 @@ def _moved(student: dict[str, Any], base: str | None) -> dict[str, Any]:
     return {"path": None, "id": base, "revision": None}
 
 
-def _check_base(trained: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Raises LarkError if the base's weights are missing or are not those that were trained."""
+def _check_base(trained: dict[str, Any]) -> None:
+    """Raise LarkError if the base's weights are missing or are not those that were trained."""
     from lark.student.student import Student
 
     try:
@@ -110,7 +103,7 @@ def _check_base(trained: dict[str, Any], say: Callable[[str], None]) -> None:
             f"the adapter's base is missing ({error}); say --base <folder, .gguf file or hub id>"
         ) from error
     if not found.keys() <= known.keys():  # a folder then, the hub now, or the other way round
-        say(f"base        {student.path or student.id}: not compared with what was trained ({known})")
+        logger.warning("%s cannot be compared with the base that was trained (%s)", student.path or student.id, known)
     elif found != {key: known[key] for key in found}:
         raise LarkError(
             f"{student.path or student.id} holds other weights ({found}) than those the adapter was trained on "
@@ -118,36 +111,39 @@ def _check_base(trained: dict[str, Any], say: Callable[[str], None]) -> None:
         )
 
 
-def _write_merged(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: str | None) -> str:
-    """One model of base and adapter; says how near its logits are to theirs."""
+def _write_model(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: str | None, *, merge: bool) -> str:
+    """Write one whole model, of base and adapter or as it was trained, in `dtype`; say what it is."""
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lark.student.student import Student, get_base_model, save_student
+    from lark.student.chat import Chat
+    from lark.student.student import Student, save_student
 
-    loader = Student(**student)
-    kept = dtype or _dtype_of_files(loader)
-    model: Any = loader.load_trained(checkpoint, torch.float32).eval()
-    tokens_RL = torch.arange(min(64, get_base_model(model).config.get_text_config().vocab_size))[None]
-    with torch.inference_mode():
-        expected = model(input_ids=tokens_RL, use_cache=False).logits
-    model = model.merge_and_unload()
-    with torch.inference_mode():
-        logits = model(input_ids=tokens_RL, use_cache=False).logits
-    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
-    assert difference <= 1e-3, f"merging changes logits by {difference} of the largest"
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if head is not embedding and not torch.equal(head, embedding):
-        model.config.tie_word_embeddings = False  # a head of its own, such as modules_to_save=[lm_head] trains
-    _cast(model, kept)
-    save_student(model, _chat(student, checkpoint), folder)
-    return (
-        f"the adapter merged into its base in float32, by which no logit changed by more than {difference:.1e} of the "
-        f"largest (a row of {tokens_RL.shape[1]} tokens), then saved in {kept}"
-    )
+    remote = student["trust_remote_code"]
+    model: Any
+    if merge:
+        loader = Student(**student)
+        dtype = dtype or _read_dtype(loader)
+        model = loader.load_trained(checkpoint, torch.float32).merge_and_unload()
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        if head is not embedding and not torch.equal(head, embedding):
+            model.config.tie_word_embeddings = False  # a head of its own, such as modules_to_save=[lm_head] trains
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=remote)
+    assert dtype is not None
+    for parameter in model.parameters():  # not model.to: buffers keep their precision
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=remote)
+    save_student(model, Chat(tokenizer=tokenizer, template=tokenizer.chat_template), folder)
+    if merge:
+        return f"the adapter merged into its base in float32, then saved in {dtype}"
+    return f"the whole model in {dtype}"
 
 
-def _dtype_of_files(student: Any) -> str:
-    """float32 where they do not say, and for the dequantised weights of a .gguf file."""
+def _read_dtype(student: Any) -> str:
+    """Return the dtype of the student's files; float32 where they do not say, and for the dequantised weights of a
+    .gguf file."""
     from transformers import AutoConfig
 
     source, keywords = student.pretrained_arguments()
@@ -157,21 +153,8 @@ def _dtype_of_files(student: Any) -> str:
     return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
 
 
-def _write_cast(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: str) -> str:
-    """A model all of whose parameters were trained, in another dtype."""
-    from transformers import AutoModelForCausalLM
-
-    from lark.student.student import save_student
-
-    remote = student["trust_remote_code"]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=remote)
-    _cast(model, dtype)
-    save_student(model, _chat(student, checkpoint), folder)
-    return f"the whole model in {dtype}"
-
-
 def _write_copy(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: str | None, base: str | None) -> str:
-    """The arm's files as they are, but for an adapter's dtype and where it says its base is."""
+    """Copy the arm's files as they are, but for an adapter's dtype and where it says its base is."""
     shutil.copytree(checkpoint, folder)
     if student["lora"] is None:
         return "the whole model as it was trained"
@@ -189,24 +172,6 @@ def _write_copy(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: 
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     return f"the adapter in {dtype}"
-
-
-def _cast(model: Any, dtype: str) -> None:
-    import torch
-
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    model.config.dtype = getattr(torch, dtype)
-
-
-def _chat(student: dict[str, Any], checkpoint: Path) -> Any:
-    """Tokenizer and template as they were trained with."""
-    from transformers import AutoTokenizer
-
-    from lark.student.chat import Chat
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=student["trust_remote_code"])
-    return Chat(tokenizer=tokenizer, template=tokenizer.chat_template)
 
 
 def _write_card(folder: Path, trained: dict[str, Any], arm: Path, *, merged: bool, weights: str) -> None:
@@ -229,8 +194,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     given = build_parser().parse_args()
     try:
-        export(given.arm, given.folder, merge=given.merge, dtype=given.dtype, base=given.base)
-    except (ValueError, OSError) as error:
+        with open_log(None):
+            export(given.arm, given.folder, merge=given.merge, dtype=given.dtype, base=given.base)
+    except (LarkError, OSError) as error:
         sys.exit(f"lark: {error}")
 
 
