@@ -3,10 +3,10 @@
     python benchmarks/selection.py [--problems 200000] [--candidates 5] [--rules lark rsr]
 
 The statistics are synthetic: 11 teachers, of which each problem has `--candidates`. Each rule is what `selector=<name>`
-composes to, run by `lark.selection.selection.select` with its record (counts, teacher shares, correlations within problems). The
-reference is a loop over problems in plain Python, with the same formula and tie hash and no record, on a sample of the
-problems; its time for the whole pool is extrapolated, and its choice has to be the rule's. A ratio above 1 means that
-`select` is faster. The aim is 1,000,000 rows by both rules in under 20 s and 2 GB.
+composes to, run by `lark.selection.selection.select` with its record (counts, teacher shares, correlations within
+problems). The reference is a loop over problems in plain Python, with the same formula and tie hash and no record, on a
+sample of the problems; its time for the whole pool is extrapolated, and its choice has to be the rule's. A ratio above
+1 means that `select` is faster. The aim is 1,000,000 rows by both rules in under 20 s and 2 GB.
 """
 
 import argparse

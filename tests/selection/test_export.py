@@ -95,3 +95,43 @@ def test_a_field_that_has_its_first_value_far_down_loads(tmp_path):
 def test_a_field_that_has_a_value_in_time_moves_nothing(tmp_path):
     path = written(tmp_path, [pool_row(i, ["user", "assistant"], teacher="t" if i else None) for i in range(4)])
     assert [row["meta"]["problem_id"] for row in load(path)] == ["0", "1", "2", "3"]
+
+
+TEXTS = ["plain", 'quotes " and \\boxed{\\frac{1}{2}}', "lines\n\r\nand\ttabs", "☃ 𝒳 \u2028 é", ""]
+
+
+def varied_row(row: int) -> dict:
+    turns = [{"role": "user", "content": f"Problem {row}\n?"}, {"role": "assistant", "content": TEXTS[row % 5]}]
+    return {
+        "problem_id": f"p{row}",
+        "candidate_id": "0",
+        "teacher": None if row % 2 else "teacher",
+        "answer": str(row),
+        "correct": (True, False, None)[row % 3],
+        "messages": turns,
+    }
+
+
+def test_the_export_loads_and_keeps_every_text(tmp_path):
+    selection = selection_of(20)
+    path = tmp_path / "selection.jsonl"
+    export_selection(selection, lambda row_N: map(varied_row, row_N.tolist()), path, name="lark")
+    lines = [json.loads(line) for line in path.read_bytes().decode().removesuffix("\n").split("\n")]
+    loaded = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(lines) == len(loaded) == len(selection.row)  # type: ignore[arg-type]
+    for i, (line, row) in enumerate(zip(lines, loaded, strict=True)):
+        source = varied_row(int(selection.row[i]))
+        assert line == row
+        assert line["messages"] == source.pop("messages")
+        assert line["weight"] == selection.weight[i]
+        expected = {**source, "rule": "lark", "score": selection.score[i], "share": selection.q[i]}
+        assert line["meta"] == expected
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
+    selection = selection_of(20)
+    path = tmp_path / "selection.jsonl"
+    path.write_text("earlier")
+    with pytest.raises(ValueError, match="longer"):
+        export_selection(selection, lambda row_N: [varied_row(0)], path, name="lark")
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]

@@ -98,8 +98,8 @@ class Plan:
 
     @contextmanager
     def claim(self, name: str, folder: Path, is_done: Callable[[], bool]) -> Iterator[bool]:
-        """Yield whether a piece of work is to be done, which rank 0 finds out; it then holds the folder's lock until the
-        block ends.
+        """Yield whether a piece of work is to be done, which rank 0 finds out; it then holds the folder's lock until
+        the block ends.
         """
         with ExitStack() as held:
             if is_main() and not is_done():

@@ -1,7 +1,8 @@
 """Tables that are computed once, kept on disk, and continued after a kill.
 
 compute_table   one process computes the rows in order; the table is memory-mapped and read by row
-merge_parts     ranks have written rows in any order (`write_part`); the table is one Parquet file in order of the column
+merge_parts     ranks have written rows in any order (`write_part`); the table is one Parquet file in order of the
+column
                 `row`, read column by column (`read_columns`)
 
 A part is an Arrow stream written by rename, and lost at most by a kill. A folder is complete once its manifest, written
@@ -161,8 +162,8 @@ def read_row_numbers(folder: Path) -> np.ndarray:
 def merge_parts(folder: Path, row_N: np.ndarray, *, summed: Iterable[str]) -> dict[str, Any]:
     """Write all parts as one table, ordered by row, and return the sums of the columns `summed`, which it lacks.
 
-    A row group is in memory at a time. With the table grow the row numbers, 40 bytes a row, which are sorted to see that
-    none is missing and to cut the groups, and what describes the mapped parts, 60 kB each.
+    A row group is in memory at a time. With the table grow the row numbers, 40 bytes a row, which are sorted to see
+    that none is missing and to cut the groups, and what describes the mapped parts, 60 kB each.
     """
     parts = _drop_repeated_rows([_map_part(path) for path in list_parts(folder)])
     found_N = np.sort(np.concatenate([_view(part, "row") for part in parts]))

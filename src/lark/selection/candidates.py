@@ -21,7 +21,7 @@ POOL_COLUMNS = ("teacher", "correct", "answer", "text")
 
 
 def did_you_mean(name: str, statistics: Iterable[str]) -> str:
-    """For the error about a column that is not there."""
+    """Return the end of a sentence about a column that is not there: the nearest name, if one is near."""
     close = difflib.get_close_matches(name, [*statistics, *POOL_COLUMNS], 1)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -34,23 +34,23 @@ class Candidates:
     over the span) and the sums they come from (`sum_surprisal`, `sum_rank_100`, `end_surprisal`, ...).
     `candidates["teacher"]`, `["correct"]`, `["answer"]`, `["text"]` (the trajectory) and any further column of the
     pool are read when first asked for, as are the statistics that a pass has left in a file. Step statistics
-    (`step_tokens`, `step_surprisal`, `step_first_surprisal`) are object arrays of one array a row. `row_N` holds the
-    rows' numbers in the pool, `read_column` reads a pool column at such rows (null: there is no pool to read from).
-    Raises LarkError for a column that is in neither. Rules compare all candidates, so the columns that they ask for
-    are in memory whole: ids and row numbers 24 bytes a row, each column of numbers 8.
-    `read_blocks` reads all statistics from their file, a block of rows after the other (null: they are in memory).
-    `passes` holds the columns of further passes (see lark.scoring.passes), read by `of`; `reference_selection` is the selection that these
-    candidates are to be chosen as a baseline for (null: for themselves).
+    (`step_tokens`, `step_surprisal`, `step_first_surprisal`) are object arrays of one array a row. Rules compare all
+    candidates, so the columns that they ask for are in memory whole: ids and row numbers 24 bytes a row, each column of
+    numbers 8. Raises LarkError for a column that is neither a statistic nor in the pool.
     """
 
     problem_id: np.ndarray
     candidate_id: np.ndarray
     row_N: np.ndarray
+    """The rows' numbers in the pool."""
     statistics: Mapping[str, np.ndarray]
     read_column: Callable[[str, np.ndarray], np.ndarray] | None = None
+    """Reads a pool column at such rows; None: there is no pool to read from."""
     read_blocks: Callable[[], Iterator[pa.Table]] | None = None
     passes: Mapping[Pass, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    """The columns of further passes (lark.scoring.passes), read by `of`."""
     reference_selection: "Selection | None" = None
+    """The selection that these candidates are to be chosen as a baseline for; None: for themselves."""
 
     def __post_init__(self) -> None:
         assert len(self.candidate_id) == len(self.row_N) == len(self.problem_id)
@@ -101,19 +101,19 @@ class Candidates:
             yield {name: column[start : start + GROUP_ROWS] for name, column in self.statistics.items()}
 
     def of(self, wanted: Pass) -> Mapping[str, np.ndarray]:
-        """The columns of a pass, [N] each. Raises LarkError for one that the rule did not name in `needs`."""
+        """Return the columns of a pass, [N] each. Raises LarkError for one that the rule did not name in `needs`."""
         if wanted not in self.passes:
             raise LarkError(f"the rule asks for {wanted} but does not name it in `needs`; add it there")
         return self.passes[wanted]
 
     def as_baseline_for(self, reference_selection: "Selection") -> "Candidates":
-        """The same candidates, to be chosen from as that selection's baseline; what has been read is not read again."""
+        """Return the same candidates, to be chosen from as that selection's baseline; what has been read stays."""
         same = replace(self, reference_selection=reference_selection)
         same.__dict__.update({name: getattr(self, name) for name in ("groups", "_of_pool")})
         return same
 
     def where(self, keep_N: np.ndarray) -> "Candidates":
-        """The candidates with keep_N true; what a filter leaves."""
+        """Return the candidates with keep_N true; what a filter leaves."""
         if keep_N.all():
             return self
         return replace(

@@ -116,8 +116,8 @@ def _normalise(ranking: Ranking, x_M: np.ndarray) -> np.ndarray:
 def _draw(
     ranking: Ranking, q_M: np.ndarray, budget: int, problem_ids: Sequence[str] | np.ndarray, seed: int
 ) -> np.ndarray:
-    """Draw `budget` times from q in each group with replacement; return weights count / budget [M]; draw d of a problem depends
-    on nothing but (seed, problem, d) and q. D draws in all."""
+    """Draw `budget` times from q in each group with replacement; return weights count / budget [M]; draw d of a problem
+    depends on nothing but (seed, problem, d) and q. D draws in all."""
     drawn_M = np.flatnonzero(q_M > 0)
     group_M = ranking.index_N[drawn_M]
     upper_M = ranking.prefix_sum(q_M)[drawn_M]

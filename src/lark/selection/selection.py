@@ -144,8 +144,9 @@ def _compute_shares(teachers: np.ndarray, weight: np.ndarray) -> dict[str, float
 
 
 def compute_mean_spearman(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) -> float | None:
-    """Return the mean over problems of Spearman's correlation between a and b among the problem's candidates (midranks for
-    ties); problems in which either is constant, or fewer than two rows have both values, do not count. None if none.
+    """Return the mean over problems of Spearman's correlation between a and b among the problem's candidates (midranks
+    for ties); problems in which either is constant, or fewer than two rows have both values, do not count. None if
+    none.
     """
     rho_G = compute_spearman(a_N, b_N, groups).value_G
     return float(np.nanmean(rho_G)) if np.isfinite(rho_G).any() else None

@@ -61,8 +61,8 @@ def cut_at_budget(ranking: Ranking, score_M: np.ndarray, prior_M: np.ndarray, bu
 def fill(
     ranking: Ranking, score_M: np.ndarray, prior_M: np.ndarray, *, tau: float | None, budget: int | None
 ) -> np.ndarray:
-    """Fill to a given tau or, without one, to tau_B: p (e - e_(B+1))_+ / tau_B, and the prior on the B best where all of
-    them tie with the next (tau_B = 0) or none is excluded; q [M] before normalisation."""
+    """Fill to a given tau or, without one, to tau_B: p (e - e_(B+1))_+ / tau_B, and the prior on the B best where all
+    of them tie with the next (tau_B = 0) or none is excluded; q [M] before normalisation."""
     if tau is not None:
         return _fill_to_tau(ranking, score_M, prior_M, tau)
     cut = cut_at_budget(ranking, score_M, prior_M, budget)
@@ -72,7 +72,8 @@ def fill(
 def _compute_breakpoints(
     ranking: Ranking, score_M: np.ndarray, prior_M: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the prefix sums at each row k of its group: mass P_k, T_k = sum_(j<=k) p_j (e_j - e_k), and the same with squares.
+    """Return the prefix sums at each row k of its group: mass P_k, T_k = sum_(j<=k) p_j (e_j - e_k), and the same with
+    squares.
 
     T_k is the tau at which row k enters. Both sums are built from gaps between neighbours, so that all terms are
     non-negative and nothing cancels, however large or close the scores are.

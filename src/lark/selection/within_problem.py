@@ -70,8 +70,8 @@ class ByProblem:
 
 
 def compute_spearman(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) -> ByProblem:
-    """Compute Spearman's correlation of a and b among each problem's K candidates that have both (midranks for ties); not
-    defined for fewer than two, or where a or b is constant. Under a random order of a its expectation is 0 and its
+    """Compute Spearman's correlation of a and b among each problem's K candidates that have both (midranks for ties);
+    not defined for fewer than two, or where a or b is constant. Under a random order of a its expectation is 0 and its
     variance exactly 1 / (K - 1), ties or not.
     """
     a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
@@ -88,8 +88,9 @@ def compute_spearman(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) -> ByProb
 def compute_top_overlap(
     a_N: np.ndarray, b_N: np.ndarray, groups: Groups, tie_N: np.ndarray, *, budget: int
 ) -> ByProblem:
-    """Compute the share of the `budget` candidates of highest a that are among those of highest b, over the K candidates that have
-    both; not defined where K <= budget. A random score shares budget / K (hypergeometric). Ties go by `tie_N`.
+    """Compute the share of the `budget` candidates of highest a that are among those of highest b, over the K
+    candidates that have both; not defined where K <= budget. A random score shares budget / K (hypergeometric). Ties go
+    by `tie_N`.
     """
     both_N = np.isfinite(a_N) & np.isfinite(b_N)
     top = []
@@ -108,8 +109,9 @@ def compute_top_overlap(
 
 
 def compute_jaccard(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) -> ByProblem:
-    """Compute the Jaccard index |a and b| / |a or b| of two choices (masks) in each problem; not defined where either took nothing
-    or everything, as there it had no choice. Chance: two random choices of the same sizes (hypergeometric).
+    """Compute the Jaccard index |a and b| / |a or b| of two choices (masks) in each problem; not defined where either
+    took nothing or everything, as there it had no choice. Chance: two random choices of the same sizes
+    (hypergeometric).
     """
     size_G, a_G, b_G = groups.size, *(groups.sum(mask_N.astype(float)).astype(np.int64) for mask_N in (a_N, b_N))
     choice_G = (a_G > 0) & (b_G > 0) & (a_G < size_G) & (b_G < size_G)

@@ -1,8 +1,8 @@
 """Coverage: trajectories in the greedy order in which they represent the whole pool, by the student's hidden states.
 
 A row's gain only falls as rows are chosen, so lazy greedy (Minoux 1978) keeps earlier gains as upper bounds and
-computes again only what is at the top. Gains are rounded to 9 decimals, so that rows which would cover each other are tied in
-whatever order and block they are computed, and fall by the tie hash.
+computes again only what is at the top. Gains are rounded to 9 decimals, so that rows which would cover each other are
+tied in whatever order and block they are computed, and fall by the tie hash.
 
 Shapes: N candidates, D hidden size, M reference rows, B rows computed together (at most BLOCK).
 """
@@ -29,8 +29,8 @@ class Coverage:
     The next one raises most the sum, over `reference` rows drawn by seeded hash, of the cosine similarity to the most
     similar row chosen so far (-1 before the first). A problem gives at most `budget` rows in each round: when every
     problem has given its budget, the next round allows `budget` more. So each candidate has a position, and ties
-    between equal gains fall by the seeded tie hash. The vectors are the student's own mean hidden states (`MeanHidden`). NaN
-    (never) where one is zero or not finite.
+    between equal gains fall by the seeded tie hash. The vectors are the student's own mean hidden states
+    (`MeanHidden`). NaN (never) where one is zero or not finite.
 
     Time: N M D multiplications for the first bounds and about 15 times as many in all. On one core, with the default
     reference: 20,000 candidates of 64 dimensions 11 s, of 1,024 dimensions 2 min; 165,000 of 64 dimensions 2 min.

@@ -1,4 +1,5 @@
-"""Scores over the student's gradients (lark.scoring.passes): one number per candidate, higher = take it first, NaN = never.
+"""Scores over the student's gradients (lark.scoring.passes): one number per candidate, higher = take it first, NaN =
+never.
 
 Notation: L_k mean surprisal of candidate k (nats/token), grad L_k its gradient over the parameters that the pass names,
 sums over the valid candidates of one problem.

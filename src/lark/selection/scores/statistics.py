@@ -2,7 +2,8 @@
 
 Notation: T span tokens, s_t = -ln p(y_t) in nats, L = mean s_t, r_t the observed token's rank, sums over the valid
 candidates of one problem. Every score is a frozen dataclass of its parameters, called with the candidates; `needs`
-names the passes (lark.scoring.passes) that it reads. Scores over the pool's own columns are in lark.selection.scores.text.
+names the passes (lark.scoring.passes) that it reads. Scores over the pool's own columns are in
+lark.selection.scores.text.
 
 Shapes: N candidates, S steps of all candidates, end to end.
 """

@@ -132,8 +132,8 @@ class TeacherMatched:
     if the problem has fewer), then all others; which ones and in which order at random. Every draw is a hash of `seed`
     and the ids, so the order of the rows does not matter.
 
-    Only for a baseline: it reads `candidates.reference_selection`. The rule's own filter acts on the donors too, so that of the
-    selector's choice only those rows count that pass it.
+    Only for a baseline: it reads `candidates.reference_selection`. The rule's own filter acts on the donors too, so
+    that of the selector's choice only those rows count that pass it.
     Raises LarkError as a selector, if a candidate has no teacher, and if nothing of the choice passes the filter.
     """
 
