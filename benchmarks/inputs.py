@@ -10,7 +10,7 @@ from lightning import Trainer
 from transformers.utils import logging
 
 from lark.experiment.console import quiet_libraries
-from lark.scoring.statistics_pass import Probe
+from lark.scoring.pass_module import ScoringSettings
 from lark.selection.policies import Chi2
 from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark
@@ -34,7 +34,7 @@ def open_data(
     *,
     limit: int | None,
     dtype: str = "auto",
-    probe: Probe | None = None,
+    probe: ScoringSettings | None = None,
     recipe: Recipe | None = None,
     lora: dict[str, Any] | None = None,
     callbacks: Any = (),
@@ -66,7 +66,7 @@ def open_data(
         selector=Rule(name="lark", score=Lark(), policy=Chi2(budget=2)),
         baseline=None,
         recipe=recipe or Recipe(),
-        probe=probe or Probe(),
+        probe=probe or ScoringSettings(),
         seed=0,
         cache=cache,
         make_trainer=lambda label: trainer(callbacks=[callback(label) for callback in callbacks]),

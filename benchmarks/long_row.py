@@ -2,7 +2,7 @@
 
     python benchmarks/long_row.py [--tokens 32768] [--vocabulary 151936] [--hidden 128] [--layers 2]
 
-The student is random, small but for its vocabulary. Its statistics are measured as in a run (lark.scoring.statistics_pass.ProbeModule);
+The student is random, small but for its vocabulary. Its statistics are measured as in a run (lark.scoring.statistics_pass.StatisticsModule);
 dense float32 logits of the same trajectory, which nothing here makes, would alone take tokens x vocabulary x 4 bytes.
 The last line is JSON: peak_bytes (of the whole process), dense_logits_bytes, seconds.
 """
@@ -19,9 +19,9 @@ import torch
 from profiles import resident_peak_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lark.scoring.pass_module import PassInputs, ScoringSettings
 from lark.scoring.passes import Statistics
-from lark.scoring.statistics_pass import Probe, ProbeModule, Work
-from lark.student.batching import collate
+from lark.scoring.statistics_pass import StatisticsModule
 from lark.student.chat import TokenizedTrajectory
 
 PROMPT = 100
@@ -49,13 +49,15 @@ def main() -> None:
     row = TokenizedTrajectory(input_ids=ids, prompt_tokens=PROMPT, end_of_turn=len(ids) - PROMPT - 1, steps=[0])
     pool: Any = SimpleNamespace(read_tokens=lambda rows: [row], span_tokens=np.array([len(ids) - PROMPT]))
     student: Any = SimpleNamespace(attention="sdpa")
-    work = Work(student=student, probe=Probe(compile=False), pool=pool, rows=np.array([0]), seed=0)
-    module = ProbeModule(wanted=Statistics(), work=work, folder=Path())
+    inputs = PassInputs(
+        student=student, settings=ScoringSettings(compile=False, share=False), pool=pool, rows=np.array([0]), seed=0
+    )
+    module = StatisticsModule(wanted=Statistics(), inputs=inputs, folder=Path())
     module.trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
     module.student_model = LlamaForCausalLM(config).eval().requires_grad_(False)
 
     start = time.perf_counter()
-    (measured,) = module.measure(collate([row], [0]))
+    (measured,) = module.measure(np.array([0]))
     seconds = time.perf_counter() - start
     peak = resident_peak_bytes()
     dense = 4 * arguments.tokens * arguments.vocabulary

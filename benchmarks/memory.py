@@ -101,7 +101,7 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
 
     from lark.experiment.statistics_file import write_statistics
     from lark.pool.pool import read_pool
-    from lark.scoring.statistics_pass import Probe
+    from lark.scoring.pass_module import ScoringSettings
     from lark.selection.policies import Chi2, TopB
     from lark.selection.rule import Rule
     from lark.selection.scores.statistics import Lark, Length, Random
@@ -119,7 +119,7 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
         selector=Rule(name="lark", score=Lark() if scoring else Length(sign=1), policy=Chi2(budget=2)),
         baseline=Rule(name="random", score=Random(seed=0), policy=TopB(budget=2)),
         recipe=Recipe(steps=1, batch_size=16, lr=1e-4),
-        probe=Probe(),
+        probe=ScoringSettings(),
         seed=0,
         cache=cache,
         make_trainer=lambda label: Trainer(**quiet, default_root_dir=cache),

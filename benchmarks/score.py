@@ -5,7 +5,7 @@
 
 In one process, after a warm-up, with the same dtype and threads, on all candidates of the first `--problems` problems:
 
-ours    the pass that a run makes (lark.scoring.statistics_pass.ProbeModule under a Trainer): every statistic, in shards on disk
+ours    the pass that a run makes (lark.scoring.statistics_pass.StatisticsModule under a Trainer): every statistic, in shards on disk
 plain   one trajectory a forward pass through the whole model, full logits, cross-entropy over the whole vocabulary
         and the Brier score from the 50 largest logits, as LARK's released code computes them
 limit   the linear layers and the head alone, for the tokens that are distinct once beginnings are shared, at the
@@ -30,8 +30,9 @@ from profiles import operations, part_of, peak_bytes, profiler, shares
 from throughput import gemm_seconds, peak_rate
 
 from lark.common.table_cache import read_columns
+from lark.scoring.pass_module import PassInputs, ScoringSettings, run_pass
 from lark.scoring.passes import Statistics
-from lark.scoring.statistics_pass import Probe, ProbeModule, Work, measure
+from lark.scoring.statistics_pass import StatisticsModule
 from lark.student.attention import build_prefix_tree
 from lark.student.student import get_head
 from lark.student.tokenized_pool import TokenizedPool
@@ -40,16 +41,18 @@ from lark.training.datamodule import TrajectoryDataModule
 TOP_K = 50
 
 
-def ours(data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray) -> tuple[float, ProbeModule, np.ndarray]:
+def ours(
+    data: TrajectoryDataModule, model: torch.nn.Module, rows: np.ndarray
+) -> tuple[float, StatisticsModule, np.ndarray]:
     """Seconds of a pass over `rows`, loading the student not counted; the module, with what it chose; losses."""
-    work = Work(student=data.student, probe=data.probe, pool=data.trajectories, rows=rows, seed=0)
+    inputs = PassInputs(student=data.student, settings=data.probe, pool=data.trajectories, rows=rows, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        module = ProbeModule(wanted=Statistics(), work=work, folder=Path(folder))
+        module = StatisticsModule(wanted=Statistics(), inputs=inputs, folder=Path(folder))
         module.student_model = model
         trainer = data.make_trainer("")
         _synchronise()
         start = time.perf_counter()
-        measure(trainer, module, {})
+        run_pass(trainer, module, {})
         _synchronise()
         seconds = time.perf_counter() - start
         return seconds, module, read_columns(module.folder)["loss"]
@@ -102,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as cache:
-        probe = Probe(batch_tokens=arguments.batch_tokens, compile=arguments.compile or None)
+        probe = ScoringSettings(batch_tokens=arguments.batch_tokens, compile=arguments.compile or None)
         data = open_data(arguments, Path(cache), limit=arguments.problems, dtype=arguments.dtype, probe=probe)
         pool, rows = data.trajectories, data.scored
         dtype = getattr(torch, arguments.dtype)
@@ -146,7 +149,7 @@ def main() -> None:
         f"{distinct:,.0f} distinct and {spans.sum():,} scored; {arguments.dtype}, {figures['threads']} threads, "
         f"{figures['device']}"
     )
-    print(f"chosen      {module.choices()}")
+    print(f"chosen      {module.list_choices()}")
     print(f"ours        {ours_s:8.2f} s  {figures['trajectories_per_s']:.2f} trajectories/s, every statistic")
     print(
         f"plain       {plain_s:8.2f} s  {figures['ratio_plain']:.2f} times ours; loss and top-{TOP_K} Brier score; "

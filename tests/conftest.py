@@ -127,7 +127,7 @@ def make_trainer(tmp_path):
 def make_data(tmp_path, make_student, make_trainer):
     """A TrajectoryDataModule over the small pool; settings go to the part they are named after, and `selector` and
     `baseline` may be other scores than lark's and random, `scorer` another student to ask."""
-    from lark.scoring.statistics_pass import Probe
+    from lark.scoring.pass_module import ScoringSettings
     from lark.selection.policies import Chi2, TopB
     from lark.selection.rule import Rule
     from lark.selection.scores.statistics import Lark, Random
@@ -145,7 +145,7 @@ def make_data(tmp_path, make_student, make_trainer):
             selector=Rule(name="lark", score=rules.get("selector", Lark()), policy=Chi2(budget=2)),
             baseline=Rule(name="random", score=rules.get("baseline", Random(seed=0)), policy=TopB(budget=2)),
             recipe=Recipe(**{"steps": 4, "batch_size": 6, "lr": 1e-3} | (recipe or {})),
-            probe=replace(Probe(batch_tokens=600), **probe or {}),
+            probe=replace(ScoringSettings(batch_tokens=600), **probe or {}),
             seed=0,
             cache=tmp_path / cache,
             make_trainer=lambda label: make_trainer(**{"inference_mode": False} | (trainer or {})),

@@ -13,7 +13,7 @@ from conftest import QUIET, rows_of_a_pool, write_pool
 from lightning import Trainer
 from torch.multiprocessing.spawn import spawn
 
-from lark.scoring.statistics_pass import Probe
+from lark.scoring.pass_module import ScoringSettings
 from lark.selection.policies import Chi2
 from lark.selection.rule import Rule
 from lark.selection.scores.statistics import Lark
@@ -49,7 +49,7 @@ def make(folder: Path, student: dict[str, Any], recipe: dict[str, Any], trainer)
         selector=Rule(name="lark", score=Lark(), policy=Chi2(budget=2)),
         baseline=None,
         recipe=Recipe(**{"steps": STEPS, "batch_size": 4, "lr": 1e-4, "micro_batch_tokens": 1} | recipe),
-        probe=Probe(batch_tokens=600),
+        probe=ScoringSettings(batch_tokens=600),
         seed=0,
         cache=folder / "cache",
         make_trainer=lambda label: trainer,

@@ -7,9 +7,9 @@ from transformers import AutoTokenizer
 
 from lark.common.cache import read_json
 from lark.common.table_cache import read_columns
-from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule, local_windows
+from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule, cut_windows
+from lark.scoring.pass_module import PassInputs, run_pass
 from lark.scoring.passes import ContentAlone, LocalWindows, MeanHidden
-from lark.scoring.statistics_pass import Work, measure
 from lark.selection.scores.statistics import InstructionDifficulty, Likelihood, LocalLikelihood
 from lark.student.chat import TokenizedTrajectory
 
@@ -37,9 +37,9 @@ def measured(make_data, make_trainer, tmp_path):
         data = make_data(pool_rows(), cache=name, **{"task": {"held_out": 0.0}} | settings)
         data.prepare_data()
         pool = data.trajectories
-        work = Work(student=data.student, probe=data.probe, pool=pool, rows=pool.scored, seed=0)
+        inputs = PassInputs(student=data.student, settings=data.probe, pool=pool, rows=pool.scored, seed=0)
         folder = tmp_path / f"{name} columns"
-        measure(make_trainer(inference_mode=False), module(wanted=wanted, work=work, folder=folder), {})
+        run_pass(make_trainer(inference_mode=False), module(wanted=wanted, inputs=inputs, folder=folder), {})
         columns = read_columns(folder)
         np.testing.assert_array_equal(columns["row"], pool.scored)
         return data, columns, read_json(folder / "manifest.json")
@@ -93,7 +93,7 @@ def test_a_window_holds_the_prompt_the_steps_before_and_the_step():
     row = TokenizedTrajectory(
         input_ids=[90, 91, 10, 11, 20, 30, 31, 40, 99], prompt_tokens=2, end_of_turn=6, steps=[0, 2, 3, 5]
     )
-    first, third, fourth = local_windows(row, 1)
+    first, third, fourth = cut_windows(row, 1)
     assert first == TokenizedTrajectory(input_ids=[90, 91, 10, 11, 20], prompt_tokens=2, end_of_turn=-1, steps=[0, 2])
     assert third == TokenizedTrajectory(input_ids=[90, 91, 20, 30, 31], prompt_tokens=3, end_of_turn=-1, steps=[0])
     assert fourth == TokenizedTrajectory(input_ids=[90, 91, 30, 31, 40], prompt_tokens=4, end_of_turn=-1, steps=[0])

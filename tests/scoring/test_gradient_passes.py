@@ -12,8 +12,8 @@ from selection.scores.test_gradients import gains_by_derivative, grace_by_the_fo
 from torch import nn
 
 from lark.scoring import gradient_passes
-from lark.scoring.gradient_passes import GradientsModule, LossDropsModule, validation_examples
-from lark.scoring.gradients import flat_gradients, rademacher
+from lark.scoring.gradient_passes import GradientsModule, LossDropsModule, choose_examples
+from lark.scoring.gradients import compute_flat_gradients, draw_signs
 from lark.scoring.passes import GradientMatches, Gradients, HeadGradients, LossDrops, ProjectedGradients
 from lark.selection.scores.gradients import Grace, GradMatch, GradNorm, LarkExact, LarkHead, LossDrop
 from lark.training.sft_module import SFTModule
@@ -64,15 +64,15 @@ def trained_names(model):
 def projection(model, k, *, seed) -> np.ndarray:
     """The signs over sqrt(k) of the parameters that are trained, [d, k]."""
     named, device = dict(model.named_parameters()), torch.device("cpu")
-    signs = [rademacher(name, 0, named[name].numel(), k, seed=seed, device=device) for name in trained_names(model)]
+    signs = [draw_signs(name, 0, named[name].numel(), k, seed=seed, device=device) for name in trained_names(model)]
     return torch.cat(signs).double().numpy() / np.sqrt(k)
 
 
 def sketched(gradient_d, model, sketch, *, seed) -> np.ndarray:
     """A' D B / sqrt(a b) of the head's gradient D with matrices of signs A [V, a] and B [hidden size, b], flattened."""
     (rows, columns), (a, b), device = model.lm_head.weight.shape, sketch, torch.device("cpu")
-    left = rademacher("head rows", 0, rows, a, seed=seed, device=device).double().numpy()
-    right = rademacher("head columns", 0, columns, b, seed=seed, device=device).double().numpy()
+    left = draw_signs("head rows", 0, rows, a, seed=seed, device=device).double().numpy()
+    right = draw_signs("head columns", 0, columns, b, seed=seed, device=device).double().numpy()
     return (left.T @ gradient_d.reshape(rows, columns) @ right).flatten() / np.sqrt(a * b)
 
 
@@ -113,7 +113,7 @@ def test_gram_matrices_of_whole_problems(parameters, lora, make_data):
 def test_units_are_whole_problems_the_longest_first(make_data):
     data = make_data(selector=LarkExact())
     data.prepare_data()
-    units = gradient_passes.problem_units(data.trajectories, data.scored)
+    units = gradient_passes.plan_problem_units(data.trajectories, data.scored)
     assert sorted(row for unit in units for row in unit.tolist()) == data.scored.tolist()
     for unit in units:
         assert unit.tolist() == mates(data, unit[0]).tolist()
@@ -196,14 +196,14 @@ def test_a_step_is_taken_in_float32_whatever_the_students_dtype(make_data):
     data.prepare_data()
     for kind, dtype in ((LossDropsModule, torch.float32), (GradientsModule, torch.bfloat16)):
         wanted = LossDrops() if kind is LossDropsModule else Gradients()
-        model = kind(wanted=wanted, work=data._work(), folder=data.cache).load(torch.device("cpu"))
+        model = kind(wanted=wanted, inputs=data._inputs(), folder=data.cache).load_student(torch.device("cpu"))
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("parameters", ["trained", "all"])
 def test_layers_recompute_with_dropout_off(parameters, make_data, monkeypatch):
-    calls, load = [], GradientsModule.load
+    calls, load = [], GradientsModule.load_student
 
     def counted(self, device):
         model = load(self, device)
@@ -217,7 +217,7 @@ def test_layers_recompute_with_dropout_off(parameters, make_data, monkeypatch):
         data = make_data(rows_of_a_pool(4, 3), cache=cache, selector=LarkExact(parameters=parameters), student=student)
         return passed(data).of(Gradients(parameters=parameters))["squared_norm"], len(calls)
 
-    monkeypatch.setattr(GradientsModule, "load", counted)
+    monkeypatch.setattr(GradientsModule, "load_student", counted)
     expected, once = squared_norms("plain", lora=LORA)
     recomputed, twice = squared_norms("recomputed", lora=LORA, gradient_checkpointing=True)
     assert 0 < once == twice / 2
@@ -328,12 +328,12 @@ def test_matches_equal_the_formula(lora, settings, make_data, make_trainer, tmp_
 
     def counted(student, batch, parameters):
         together.append(len(batch))
-        return flat_gradients(student, batch, parameters)
+        return compute_flat_gradients(student, batch, parameters)
 
-    monkeypatch.setattr(gradient_passes, "flat_gradients", counted)
+    monkeypatch.setattr(gradient_passes, "compute_flat_gradients", counted)
     rows = passed(data)
     assert max(together) == 3 and together.count(1) >= 2 * 6, "the fourth of six problems at two checkpoints"
-    examples = validation_examples(wanted, data._work())
+    examples = choose_examples(wanted, data._inputs())
     problems = set(data.trajectories.problem_id[examples])
     assert len(problems) == min(settings["validation_problems"], 6) and (data.trajectories.correct[examples] == 1).all()
     signs = None if wanted.dimensions is None else projection(model, wanted.dimensions, seed=4)
@@ -365,7 +365,7 @@ def test_validation_examples_without_verdicts_are_all_candidates(make_data):
     unknown = [row | {"correct": None, "answer": None} for row in rows_of_a_pool()]
     data = make_data(unknown)
     data.prepare_data()
-    examples = validation_examples(wanted, data._work())
+    examples = choose_examples(wanted, data._inputs())
     problems = set(data.trajectories.problem_id[examples])
     assert len(problems) == 2
     assert sorted(examples) == sorted(row for row in data.scored if data.trajectories.problem_id[row] in problems)

@@ -13,18 +13,18 @@ from torch import nn
 
 from lark.scoring import gradients
 from lark.scoring.gradients import (
-    adam_direction,
-    adam_moments,
     choose_parameters,
-    flat_gradients,
-    gram,
-    head_gram,
-    inner_products,
-    loss_drop,
-    mean_surprisal,
-    project,
-    rademacher,
-    trajectory_gradient,
+    compute_adam_direction,
+    compute_flat_gradients,
+    compute_gradient,
+    compute_gram,
+    compute_head_gram,
+    compute_inner_products,
+    compute_mean_surprisal,
+    draw_signs,
+    measure_loss_drop,
+    project_gradients,
+    read_adam_moments,
 )
 from lark.student.batching import collate
 from lark.student.chat import TokenizedTrajectory
@@ -75,9 +75,9 @@ def some_parameters(*sizes):
 def test_gradients_equal_a_dense_backward_pass(which, model):
     parameters = choose_parameters(model, which)
     names = [name for name, _ in parameters]
-    ours_Md = flat_gradients(model, BATCH, parameters)
+    ours_Md = compute_flat_gradients(model, BATCH, parameters)
     for row, micro, ours_d in zip(ROWS, BATCH, ours_Md, strict=True):
-        loss, _ = trajectory_gradient(model, micro, parameters)
+        loss, _ = compute_gradient(model, micro, parameters)
         expected_loss, expected_d = dense_gradient(model, row, names)
         assert loss.item() == pytest.approx(expected_loss, rel=1e-5)
         assert ((ours_d.double() - expected_d).norm() / expected_d.norm()).item() < 1e-5
@@ -85,9 +85,9 @@ def test_gradients_equal_a_dense_backward_pass(which, model):
 
 def test_a_chunked_head_does_not_change_the_gradient(model, monkeypatch):
     parameters = choose_parameters(model, "all")
-    whole = flat_gradients(model, BATCH, parameters)
+    whole = compute_flat_gradients(model, BATCH, parameters)
     monkeypatch.setattr("lark.student.token_statistics.CHUNK_BYTES", 4 * 300 * 3)  # three tokens
-    torch.testing.assert_close(flat_gradients(model, BATCH, parameters), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compute_flat_gradients(model, BATCH, parameters), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_by_name(model):
@@ -105,7 +105,7 @@ def test_parameters_by_name(model):
 def test_at_loras_start_only_its_second_factor_has_a_gradient(make_student):
     model = make_student(lora=LORA).load_trainable(torch.float32).eval()
     parameters = choose_parameters(model, "trained")
-    _, tensors = trajectory_gradient(model, BATCH[0], parameters)
+    _, tensors = compute_gradient(model, BATCH[0], parameters)
     for (name, parameter), gradient in zip(parameters, tensors, strict=True):
         assert gradient.shape == parameter.shape
         assert bool(gradient.any()) == ("lora_B" in name)
@@ -114,10 +114,10 @@ def test_at_loras_start_only_its_second_factor_has_a_gradient(make_student):
 def test_inner_products_are_summed_in_float64(monkeypatch):
     monkeypatch.setattr(gradients, "COLUMNS", 3)
     a = torch.tensor([[1e8, 1.0, -1e8, 0.5, 2.0]])
-    assert inner_products(a, torch.ones(1, 5)).tolist() == [[3.5]]  # float32 gives 2.5
+    assert compute_inner_products(a, torch.ones(1, 5)).tolist() == [[3.5]]  # float32 gives 2.5
     assert (a @ torch.ones(5, 1)).item() != 3.5
     x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    gram_KK = gram(x)
+    gram_KK = compute_gram(x)
     np.testing.assert_allclose(gram_KK, x.double() @ x.double().T, rtol=1e-12)
     np.testing.assert_allclose(gram_KK, gram_KK.T, rtol=1e-14)
 
@@ -131,8 +131,8 @@ def test_the_loss_drop_tends_to_the_squared_gradient_norm(model):
     model = model.double()  # but for its norms and logits, which are float32
     errors = []
     for eta in (2e-3, 1e-3, 5e-4):
-        drop, loss = loss_drop(model, micro, parameters, eta)
-        assert loss == pytest.approx(mean_surprisal(model, micro), rel=1e-12)
+        drop, loss = measure_loss_drop(model, micro, parameters, eta)
+        assert loss == pytest.approx(compute_mean_surprisal(model, micro), rel=1e-12)
         errors.append(drop / square - 1)
     assert abs(errors[-1]) < 3e-3
     # what is left is the curvature's, of first order in eta
@@ -145,7 +145,7 @@ def test_parameters_come_back_bit_by_bit(dtype, model, monkeypatch):
     model = model.to(dtype)
     parameters = choose_parameters(model, "last:1")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    loss_drop(model, BATCH[0], parameters, 0.5)
+    measure_loss_drop(model, BATCH[0], parameters, 0.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     moved = []
 
@@ -155,55 +155,33 @@ def test_parameters_come_back_bit_by_bit(dtype, model, monkeypatch):
         moved.append(True)
         return 1.0
 
-    monkeypatch.setattr(gradients, "mean_surprisal", interrupted)
+    monkeypatch.setattr(gradients, "compute_mean_surprisal", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        loss_drop(model, BATCH[0], parameters, 0.5)
+        measure_loss_drop(model, BATCH[0], parameters, 0.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # ---- random signs
 
 
-def splitmix64(seed):
-    """Vigna's reference implementation, in Python's integers."""
-    state, mask = seed, 2**64 - 1
-    while True:
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = state
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        yield z ^ (z >> 31)
-
-
-def test_words_are_splitmix64s():
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423]  # of seed 1234567, as published
-    stream = splitmix64(1234567)
-    assert [next(stream) for _ in known] == known
-    for key in (1234567, -5, 2**63 - 1):
-        stream = splitmix64(key % 2**64)
-        expected = [next(stream) for _ in range(100)]
-        ours = gradients._splitmix64(key, 0, 100, CPU).tolist()
-        assert [word % 2**64 for word in ours] == expected
-        assert gradients._splitmix64(key, 40, 100, CPU).tolist() == ours[40:]
-
-
 @pytest.mark.parametrize("dimensions", [1, 64, 100])
-def test_signs_are_the_same_however_they_are_cut(dimensions):
-    whole = rademacher("a", 0, 300, dimensions, seed=1, device=CPU)
+def test_signs_are_the_same_however_they_are_cut(dimensions, monkeypatch):
+    monkeypatch.setattr(gradients, "SIGN_ROWS", 64)
+    whole = draw_signs("a", 0, 300, dimensions, seed=1, device=CPU)
     assert whole.shape == (300, dimensions) and set(whole.flatten().tolist()) == {-1.0, 1.0}
-    cuts = [(0, 7), (7, 8), (8, 300)]
-    parts = [rademacher("a", start, stop, dimensions, seed=1, device=CPU) for start, stop in cuts]
+    cuts = [(0, 7), (7, 8), (8, 130), (130, 300)]
+    parts = [draw_signs("a", start, stop, dimensions, seed=1, device=CPU) for start, stop in cuts]
     assert torch.equal(torch.cat(parts), whole)
     for other in (
-        rademacher("b", 0, 300, dimensions, seed=1, device=CPU),
-        rademacher("a", 0, 300, dimensions, seed=2, device=CPU),
+        draw_signs("b", 0, 300, dimensions, seed=1, device=CPU),
+        draw_signs("a", 0, 300, dimensions, seed=2, device=CPU),
     ):
         agreement = (other * whole).mean().item()  # +-1 with equal odds: standard error 1 / sqrt(300 k)
         assert abs(agreement) < 4 / math.sqrt(whole.numel())
 
 
 def test_signs_are_balanced_and_uncorrelated():
-    signs = rademacher("a", 0, 4096, 96, seed=0, device=CPU).double()
+    signs = draw_signs("a", 0, 4096, 96, seed=0, device=CPU).double()
     rows = len(signs)
     z_k = signs.sum(0) / math.sqrt(rows)
     z_kk = (signs.T @ signs)[*np.triu_indices(96, 1)] / math.sqrt(rows)
@@ -214,28 +192,29 @@ def test_signs_are_balanced_and_uncorrelated():
 
 
 def test_projection_is_the_product_with_the_whole_matrix(monkeypatch):
+    monkeypatch.setattr(gradients, "SIGN_ROWS", 64)
     sizes, k = (50, 7, 300), 70
     parameters = some_parameters(*sizes)
     x = torch.randn(5, sum(sizes), generator=torch.Generator().manual_seed(0))
-    matrix_dk = torch.cat([rademacher(f"layer {i}", 0, n, k, seed=3, device=CPU) for i, n in enumerate(sizes)])
+    matrix_dk = torch.cat([draw_signs(f"layer {i}", 0, n, k, seed=3, device=CPU) for i, n in enumerate(sizes)])
     expected = x.double() @ matrix_dk.double() / math.sqrt(k)
-    for signs in (1, 700, 2**22):  # one element a block, ten, all
+    for signs in (1, 70 * 128, 2**22):  # one block of signs at a time, two, all
         monkeypatch.setattr(gradients, "SIGNS", signs)
-        projected = project(x, parameters, dimensions=k, seed=3)
+        projected = project_gradients(x, parameters, dimensions=k, seed=3)
         torch.testing.assert_close(projected.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_projection_depends_neither_on_the_other_rows_nor_on_other_parameters():
     parameters = some_parameters(1000, 200)
     x = torch.randn(6, 1200, generator=torch.Generator().manual_seed(0))
-    together = project(x, parameters, dimensions=64, seed=0)
+    together = project_gradients(x, parameters, dimensions=64, seed=0)
     for i in range(6):
-        alone = project(x[i : i + 1], parameters, dimensions=64, seed=0)
+        alone = project_gradients(x[i : i + 1], parameters, dimensions=64, seed=0)
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-4)
-    second = project(x[:, 1000:], parameters[1:], dimensions=64, seed=0)
+    second = project_gradients(x[:, 1000:], parameters[1:], dimensions=64, seed=0)
     padded = x.clone()
     padded[:, :1000] = 0
-    torch.testing.assert_close(project(padded, parameters, dimensions=64, seed=0), second, rtol=0, atol=0)
+    torch.testing.assert_close(project_gradients(padded, parameters, dimensions=64, seed=0), second, rtol=0, atol=0)
 
 
 def test_projected_inner_products_are_unbiased_with_the_known_variance():
@@ -245,8 +224,10 @@ def test_projected_inner_products_are_unbiased_with_the_known_variance():
     a = torch.randn(100, generator=generator)
     b = 0.5 * a + torch.randn(100, generator=generator)
     pair = torch.stack([a, b])
-    estimates = np.array([gram(project(pair, parameters, dimensions=k, seed=seed))[0, 1] for seed in range(seeds)])
-    exact = gram(pair).numpy()
+    estimates = np.array(
+        [compute_gram(project_gradients(pair, parameters, dimensions=k, seed=seed))[0, 1] for seed in range(seeds)]
+    )
+    exact = compute_gram(pair).numpy()
     variance = (exact[0, 0] * exact[1, 1] + exact[0, 1] ** 2 - 2 * (a.double() * b.double()).square().sum().item()) / k
     assert abs(estimates.mean() - exact[0, 1]) < 4 * math.sqrt(variance / seeds)
     assert estimates.var() == pytest.approx(variance, rel=5 * math.sqrt(2.5 / seeds))
@@ -269,9 +250,9 @@ def stepped_adamw(*, betas, steps=5):
 def test_adam_direction_has_the_moments_of_a_real_step():
     betas, eps = (0.8, 0.95), 1e-8
     parameters, optimizer = stepped_adamw(betas=betas)
-    first_d, second_d = adam_moments(optimizer.state_dict(), parameters)
+    first_d, second_d = read_adam_moments(optimizer.state_dict(), parameters)
     gradient_Md = torch.randn(2, 17)
-    ours = adam_direction(gradient_Md, first_d, second_d, betas=betas, eps=eps)
+    ours = compute_adam_direction(gradient_Md, first_d, second_d, betas=betas, eps=eps)
     before = gradient_Md.clone()
     for p, gradient in zip([p for _, p in parameters], gradient_Md[1].split([12, 5]), strict=True):
         p.grad = gradient.view_as(p)
@@ -283,7 +264,9 @@ def test_adam_direction_has_the_moments_of_a_real_step():
 
 
 def test_adam_direction_takes_eps_into_the_root_and_corrects_no_bias():
-    direction = adam_direction(torch.tensor([[3.0]]), torch.zeros(1), torch.zeros(1), betas=(0.9, 0.99), eps=0.07)
+    direction = compute_adam_direction(
+        torch.tensor([[3.0]]), torch.zeros(1), torch.zeros(1), betas=(0.9, 0.99), eps=0.07
+    )
     assert direction.item() == pytest.approx(0.3 / math.sqrt(0.09 + 0.07))
 
 
@@ -291,7 +274,7 @@ def test_a_parameter_without_a_step_has_no_moments():
     parameters, optimizer = stepped_adamw(betas=(0.9, 0.999))
     state = optimizer.state_dict()
     del state["state"][0]
-    first_d, second_d = adam_moments(state, parameters)
+    first_d, second_d = read_adam_moments(state, parameters)
     assert not first_d[:12].any() and not second_d[:12].any()
     assert torch.equal(first_d[12:], state["state"][1]["exp_avg"]) and second_d[12:].all()
 
@@ -325,7 +308,7 @@ def autograd_head_gram(hidden_ND, target_N, tokens_K, head):
 def test_head_gram_equals_autograd_in_blocks_of_any_width(softcap, scale, bias, columns, monkeypatch):
     case = head_case(softcap=softcap, scale=scale, bias=bias)
     monkeypatch.setattr(gradients, "HEAD_BYTES", 4 * 18 * columns)
-    np.testing.assert_allclose(head_gram(*case), autograd_head_gram(*case), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(compute_head_gram(*case), autograd_head_gram(*case), rtol=2e-5, atol=1e-6)
 
 
 def test_head_gram_of_a_student_is_that_of_its_untied_head(model):
@@ -335,18 +318,18 @@ def test_head_gram_of_a_student_is_that_of_its_untied_head(model):
             hidden.append(gradients.compute_hidden_states(model, micro.input_ids_RL, None)[micro.predict_N])
         target.append(micro.target_N)
     counts = [len(t) for t in target]
-    ours = head_gram(torch.cat(hidden), torch.cat(target), counts, gradients.get_head(model))
+    ours = compute_head_gram(torch.cat(hidden), torch.cat(target), counts, gradients.get_head(model))
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # untied
     exact = [dense_gradient(model, row, ["lm_head.weight"])[1] for row in ROWS]
-    np.testing.assert_allclose(ours, gram(torch.stack(exact)), rtol=1e-4)
+    np.testing.assert_allclose(ours, compute_gram(torch.stack(exact)), rtol=1e-4)
 
 
 def test_sketched_head_gram_is_unbiased_and_independent_of_the_blocks(monkeypatch):
     case = head_case(softcap=2.0, scale=0.7, bias=False)
     exact = autograd_head_gram(*case)
-    estimates = torch.stack([head_gram(*case, sketch=(8, 4), seed=seed) for seed in range(1500)])
+    estimates = torch.stack([compute_head_gram(*case, sketch=(8, 4), seed=seed) for seed in range(1500)])
     error = estimates.mean(0) - exact
     assert (error.abs() < 4 * estimates.std(0) / math.sqrt(len(estimates))).all()
     assert (estimates.std(0) > 0.05 * exact.abs()).all(), "a sketch is not exact"
     monkeypatch.setattr(gradients, "HEAD_BYTES", 4 * 18 * 3)
-    np.testing.assert_allclose(head_gram(*case, sketch=(8, 4), seed=5), estimates[5], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(compute_head_gram(*case, sketch=(8, 4), seed=5), estimates[5], rtol=1e-4, atol=1e-6)

@@ -12,7 +12,7 @@ from lark.common.cache import read_json
 from lark.scoring import progress
 from lark.scoring.passes import Statistics
 from lark.scoring.progress import PassProgress, describe_pass
-from lark.scoring.statistics_pass import ProbeModule
+from lark.scoring.statistics_pass import StatisticsModule
 
 
 class KillError(Exception):
@@ -27,14 +27,14 @@ def killed(*_):
 def clock(monkeypatch):
     """A clock that goes by the work done alone: a second for every token."""
     now = [100.0]
-    step = ProbeModule.predict_step
+    step = StatisticsModule.predict_step
 
     def slow(self, batch, batch_idx):
         done = step(self, batch, batch_idx)
-        now[0] += float(self.work.pool.length[batch[0]].sum())
+        now[0] += float(self.inputs.pool.length[batch].sum())
         return done
 
-    monkeypatch.setattr(ProbeModule, "predict_step", slow)
+    monkeypatch.setattr(StatisticsModule, "predict_step", slow)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
 
@@ -94,7 +94,7 @@ def test_a_logger_gets_a_point_every_few_seconds(passed, clock, monkeypatch):
 
 
 def test_a_pass_that_goes_on_counts_what_is_left(passed, monkeypatch):
-    step, totals = ProbeModule.predict_step, []
+    step, totals = StatisticsModule.predict_step, []
 
     def killed_later(self, batch, batch_idx):
         if batch_idx == 4:
@@ -102,7 +102,7 @@ def test_a_pass_that_goes_on_counts_what_is_left(passed, monkeypatch):
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ProbeModule, "predict_step", killed_later)
+        patch.setattr(StatisticsModule, "predict_step", killed_later)
         with pytest.raises(KillError):
             passed()
     monkeypatch.setattr(PassProgress, "close", lambda self: totals.append((self.total, self.tokens)))
@@ -116,7 +116,7 @@ def test_a_pass_that_goes_on_counts_what_is_left(passed, monkeypatch):
 
 def test_nothing_left_to_do(passed, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("lark.scoring.statistics_pass.write_json", killed)
+        patch.setattr("lark.scoring.pass_module.write_json", killed)
         with pytest.raises(KillError):
             passed()
     _, manifest, _, points = passed()

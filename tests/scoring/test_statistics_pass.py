@@ -8,8 +8,9 @@ import torch
 
 from lark.common.cache import is_complete
 from lark.common.table_cache import read_columns, read_row_numbers
+from lark.scoring.pass_module import ScoringSettings
 from lark.scoring.passes import Statistics
-from lark.scoring.statistics_pass import STEP_COLUMNS, TOKEN_COLUMNS, Probe, ProbeModule
+from lark.scoring.statistics_pass import STEP_COLUMNS, TOKEN_COLUMNS, StatisticsModule
 from lark.student.student import Student
 from lark.student.token_statistics import find_compile_failure
 
@@ -118,15 +119,15 @@ def test_shared_prompts_change_no_statistic(make_data):
 
 def test_out_of_memory_halves_units_and_loses_nothing(make_data, monkeypatch):
     expected = read_columns(scored(make_data(cache="plenty")).statistics_folder)
-    measure, attempts = ProbeModule.measure, []
+    measure, attempts = StatisticsModule.measure, []
 
-    def scarce(self, batch):
-        attempts.append(len(batch.rows))
-        if len(batch.rows) > 2:
+    def scarce(self, rows):
+        attempts.append(len(rows))
+        if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return measure(self, batch)
+        return measure(self, rows)
 
-    monkeypatch.setattr(ProbeModule, "measure", scarce)
+    monkeypatch.setattr(StatisticsModule, "measure", scarce)
     data = scored(make_data(cache="scarce"))
     columns = read_columns(data.statistics_folder)
     np.testing.assert_array_equal(columns["row"], expected["row"])
@@ -137,10 +138,10 @@ def test_out_of_memory_halves_units_and_loses_nothing(make_data, monkeypatch):
 
 
 def test_a_row_that_does_not_fit_by_itself_is_an_error(make_data, monkeypatch):
-    def none_left(self, batch):
+    def none_left(self, rows):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(ProbeModule, "measure", none_left)
+    monkeypatch.setattr(StatisticsModule, "measure", none_left)
     with pytest.raises(ValueError, match=r"do not fit into memory .*can't allocate memory.*lower task\.max_length"):
         scored(make_data())
 
@@ -171,15 +172,15 @@ def test_the_trainers_precision_does_not_reach_the_statistics(make_data):
 def forwards(monkeypatch):
     """Rows of each forward pass, and a switch that stops the pass before the n-th."""
     seen, stop_before = [], [10**9]
-    step = ProbeModule.predict_step
+    step = StatisticsModule.predict_step
 
     def counted(self, batch, batch_idx):
         if len(seen) >= stop_before[0]:
             raise KillError
-        seen.append(batch[0].tolist())
+        seen.append(batch.tolist())
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(ProbeModule, "predict_step", counted)
+    monkeypatch.setattr(StatisticsModule, "predict_step", counted)
     return seen, stop_before
 
 
@@ -237,7 +238,7 @@ def test_killed_between_the_last_row_and_the_manifest(make_data, forwards, monke
         raise KillError
 
     with monkeypatch.context() as patch:
-        patch.setattr("lark.scoring.statistics_pass.write_json", killed)
+        patch.setattr("lark.scoring.pass_module.write_json", killed)
         with pytest.raises(KillError):
             data.score()
     seen.clear()
@@ -296,7 +297,7 @@ def test_identity_follows_what_changes_a_statistic(make_data, tmp_path):
 )
 def test_probe_says_which_setting_is_wrong(wrong):
     with pytest.raises(ValueError, match=rf"probe\.{next(iter(wrong))}="):
-        Probe(**wrong)
+        ScoringSettings(**wrong)
 
 
 def test_no_temporary_file_is_left(make_data):

@@ -18,8 +18,8 @@ from torch.multiprocessing.spawn import spawn
 
 from lark.common.cache import read_json
 from lark.common.errors import LarkError
+from lark.scoring.gradient_passes import GradientsModule
 from lark.scoring.passes import Gradients
-from lark.scoring.statistics_pass import PassModule
 from lark.student.distributed import Lockstep, ShardedStrategy
 from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
 
@@ -94,7 +94,7 @@ def test_a_pass_with_gradients_is_refused_before_the_student_is_loaded(make_data
     data = make_data()
     data.prepare_data()
     monkeypatch.setattr(Student, "load_model", lambda *_: pytest.fail("the student was loaded"))
-    module = PassModule(wanted=Gradients(), work=data._work(), folder=tmp_path)
+    module = GradientsModule(wanted=Gradients(), inputs=data._inputs(), folder=tmp_path)
     module.trainer = Trainer(strategy=ShardedStrategy(), accelerator="cpu", devices=1, logger=False)
     with pytest.raises(LarkError, match="trainer=fsdp"):
         module.configure_model()

@@ -17,7 +17,7 @@ from lark.common.errors import LarkError
 from lark.scoring import progress
 from lark.scoring.passes import Statistics
 from lark.scoring.progress import PassProgress
-from lark.scoring.statistics_pass import ProbeModule
+from lark.scoring.statistics_pass import StatisticsModule
 from lark.tracking.tracking import Csv, Wandb
 
 
@@ -106,7 +106,7 @@ def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], 
     done, step = [0], PassProgress.on_predict_batch_end
 
     def counted(self, trainer, pl_module, outputs, batch, *rest):
-        done.append(done[-1] + len(batch[0]))
+        done.append(done[-1] + len(batch))
         step(self, trainer, pl_module, outputs, batch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -195,7 +195,7 @@ def test_a_pass_that_runs_is_a_run_and_one_from_the_cache_is_none(
         raise LarkError("no such luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ProbeModule, "measure", fails)
+        patch.setattr(StatisticsModule, "measure", fails)
         assert lark(*words, f"hydra.run.dir={tmp_path}/failed").err == "lark: no such luck\n"
     assert wandb.run is None, "the next run would become part of this one"
     for name in ("fresh", "cached"):

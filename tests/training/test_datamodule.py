@@ -10,8 +10,9 @@ from conftest import rows_of_a_pool
 
 from lark.common.table_cache import read_columns, read_row_numbers
 from lark.pool.pool import mask_held_out
+from lark.scoring.pass_module import PassModule
 from lark.scoring.passes import Gradients, LocalWindows, MeanHidden, Statistics
-from lark.scoring.statistics_pass import PassModule, ProbeModule
+from lark.scoring.statistics_pass import StatisticsModule
 from lark.selection.policies import TopB
 from lark.selection.rule import Rule
 from lark.selection.scores.coverage import Coverage
@@ -57,14 +58,14 @@ def test_a_plain_fit_scores_selects_and_trains(make_data, make_trainer, tmp_path
 def test_setup_again_does_nothing(make_data, monkeypatch):
     data = ready(make_data())
     selections = dict(data.selections)
-    monkeypatch.setattr(ProbeModule, "predict_step", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(StatisticsModule, "predict_step", lambda *_: pytest.fail("scored again"))
     for stage in ("fit", "validate", "test", "fit"):
         data.setup(stage)
     assert all(data.selections[name] is selection for name, selection in selections.items())
 
 
 def test_other_stages_do_not_score(make_data, monkeypatch):
-    monkeypatch.setattr(ProbeModule, "predict_step", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(StatisticsModule, "predict_step", lambda *_: pytest.fail("scored"))
     data = make_data()
     data.prepare_data()
     data.setup("test")
@@ -230,7 +231,7 @@ def test_ranks_add_up_to_the_global_step(make_data):
 
 
 def test_only_the_passes_that_the_rules_need_are_run(make_data, monkeypatch):
-    monkeypatch.setattr(ProbeModule, "predict_step", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(StatisticsModule, "predict_step", lambda *_: pytest.fail("scored"))
     data = ready(make_data(selector=Length(sign=1), baseline=Random(seed=0)))
     assert data.needs == [] and data.costs == {}
     assert set(data.candidates.statistics) == {"num_tokens"}

@@ -6,7 +6,6 @@ step beside it and the squared norms by group of layers.
 Shapes: K candidates of one problem, d parameters, P groups of parameters.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,17 @@ from lark.common.log import logger
 from lark.common.ranks import Claim
 from lark.common.table_cache import Columns, read_columns
 from lark.scoring.gradient_passes import GradientModule
-from lark.scoring.gradients import Parameters, _stepped, flat_gradients, gram, mean_surprisal
+from lark.scoring.gradients import (
+    Parameters,
+    compute_flat_gradients,
+    compute_gram,
+    compute_mean_surprisal,
+    step_and_restore,
+)
+from lark.scoring.pass_module import PassInputs, run_pass
 from lark.scoring.passes import Gradients, Pass
-from lark.scoring.statistics_pass import PassModule, Work, measure
-from lark.student.batching import MicroBatch
-from lark.student.student import decoder_layers, get_base_model
-from lark.training.datamodule import MODULES, TrajectoryDataModule
+from lark.student.student import Student, decoder_layers, get_base_model
+from lark.training.datamodule import TrajectoryDataModule
 
 THIRDS = ("first third", "middle third", "last third")
 
@@ -36,6 +40,8 @@ class ExactGradients(Gradients):
     / e at e = eta and eta / 2 (nats/token per unit of step); group_squared_norm (float64 [P], by `layer_groups`).
     """
 
+    module = "lark.diagnostics.exact_gradients:ExactGradientsModule"
+
     eta: float = 1e-3
 
 
@@ -44,19 +50,22 @@ class ExactGradientsModule(GradientModule):
     candidates, 4 K d bytes, and the parameters that move once more.
     """
 
-    def _weights_dtype(self, device: torch.device) -> torch.dtype:
+    wanted: ExactGradients
+
+    @classmethod
+    def resolve_dtype(cls, student: Student, device: torch.device) -> torch.dtype:
         return torch.float32
 
-    def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
-        assert isinstance(self.wanted, ExactGradients)
-        model, chosen, eta = self.student_model, self.chosen(), self.wanted.eta
-        gradient_Kd = flat_gradients(model, batch, chosen)
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        model, chosen, eta = self.student_model, self.parameters_in_use, self.wanted.eta
+        batch = self.collate_each(rows)
+        gradient_Kd = compute_flat_gradients(model, batch, chosen)
         gram_PKK = _grams(gradient_Kd, chosen, layer_groups(model, chosen))
-        gram_KK, rows = sum(gram_PKK.values()), np.array([micro.rows[0] for micro in batch])
+        gram_KK = sum(gram_PKK.values())
         assert isinstance(gram_KK, np.ndarray)
         found = []
         for i, micro in enumerate(batch):
-            before = mean_surprisal(model, micro)
+            before = compute_mean_surprisal(model, micro)
             row = {
                 "row": micro.rows[0],
                 "forward_tokens": 4 * micro.tokens,
@@ -70,13 +79,14 @@ class ExactGradientsModule(GradientModule):
             for name, step in (("drop", eta), ("drop_half", eta / 2)):
                 pieces = gradient_Kd[i].split([p.numel() for _, p in chosen])
                 along = [piece.view_as(p) for piece, (_, p) in zip(pieces, chosen, strict=True)]
-                with _stepped(chosen, along, step):
-                    row[name] = (before - mean_surprisal(model, micro)) / step
+                with step_and_restore(chosen, along, step):
+                    row[name] = (before - compute_mean_surprisal(model, micro)) / step
             found.append(row)
         return found
 
-    def choices(self) -> dict[str, Any]:
-        return super().choices() | {"groups": list(dict.fromkeys(layer_groups(self.student_model, self.chosen())))}
+    def list_choices(self) -> dict[str, Any]:
+        groups = layer_groups(self.student_model, self.parameters_in_use)
+        return super().list_choices() | {"groups": list(dict.fromkeys(groups))}
 
 
 def layer_groups(model: Any, parameters: Parameters) -> list[str]:
@@ -97,7 +107,7 @@ def _grams(gradient_Kd: torch.Tensor, parameters: Parameters, groups: list[str])
     """The Gram matrix [K, K] over each group's parameters, groups in the order in which they first appear."""
     found: dict[str, np.ndarray] = {}
     for name, piece_Kp in zip(groups, gradient_Kd.split([p.numel() for _, p in parameters], 1), strict=True):
-        found[name] = found.get(name, 0.0) + gram(piece_Kp).numpy()
+        found[name] = found.get(name, 0.0) + compute_gram(piece_Kp).numpy()
     return found
 
 
@@ -107,20 +117,14 @@ def measured(
     """The columns of a pass over these rows of the pool alone, and its manifest; from the cache or by the student (all
     ranks take part).
     """
-    work = Work(student=data.scorer, probe=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed)
-    known = Gradients(parameters=wanted.parameters) if isinstance(wanted, ExactGradients) else wanted
-    identity = {**data.pass_identity(known, work), **wanted.identity()}
-    module_class: type[PassModule] = MODULES[type(known)]
-    if isinstance(wanted, ExactGradients):
-        module_class = ExactGradientsModule
-        identity |= {
-            "dtype": "torch.float32",
-            "pass": ExactGradientsModule.VERSION,
-        }
+    inputs = PassInputs(
+        student=data.scorer, settings=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed
+    )
+    identity = data.pass_identity(wanted, inputs)
     folder: Path = data.cache / "diagnostics" / identity_hash(identity)
     with claim(f"diagnostics {wanted.name}", folder, partial(is_complete, folder)) as to_do:
         logger.info(f"{wanted.name.replace('_', ' ')}: {'of' if to_do else 'cached of'} {len(row_N):,} trajectories")
         if to_do:
             trainer = data.make_trainer(wanted.name.replace("_", " "))
-            measure(trainer, module_class(wanted=wanted, work=work, folder=folder), identity)
+            run_pass(trainer, wanted.load_module()(wanted=wanted, inputs=inputs, folder=folder), identity)
     return read_columns(folder), read_json(folder / "manifest.json")

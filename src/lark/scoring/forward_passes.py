@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lark.scoring.pass_module import PassInputs, PassModule
 from lark.scoring.passes import LocalWindows, Pass
-from lark.scoring.statistics_pass import PassModule, Work
-from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_consecutive, plan_padded
+from lark.student.batching import collate, collate_prefix_tree, plan_consecutive, plan_padded
 from lark.student.chat import TokenizedTrajectory
 from lark.student.context_length import find_rope_border
 from lark.student.student import get_head
@@ -30,40 +30,32 @@ class LocalWindowsModule(PassModule):
     """
 
     CUTS_INSIDE = True
+    wanted: LocalWindows
 
     @classmethod
-    def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
-        return wanted.identity() | {"step_splitter": work.probe.step_splitter}
-
-    def batch(self, rows: np.ndarray) -> Any:
-        return rows, self.work.pool.read_tokens(rows)
+    def identity(cls, wanted: Pass, inputs: PassInputs) -> dict[str, Any]:
+        return wanted.identity() | {"step_splitter": inputs.settings.step_splitter}
 
     @torch.inference_mode()
-    def measure(self, batch: tuple[np.ndarray, list[TokenizedTrajectory]]) -> list[dict[str, Any]]:
-        assert isinstance(self.wanted, LocalWindows)
-        rows, encoded = batch
-        windows = [local_windows(row, self.wanted.steps_before) for row in encoded]
-        sums = iter(self._step_sums([window for of_row in windows for window in of_row]))
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        by_row = [cut_windows(row, self.wanted.steps_before) for row in self.inputs.pool.read_tokens(rows)]
+        windows = [window for of_row in by_row for window in of_row]
+        sums = iter(
+            sum_by_step(surprisal_T, window.steps, len(surprisal_T), skip=0)[1]
+            for window, surprisal_T in zip(windows, compute_surprisals(self, windows), strict=True)
+        )
         return [
             {
                 "row": row,
                 "window_surprisal": np.concatenate([np.zeros(0), *(next(sums) for _ in of_row)]),
                 "forward_tokens": sum(len(window.input_ids) for window in of_row),
             }
-            for row, of_row in zip(rows.tolist(), windows, strict=True)
-        ]
-
-    def _step_sums(self, windows: Sequence[TokenizedTrajectory]) -> list[np.ndarray]:
-        """Summed surprisal (nats) of the scored steps of each window, [S] each."""
-        surprisals = span_surprisals(self, windows)
-        return [
-            sum_by_step(surprisal_T, window.steps, len(surprisal_T), skip=0)[1]
-            for window, surprisal_T in zip(windows, surprisals, strict=True)
+            for row, of_row in zip(rows.tolist(), by_row, strict=True)
         ]
 
 
-def local_windows(row: TokenizedTrajectory, steps_before: int) -> list[TokenizedTrajectory]:
-    """Sequences whose spans, in order, hold each step of the row once, behind the prompt and at least the
+def cut_windows(row: TokenizedTrajectory, steps_before: int) -> list[TokenizedTrajectory]:
+    """Make sequences whose spans, in order, hold each step of the row once, behind the prompt and at least the
     `steps_before` steps before it: exactly these, or all where there are fewer.
     """
     prompt, span = row.input_ids[: row.prompt_tokens], row.input_ids[row.prompt_tokens :]
@@ -91,7 +83,7 @@ def local_windows(row: TokenizedTrajectory, steps_before: int) -> list[Tokenized
 
 
 class ContentAloneModule(PassModule):
-    """The surprisal of the content without prompt and template, for IFD's PPL(y) (arXiv 2402.00530).
+    """Surprisal of the content without prompt and template, for IFD's PPL(y) (arXiv 2402.00530).
 
     The content is tokenised by itself; a special token that it spells out is text, as in the row. The tokenizer's BOS
     token goes before it if there is one; without one nothing predicts the first token, and it is not scored. It is cut
@@ -100,8 +92,8 @@ class ContentAloneModule(PassModule):
 
     CUTS_INSIDE = True
 
-    def batch(self, rows: np.ndarray) -> Any:
-        pool = self.work.pool
+    def tokenize_alone(self, rows: np.ndarray) -> list[TokenizedTrajectory]:
+        pool = self.inputs.pool
         tokenizer = pool.chat.tokenizer
         texts = pool.column("text", rows).tolist()
         ids: Any = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -112,13 +104,12 @@ class ContentAloneModule(PassModule):
             content = content[: len(row.input_ids) - row.prompt_tokens] if was_cut else content
             kept = (start + content)[: pool.task.max_length]
             alone.append(TokenizedTrajectory(input_ids=kept, prompt_tokens=1, end_of_turn=-1, steps=[0]))
-        return rows, alone
+        return alone
 
     @torch.inference_mode()
-    def measure(self, batch: tuple[np.ndarray, list[TokenizedTrajectory]]) -> list[dict[str, Any]]:
-        rows, alone = batch
-        scored = [one for one in alone if len(one.input_ids) > 1]
-        surprisals = iter(span_surprisals(self, scored))
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        alone = self.tokenize_alone(rows)
+        surprisals = iter(compute_surprisals(self, [one for one in alone if len(one.input_ids) > 1]))
         measured = []
         for row, one in zip(rows.tolist(), alone, strict=True):
             surprisal_T = next(surprisals) if len(one.input_ids) > 1 else np.zeros(0)
@@ -128,38 +119,39 @@ class ContentAloneModule(PassModule):
 
 
 class MeanHiddenModule(PassModule):
-    """The mean over the span, end-of-turn token included, of the states that the LM head would read (after the last
+    """Mean over the span, end-of-turn token included, of the states that the LM head would read (after the last
     norm) at the span's own tokens: those that have seen the token, not those that predict it.
     """
 
     @torch.inference_mode()
-    def measure(self, batch: MicroBatch) -> list[dict[str, Any]]:
-        hidden_XD = self.hidden(batch)
-        counts = torch.bincount(batch.row_N, minlength=len(batch.rows)).tolist()
-        by_row = hidden_XD[batch.observed_N].float().split(counts)
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        micro = self.collate(rows)
+        counts = torch.bincount(micro.row_N, minlength=len(micro.rows)).tolist()
+        by_row = self.compute_hidden(micro)[micro.observed_N].float().split(counts)
+        lengths = self.inputs.pool.length[micro.rows].tolist()
         return [
-            {"row": row, "vector": hidden_TD.mean(0).cpu().numpy(), "forward_tokens": len(source.input_ids)}
-            for row, hidden_TD, source in zip(
-                batch.rows, by_row, self.work.pool.read_tokens(np.array(batch.rows)), strict=True
-            )
+            {"row": row, "vector": hidden_TD.mean(0).cpu().numpy(), "forward_tokens": length}
+            for row, hidden_TD, length in zip(micro.rows, by_row, lengths, strict=True)
         ]
 
 
-def span_surprisals(module: PassModule, sequences: Sequence[TokenizedTrajectory]) -> list[np.ndarray]:
-    """Surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of the module's
+def compute_surprisals(module: PassModule, sequences: Sequence[TokenizedTrajectory]) -> list[np.ndarray]:
+    """Compute the surprisal (nats, float64 [T]) of the span tokens of each sequence, in micro-batches of the module's
     `batch_tokens`; sequences next to each other may begin alike.
     """
     surprisals: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
-    head, shared = get_head(module.student_model), not module.not_shared
+    head, shared = get_head(module.student_model), not module.sharing_disabled_reason
     long = lengths > find_rope_border(module.student_model)
     others = np.flatnonzero(~long)
-    cut = plan_consecutive if shared else plan_padded
-    cuts = [others[piece] for piece in cut(lengths[others], budget=module.batch_tokens)]
-    for piece in [*np.flatnonzero(long)[:, None], *cuts]:
+    plan = plan_consecutive if shared else plan_padded
+    batches = [others[piece] for piece in plan(lengths[others], budget=module.batch_tokens)]
+    for piece in [*np.flatnonzero(long)[:, None], *batches]:
         micro = (collate_prefix_tree if shared else collate)([sequences[i] for i in piece], piece.tolist())
         micro = micro.to(head.weight_VD.device)
-        surprisal_N = compute_token_statistics(module.hidden(micro)[micro.predict_N], micro.target_N, head).surprisal_N
+        surprisal_N = compute_token_statistics(
+            module.compute_hidden(micro)[micro.predict_N], micro.target_N, head
+        ).surprisal_N
         counts = np.bincount(micro.row_N.cpu().numpy(), minlength=len(piece))
         pieces = np.split(surprisal_N.cpu().numpy().astype(np.float64), np.cumsum(counts)[:-1])
         for i, surprisal_T in zip(piece.tolist(), pieces, strict=True):

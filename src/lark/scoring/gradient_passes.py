@@ -1,4 +1,4 @@
-"""The passes that ask the student for gradients (lark.scoring.passes says what each gives).
+"""Passes that need the student's gradients (lark.scoring.passes says what each gives).
 
 Dropout is off, layers that recompute their activations to save memory do so, and gradients are taken one trajectory at
 a time. Units are whole problems where a row's columns depend on the problem's other rows.
@@ -20,29 +20,30 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lark.common.groups import Groups, unit_hash
+from lark.common.log import logger
 from lark.scoring.gradients import (
     Parameters,
-    adam_direction,
-    adam_moments,
     choose_parameters,
-    flat_gradients,
-    gram,
-    head_gram,
-    inner_products,
-    loss_drop,
-    project,
+    compute_adam_direction,
+    compute_flat_gradients,
+    compute_gram,
+    compute_head_gram,
+    compute_inner_products,
+    measure_loss_drop,
+    project_gradients,
+    read_adam_moments,
 )
-from lark.scoring.passes import GradientMatches, Gradients, HeadGradients, LossDrops, Pass, ProjectedGradients
-from lark.scoring.statistics_pass import PassModule, Work
-from lark.student.batching import MicroBatch, collate, collate_prefix_tree
-from lark.student.student import get_head
+from lark.scoring.pass_module import PassInputs, PassModule
+from lark.scoring.passes import GradientMatches, HeadGradients, LossDrops, Pass, ProjectedGradients
+from lark.student.batching import MicroBatch, collate
+from lark.student.student import Student, get_head
 from lark.student.tokenized_pool import TokenizedPool
 
 BUFFER_BYTES = 2**30  # of gradients that wait to be projected together
 
 
-def problem_units(pool: TokenizedPool, rows: np.ndarray) -> list[np.ndarray]:
-    """`rows` by problem, the one with most tokens first."""
+def plan_problem_units(pool: TokenizedPool, rows: np.ndarray) -> list[np.ndarray]:
+    """Divide `rows` by problem, the one with most tokens first."""
     units = [rows[of_problem] for of_problem in Groups.from_ids(pool.problem_id[rows]).split()]
     return sorted(units, key=lambda unit: -int(pool.length[unit].sum()))
 
@@ -53,17 +54,19 @@ class GradientModule(PassModule):
     SPLITS = False
 
     @classmethod
-    def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
-        lora = work.student.lora if _parameters_of(wanted) == "trained" else None
-        return wanted.identity() | ({} if lora is None else {"lora": lora, "seed": work.seed})
+    def identity(cls, wanted: Pass, inputs: PassInputs) -> dict[str, Any]:
+        parameters: str = wanted.parameters  # type: ignore[attr-defined]
+        lora = inputs.student.lora if parameters == "trained" else None
+        return wanted.identity() | ({} if lora is None else {"lora": lora, "seed": inputs.seed})
 
-    def load(self, device: torch.device) -> torch.nn.Module:
-        student, which = self.work.student, _parameters_of(self.wanted)
+    def load_student(self, device: torch.device) -> torch.nn.Module:
+        student, which = self.inputs.student, self.wanted.parameters
+        dtype = self.resolve_dtype(student, device)
         if which == "trained":
-            torch.manual_seed(self.work.seed)  # LoRA's first factor is random: the arm's own
-            model: Any = student.load_trainable(self._weights_dtype(device))
+            torch.manual_seed(self.inputs.seed)  # LoRA's first factor is random: the arm's own
+            model: Any = student.load_trainable(dtype)
         else:
-            model = student.load_model(self._weights_dtype(device))
+            model = student.load_model(dtype)
             if student.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         chosen = choose_parameters(model, which)
@@ -72,10 +75,8 @@ class GradientModule(PassModule):
             parameter.requires_grad_(True)
         return model
 
-    def _weights_dtype(self, device: torch.device) -> torch.dtype:
-        return self.work.student.resolve_dtype(device)
-
-    def chosen(self) -> Parameters:
+    @property
+    def parameters_in_use(self) -> Parameters:
         return choose_parameters(self.student_model, "trained")
 
     def on_predict_start(self) -> None:
@@ -84,17 +85,13 @@ class GradientModule(PassModule):
             if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
                 module.training = True
 
-    def units(self) -> list[np.ndarray]:
-        return problem_units(self.work.pool, self.work.rows)
+    def plan_units(self) -> list[np.ndarray]:
+        return plan_problem_units(self.inputs.pool, self.inputs.rows)
 
-    def batch(self, rows: np.ndarray) -> list[MicroBatch]:
-        encoded = self.work.pool.read_tokens(rows)
-        return [collate([one], [row]) for one, row in zip(encoded, rows.tolist(), strict=True)]
-
-
-def _parameters_of(wanted: Pass) -> str:
-    assert isinstance(wanted, Gradients | LossDrops | ProjectedGradients | GradientMatches)
-    return "trained" if isinstance(wanted, GradientMatches) else wanted.parameters
+    def collate_each(self, rows: np.ndarray) -> list[MicroBatch]:
+        """Make a micro-batch of each row, on the student's device."""
+        tokenized = self.inputs.pool.read_tokens(rows)
+        return [collate([one], [row]).to(self.device) for one, row in zip(tokenized, rows.tolist(), strict=True)]
 
 
 def _cost(micro: MicroBatch, *, forwards: int = 1, backwards: int = 1) -> dict[str, Any]:
@@ -108,9 +105,9 @@ def _cost(micro: MicroBatch, *, forwards: int = 1, backwards: int = 1) -> dict[s
 class GradientsModule(GradientModule):
     """Memory: the float32 gradients of one problem's candidates, 4 K d bytes."""
 
-    def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
-        gram_KK = gram(flat_gradients(self.student_model, batch, self.chosen())).numpy()
-        rows = np.array([micro.rows[0] for micro in batch])
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        batch = self.collate_each(rows)
+        gram_KK = compute_gram(compute_flat_gradients(self.student_model, batch, self.parameters_in_use)).numpy()
         return [
             _cost(micro) | {"squared_norm": gram_KK[i, i], "gram": gram_KK[i], "gram_rows": rows}
             for i, micro in enumerate(batch)
@@ -120,68 +117,68 @@ class GradientsModule(GradientModule):
 class LossDropsModule(GradientModule):
     """Always in float32: bfloat16 would round a small step away. Memory: twice the parameters that move."""
 
-    def _weights_dtype(self, device: torch.device) -> torch.dtype:
+    wanted: LossDrops
+
+    @classmethod
+    def resolve_dtype(cls, student: Student, device: torch.device) -> torch.dtype:
         return torch.float32
 
-    def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
-        assert isinstance(self.wanted, LossDrops)
-        rows = []
-        for micro in batch:
-            drop, loss = loss_drop(self.student_model, micro, self.chosen(), self.wanted.eta)
-            rows.append(_cost(micro, forwards=3) | {"drop": drop, "loss_before": loss})
-        return rows
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        measured = []
+        for micro in self.collate_each(rows):
+            drop, loss = measure_loss_drop(self.student_model, micro, self.parameters_in_use, self.wanted.eta)
+            measured.append(_cost(micro, forwards=3) | {"drop": drop, "loss_before": loss})
+        return measured
 
 
 class ProjectedGradientsModule(GradientModule):
     """Rows are projected together, as many as BUFFER_BYTES hold, because random signs cost about as much as one row."""
 
-    def units(self) -> list[np.ndarray]:
-        rows = self.work.rows[np.argsort(-self.work.pool.length[self.work.rows], kind="stable")]
-        together = min(_rows_together(self.chosen()), self.work.probe.shard_rows)
+    VERSION = 2
+    wanted: ProjectedGradients
+
+    def plan_units(self) -> list[np.ndarray]:
+        rows = self.inputs.rows[np.argsort(-self.inputs.pool.length[self.inputs.rows], kind="stable")]
+        together = min(_count_buffered_rows(self.parameters_in_use), self.inputs.settings.shard_rows)
         return [rows[i : i + together] for i in range(0, len(rows), together)]
 
-    def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
-        assert isinstance(self.wanted, ProjectedGradients)
-        chosen = self.chosen()
-        gradient_Md = flat_gradients(self.student_model, batch, chosen)
-        vector_Mk = project(
-            gradient_Md, chosen, dimensions=self.wanted.dimensions, seed=self.wanted.projection_seed
-        ).cpu()
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        batch, parameters = self.collate_each(rows), self.parameters_in_use
+        gradient_Md = compute_flat_gradients(self.student_model, batch, parameters)
+        settings = {"dimensions": self.wanted.dimensions, "seed": self.wanted.projection_seed}
+        vector_Mk = project_gradients(gradient_Md, parameters, **settings).cpu()
         return [_cost(micro) | {"vector": vector.numpy()} for micro, vector in zip(batch, vector_Mk, strict=True)]
 
 
-def _rows_together(parameters: Parameters) -> int:
+def _count_buffered_rows(parameters: Parameters) -> int:
     return max(1, BUFFER_BYTES // (4 * sum(p.numel() for _, p in parameters)))
 
 
 class HeadGradientsModule(PassModule):
     """A forward pass in micro-batches, then the head's gradients of the whole problem. Memory: its hidden states."""
 
+    VERSION = 2
     SPLITS = False
     CUTS_INSIDE = True
+    wanted: HeadGradients
 
-    def units(self) -> list[np.ndarray]:
-        _ = self.batch_tokens, self.not_shared  # ranks agree on them, also those without a unit
-        return problem_units(self.work.pool, self.work.rows)
+    def plan_units(self) -> list[np.ndarray]:
+        _ = self.batch_tokens, self.sharing_disabled_reason  # ranks agree on them, also those without a unit
+        return plan_problem_units(self.inputs.pool, self.inputs.rows)
 
-    def batch(self, rows: np.ndarray) -> list[MicroBatch]:
-        lay_out = collate if self.not_shared else collate_prefix_tree
-        return [lay_out(self.work.pool.read_tokens(piece), piece.tolist()) for piece in self.cut(rows)]
-
-    def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
-        assert isinstance(self.wanted, HeadGradients)
-        model = self.student_model
-        hidden_ND = torch.cat([self.hidden(m)[m.predict_N] for m in batch])
-        rows = np.array([row for m in batch for row in m.rows])
-        gram_KK = head_gram(
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        batch = [self.collate(piece) for piece in self.plan_batches(rows)]
+        hidden_ND = torch.cat([self.compute_hidden(m)[m.predict_N] for m in batch])
+        rows = np.array([row for m in batch for row in m.rows])  # in the order of the tokens
+        gram_KK = compute_head_gram(
             hidden_ND,
             torch.cat([m.target_N for m in batch]),
             [count for m in batch for count in torch.bincount(m.row_N, minlength=len(m.rows)).tolist()],
-            get_head(model),
+            get_head(self.student_model),
             sketch=self.wanted.sketch,
             seed=self.wanted.projection_seed,
         ).numpy()
-        tokens = self.work.pool.length[rows].tolist()
+        tokens = self.inputs.pool.length[rows].tolist()
         return [
             {"row": row, "forward_tokens": tokens[i], "gram": gram_KK[i], "gram_rows": rows}
             for i, row in enumerate(rows.tolist())
@@ -206,16 +203,18 @@ class Checkpoint:
     target_Jk: Tensor
 
 
-def validation_examples(wanted: GradientMatches, work: Work) -> np.ndarray:
-    """The correct candidates of `validation_problems` problems, chosen by seeded hash among those that have one; where
-    no candidate is known to be correct, all candidates of as many problems. Rows of the pool, ascending.
+def choose_examples(wanted: GradientMatches, inputs: PassInputs) -> np.ndarray:
+    """Choose the validation examples; returns rows of the pool, ascending.
+
+    They are the correct candidates of `validation_problems` problems, by seeded hash among those that have one; where
+    no candidate is known to be correct, all candidates of as many problems.
     """
-    correct = work.rows[work.pool.correct[work.rows] == 1]
-    rows = correct if len(correct) else work.rows
-    problems = np.unique(work.pool.problem_id[rows].astype(str))
-    draw = unit_hash(work.seed, problems, ["validation"] * len(problems), salt="gradient matches")
+    correct = inputs.rows[inputs.pool.correct[inputs.rows] == 1]
+    rows = correct if len(correct) else inputs.rows
+    problems = np.unique(inputs.pool.problem_id[rows].astype(str))
+    draw = unit_hash(inputs.seed, problems, ["validation"] * len(problems), salt="gradient matches")
     chosen = problems[np.argsort(draw)[: wanted.validation_problems]]
-    return rows[np.isin(work.pool.problem_id[rows].astype(str), chosen)]
+    return rows[np.isin(inputs.pool.problem_id[rows].astype(str), chosen)]
 
 
 class GradientMatchesModule(GradientModule):
@@ -229,47 +228,50 @@ class GradientMatchesModule(GradientModule):
     there is no match (NaN).
     """
 
-    def __init__(self, *, wanted: Pass, work: Work, folder: Path):
-        super().__init__(wanted=wanted, work=work, folder=folder)
+    VERSION = 2
+    wanted: GradientMatches
+
+    def __init__(self, *, wanted: Pass, inputs: PassInputs, folder: Path):
+        super().__init__(wanted=wanted, inputs=inputs, folder=folder)
         assert isinstance(wanted, GradientMatches)
-        self.matching = wanted
         self.checkpoints: list[Checkpoint] = []
-        self.examples = validation_examples(wanted, work)
+        self.examples = choose_examples(wanted, inputs)
         task = np.zeros(len(self.examples), np.int64)
         if wanted.subtask is not None:
-            names = [str(value) for value in work.pool.column(wanted.subtask, self.examples)]
+            names = [str(value) for value in inputs.pool.column(wanted.subtask, self.examples)]
             task = np.unique(names, return_inverse=True)[1]
         self.task_of = dict(zip(self.examples.tolist(), task.tolist(), strict=True))
         self.count_J = torch.bincount(torch.from_numpy(task)).double()
 
     @classmethod
-    def identity(cls, wanted: Pass, work: Work) -> dict[str, Any]:
+    def identity(cls, wanted: Pass, inputs: PassInputs) -> dict[str, Any]:
         assert isinstance(wanted, GradientMatches)
-        examples = hashlib.sha256(validation_examples(wanted, work).tobytes()).hexdigest()
-        return super().identity(wanted, work) | {"seed": work.seed, "validation_examples": examples}
+        examples = hashlib.sha256(choose_examples(wanted, inputs).tobytes()).hexdigest()
+        return super().identity(wanted, inputs) | {"seed": inputs.seed, "validation_examples": examples}
 
     def on_predict_start(self) -> None:
         super().on_predict_start()
-        rows = self.work.rows
-        known = "correct" if (self.work.pool.correct[rows] == 1).any() else "none is known to be correct: all"
-        problems = len(set(self.work.pool.problem_id[self.examples].tolist()))
-        self.print(
+        rows = self.inputs.rows
+        known = "correct" if (self.inputs.pool.correct[rows] == 1).any() else "none is known to be correct: all"
+        problems = len(set(self.inputs.pool.problem_id[self.examples].tolist()))
+        logger.info(
             f"validation  {len(self.examples):,} trajectories ({known}) of {problems:,} problems, "
-            f"sub-tasks: {len(self.count_J)}, warm-up checkpoints: {len(self.work.warmup)}"
+            f"sub-tasks: {len(self.count_J)}, warm-up checkpoints: {len(self.inputs.warmup)}"
         )
 
-    def measure(self, batch: Sequence[MicroBatch]) -> list[dict[str, Any]]:
+    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        batch = self.collate_each(rows)
         before = {"forward_tokens": 0, "backward_tokens": 0}
         if not self.checkpoints:
-            assert self.work.warmup, "a warm-up arm has been trained"
-            self.checkpoints = [self._read(path, rate) for path, rate in self.work.warmup]
-            tokens = len(self.checkpoints) * int(self.work.pool.length[self.examples].sum())
+            assert self.inputs.warmup, "a warm-up arm has been trained"
+            self.checkpoints = [self._read_checkpoint(path, rate) for path, rate in self.inputs.warmup]
+            tokens = len(self.checkpoints) * int(self.inputs.pool.length[self.examples].sum())
             before = {"forward_tokens": tokens, "backward_tokens": tokens}
         own = [self.task_of[micro.rows[0]] for micro in batch if micro.rows[0] in self.task_of]
         count_J = self.count_J - torch.bincount(torch.tensor(own, dtype=torch.int64), minlength=len(self.count_J))
         match_KJ = torch.zeros(len(batch), len(count_J), dtype=torch.float64)
         for checkpoint in self.checkpoints:
-            match_KJ += checkpoint.rate * self._cosine_sums(checkpoint, batch) / count_J
+            match_KJ += checkpoint.rate * self._sum_cosines(checkpoint, batch) / count_J
         match_K = match_KJ.masked_fill(count_J == 0, -torch.inf).amax(1)
         count = len(self.checkpoints)
         measured = [
@@ -280,50 +282,56 @@ class GradientMatchesModule(GradientModule):
             measured[0][name] += value
         return measured
 
-    def _cosine_sums(self, checkpoint: Checkpoint, batch: Sequence[MicroBatch]) -> Tensor:
-        """Each candidate's sum of cosines with a sub-task's examples of other problems, float64 [K, J]."""
+    def _sum_cosines(self, checkpoint: Checkpoint, batch: Sequence[MicroBatch]) -> Tensor:
+        """Sum each candidate's cosines with a sub-task's examples of other problems, float64 [K, J]."""
         self._set_weights(checkpoint.weights)
         first_d, second_d = checkpoint.first_d.to(self.device), checkpoint.second_d.to(self.device)
         others_Jk = checkpoint.target_Jk.to(self.device, copy=True)
         direction_Kk = others_Jk.new_empty(len(batch), others_Jk.shape[1])
-        together = _rows_together(self.chosen())
+        together = _count_buffered_rows(self.parameters_in_use)
         for i in range(0, len(batch), together):
             block = batch[i : i + together]
-            gradient_Md = flat_gradients(self.student_model, block, self.chosen())
-            self._add_units(others_Jk, block, gradient_Md, sign=-1)
-            gradient_Md = adam_direction(gradient_Md, first_d, second_d, betas=checkpoint.betas, eps=checkpoint.eps)
-            direction_Kk[i : i + together] = self._unit(gradient_Md)
-        return inner_products(direction_Kk, others_Jk)
+            gradient_Md = compute_flat_gradients(self.student_model, block, self.parameters_in_use)
+            self._add_unit_gradients(others_Jk, block, gradient_Md, sign=-1)
+            gradient_Md = compute_adam_direction(
+                gradient_Md, first_d, second_d, betas=checkpoint.betas, eps=checkpoint.eps
+            )
+            direction_Kk[i : i + together] = self._normalize(gradient_Md)
+        return compute_inner_products(direction_Kk, others_Jk)
 
-    def _add_units(self, sum_Jk: Tensor, block: Sequence[MicroBatch], gradient_Md: Tensor, *, sign: int) -> None:
-        """Adds the unit gradients of those of the trajectories that are examples to their sub-tasks' sums, or takes
+    def _add_unit_gradients(
+        self, sum_Jk: Tensor, block: Sequence[MicroBatch], gradient_Md: Tensor, *, sign: int
+    ) -> None:
+        """Add the unit gradients of those of the trajectories that are examples to their sub-tasks' sums, or take
         them away.
         """
         examples = [i for i, micro in enumerate(block) if micro.rows[0] in self.task_of]
         if examples:
             task = torch.tensor([self.task_of[block[i].rows[0]] for i in examples], device=sum_Jk.device)
-            sum_Jk.index_add_(0, task, self._unit(gradient_Md[examples]), alpha=sign)
+            sum_Jk.index_add_(0, task, self._normalize(gradient_Md[examples]), alpha=sign)
 
-    def _unit(self, gradient_Md: Tensor) -> Tensor:
-        """The gradients, projected if they are to be, over their norms."""
-        wanted = self.matching
+    def _normalize(self, gradient_Md: Tensor) -> Tensor:
+        """Divide the gradients, projected if they are to be, by their norms."""
+        wanted = self.wanted
         if wanted.dimensions is not None:
-            gradient_Md = project(gradient_Md, self.chosen(), dimensions=wanted.dimensions, seed=wanted.projection_seed)
+            gradient_Md = project_gradients(
+                gradient_Md, self.parameters_in_use, dimensions=wanted.dimensions, seed=wanted.projection_seed
+            )
         return F.normalize(gradient_Md, dim=1, eps=torch.finfo(torch.float32).tiny)
 
     def _set_weights(self, weights: list[Tensor]) -> None:
         with torch.no_grad():
-            for (_, parameter), value in zip(self.chosen(), weights, strict=True):
+            for (_, parameter), value in zip(self.parameters_in_use, weights, strict=True):
                 parameter.copy_(value)
 
-    def _read(self, path: Path, rate: float) -> Checkpoint:
-        """The checkpoint, with the validation examples' gradients there."""
-        chosen = self.chosen()
+    def _read_checkpoint(self, path: Path, rate: float) -> Checkpoint:
+        """Read a checkpoint and add up the validation examples' gradients there."""
+        chosen = self.parameters_in_use
         saved = torch.load(path, map_location="cpu", weights_only=True)
         weights = [saved["state_dict"][f"student_model.{name}"] for name, _ in chosen]
         (optimizer,) = saved["optimizer_states"]
         settings = optimizer["param_groups"][0]
-        first_d, second_d = adam_moments(optimizer, chosen)
+        first_d, second_d = read_adam_moments(optimizer, chosen)
         self._set_weights(weights)
         return Checkpoint(
             weights=weights,
@@ -332,15 +340,17 @@ class GradientMatchesModule(GradientModule):
             betas=tuple(settings["betas"]),
             eps=settings["eps"],
             rate=rate,
-            target_Jk=self._targets(),
+            target_Jk=self._sum_examples(),
         )
 
-    def _targets(self) -> Tensor:
-        """The sums of the examples' unit gradients at the present weights, by sub-task, float32 [J, k]."""
-        chosen, together = self.chosen(), _rows_together(self.chosen())
-        size = self.matching.dimensions or sum(p.numel() for _, p in chosen)
+    def _sum_examples(self) -> Tensor:
+        """Sum the examples' unit gradients at the present weights, by sub-task, float32 [J, k]."""
+        chosen, together = self.parameters_in_use, _count_buffered_rows(self.parameters_in_use)
+        size = self.wanted.dimensions or sum(p.numel() for _, p in chosen)
         target_Jk = torch.zeros(len(self.count_J), size, device=self.device)
         for i in range(0, len(self.examples), together):
-            block = [micro.to(self.device) for micro in self.batch(self.examples[i : i + together])]
-            self._add_units(target_Jk, block, flat_gradients(self.student_model, block, chosen), sign=1)
+            block = self.collate_each(self.examples[i : i + together])
+            self._add_unit_gradients(
+                target_Jk, block, compute_flat_gradients(self.student_model, block, chosen), sign=1
+            )
         return target_Jk.cpu()

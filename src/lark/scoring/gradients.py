@@ -20,7 +20,8 @@ from lark.student.token_statistics import Head, compute_token_statistics, comput
 
 Parameters = list[tuple[str, nn.Parameter]]
 """Names and tensors; a tied tensor is there once."""
-SIGNS = 2**22  # signs of a projection that exist at a time (16 MiB as float32)
+SIGNS = 2**22  # of a projection that exist at a time (16 MiB as float32), in whole blocks of SIGN_ROWS
+SIGN_ROWS = 1024  # of a matrix of signs that are drawn together
 COLUMNS = 2**18  # of the float64 copy that an inner product is summed from
 HEAD_BYTES = 64 * 2**20  # of each float32 array that the head's gradients are made of
 
@@ -51,7 +52,7 @@ def choose_parameters(model: nn.Module, which: str) -> Parameters:
 # ---- exact
 
 
-def trajectory_gradient(model: nn.Module, micro: MicroBatch, parameters: Parameters) -> tuple[Tensor, list[Tensor]]:
+def compute_gradient(model: nn.Module, micro: MicroBatch, parameters: Parameters) -> tuple[Tensor, list[Tensor]]:
     """L (nats/token) of the one trajectory in `micro`, and its gradient with respect to each of `parameters`.
 
     It is what training with average="trajectory" follows. The head works in chunks, so memory is that of the decoder's
@@ -68,39 +69,39 @@ def trajectory_gradient(model: nn.Module, micro: MicroBatch, parameters: Paramet
     return loss.detach(), list(gradients)
 
 
-def flat_gradients(model: nn.Module, batch: Sequence[MicroBatch], parameters: Parameters) -> Tensor:
+def compute_flat_gradients(model: nn.Module, batch: Sequence[MicroBatch], parameters: Parameters) -> Tensor:
     """The gradients of M trajectories, one a micro-batch, float32 [M, d]."""
     size = sum(p.numel() for _, p in parameters)
     gradient_Md = torch.empty(len(batch), size, dtype=torch.float32, device=parameters[0][1].device)
     for micro, gradient_d in zip(batch, gradient_Md, strict=True):
-        _, gradients = trajectory_gradient(model, micro, parameters)
+        _, gradients = compute_gradient(model, micro, parameters)
         for place, gradient in zip(gradient_d.split([g.numel() for g in gradients]), gradients, strict=True):
             place.copy_(gradient.flatten())
     return gradient_Md
 
 
 @torch.no_grad()
-def mean_surprisal(model: nn.Module, micro: MicroBatch) -> float:
+def compute_mean_surprisal(model: nn.Module, micro: MicroBatch) -> float:
     """L (nats/token) of the one trajectory in `micro`, its tokens added up in float64."""
     hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
     tokens = compute_token_statistics(hidden_XD[micro.predict_N], micro.target_N, get_head(model))
     return tokens.surprisal_N.cpu().double().mean().item()
 
 
-def loss_drop(model: nn.Module, micro: MicroBatch, parameters: Parameters, eta: float) -> tuple[float, float]:
+def measure_loss_drop(model: nn.Module, micro: MicroBatch, parameters: Parameters, eta: float) -> tuple[float, float]:
     """(L(theta) - L(theta - eta grad L)) / eta and L(theta); the first tends to ||grad L||^2 as eta goes to 0.
 
     The step is taken in place; the parameters come back bit by bit.
     """
-    before = mean_surprisal(model, micro)
-    _, gradients = trajectory_gradient(model, micro, parameters)
-    with _stepped(parameters, gradients, eta):
-        after = mean_surprisal(model, micro)
+    before = compute_mean_surprisal(model, micro)
+    _, gradients = compute_gradient(model, micro, parameters)
+    with step_and_restore(parameters, gradients, eta):
+        after = compute_mean_surprisal(model, micro)
     return (before - after) / eta, before
 
 
 @contextmanager
-def _stepped(parameters: Parameters, gradients: list[Tensor], eta: float) -> Iterator[None]:
+def step_and_restore(parameters: Parameters, gradients: list[Tensor], eta: float) -> Iterator[None]:
     kept = [p.detach().clone() for _, p in parameters]
     try:
         with torch.no_grad():
@@ -113,7 +114,7 @@ def _stepped(parameters: Parameters, gradients: list[Tensor], eta: float) -> Ite
                 p.copy_(value)
 
 
-def inner_products(a_Kd: Tensor, b_Jd: Tensor) -> Tensor:
+def compute_inner_products(a_Kd: Tensor, b_Jd: Tensor) -> Tensor:
     """a_Kd @ b_Jd.T on the CPU in float64 [K, J], summed in float64 from COLUMNS columns at a time."""
     if a_Kd.device.type == "mps":  # Apple's GPUs have no float64
         a_Kd, b_Jd = a_Kd.cpu(), b_Jd.cpu()
@@ -123,70 +124,57 @@ def inner_products(a_Kd: Tensor, b_Jd: Tensor) -> Tensor:
     return total_KJ.cpu()
 
 
-def gram(vector_Kd: Tensor) -> Tensor:
+def compute_gram(vector_Kd: Tensor) -> Tensor:
     """The inner products of K vectors with each other, float64 [K, K] on the CPU."""
-    return inner_products(vector_Kd, vector_Kd)
+    return compute_inner_products(vector_Kd, vector_Kd)
 
 
 # ---- projected
 
 
-def project(gradient_Md: Tensor, parameters: Parameters, *, dimensions: int, seed: int) -> Tensor:
+def project_gradients(gradient_Md: Tensor, parameters: Parameters, *, dimensions: int, seed: int) -> Tensor:
     """gradient_Md @ signs_dk / sqrt(k), float32 [M, k], whose inner products are unbiased estimates of the gradients'.
 
-    2 M d k floating-point operations. The [d, k] matrix never exists: its signs are made SIGNS at a time, once for all
-    M rows, as a function of seed, parameter name, element and dimension alone; so M, the device and the other
-    parameters change nothing, and no random generator has a state to keep. (Rademacher projection: Achlioptas 2003;
+    2 M d k floating-point operations. The [d, k] matrix never exists: its signs are drawn SIGNS at a time, once for all
+    M rows, and depend on seed, parameter name, element and `dimensions` alone, neither on M nor on the device. (Rademacher projection: Achlioptas 2003;
     for gradients as in TRAK, arXiv 2303.14186, and LESS, arXiv 2402.04333.)
     """
     projected_Mk = gradient_Md.new_zeros(len(gradient_Md), dimensions)
-    block = max(1, SIGNS // dimensions)
+    block = max(1, SIGNS // dimensions // SIGN_ROWS) * SIGN_ROWS
     for (name, p), part_Mp in zip(parameters, gradient_Md.split([p.numel() for _, p in parameters], 1), strict=True):
         if part_Mp.any():  # LoRA's first factors have no gradient at the start
             for start in range(0, p.numel(), block):
                 stop = min(start + block, p.numel())
-                signs = rademacher(name, start, stop, dimensions, seed=seed, device=gradient_Md.device)
+                signs = draw_signs(name, start, stop, dimensions, seed=seed, device=gradient_Md.device)
                 projected_Mk += part_Mp[:, start:stop] @ signs
     return projected_Mk / dimensions**0.5
 
 
-def rademacher(name: str, start: int, stop: int, dimensions: int, *, seed: int, device: torch.device) -> Tensor:
-    """Rows start..stop of the matrix of random signs that `seed` and `name` stand for, float32 [stop - start, k].
+def draw_signs(name: str, start: int, stop: int, dimensions: int, *, seed: int, device: torch.device) -> Tensor:
+    """Draw rows start..stop of the matrix of random signs that `seed` and `name` stand for, float32 [stop - start, k].
 
-    Each row takes ceil(k / 64) words of SplitMix64 (Steele, Lea and Flood 2014), whose n-th word is a hash of n: any
-    part of the matrix can be made by itself, on any device.
+    Every SIGN_ROWS rows come from a generator of their own on the CPU, so any part of the matrix can be made by itself
+    and is the same on any device. A drawn word holds 64 signs.
     """
     words = -(-dimensions // 64)
-    bits = _splitmix64(_key(seed, name), start * words, stop * words, device).view(torch.uint8)
+    blocks = range(start // SIGN_ROWS, -(-stop // SIGN_ROWS))
+    drawn = torch.cat([_draw_words(f"{seed}\x1f{name}\x1f{block}", (SIGN_ROWS, words)) for block in blocks])
+    first = blocks.start * SIGN_ROWS
+    bits = drawn[start - first : stop - first].to(device).flatten().view(torch.uint8)
     bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and_(1)
     return bits.view(stop - start, 64 * words)[:, :dimensions].to(torch.float32).mul_(-2).add_(1)
 
 
-def _splitmix64(key: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """Words start..stop of SplitMix64's output from `key` on, int64 (multiplication wraps)."""
-    word = torch.arange(start + 1, stop + 1, device=device).mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        word = word.bitwise_xor_(_shifted(word, shift)).mul_(_signed(factor))
-    return word.bitwise_xor_(_shifted(word, 31))
-
-
-def _shifted(word: Tensor, shift: int) -> Tensor:
-    """A logical shift to the right: torch's own copies the sign."""
-    return (word >> shift).bitwise_and_((1 << 64 - shift) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}\x1f{name}".encode()).digest()[:8], signed=True)
+def _draw_words(key: str, shape: tuple[int, int]) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], signed=True)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**63), 2**63 - 1, shape, generator=generator)
 
 
 # ---- as Adam would
 
 
-def adam_direction(
+def compute_adam_direction(
     gradient_Md: Tensor, first_d: Tensor, second_d: Tensor, *, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """m' / sqrt(v' + eps) with m' = b1 m + (1 - b1) g and v' = b2 v + (1 - b2) g^2, [M, d]: the direction in which Adam
@@ -199,7 +187,7 @@ def adam_direction(
     return (gradient_Md * (1 - betas[0])).add_(betas[0] * first_d).div_(scale_Md)
 
 
-def adam_moments(optimizer_state: dict[str, Any], parameters: Parameters) -> tuple[Tensor, Tensor]:
+def read_adam_moments(optimizer_state: dict[str, Any], parameters: Parameters) -> tuple[Tensor, Tensor]:
     """First and second moments of `parameters`, float32 [d] each, from a torch Adam or AdamW state dict over just these
     in this order. A parameter that was never stepped has zeros.
     """
@@ -219,7 +207,7 @@ def adam_moments(optimizer_state: dict[str, Any], parameters: Parameters) -> tup
 
 
 @torch.no_grad()
-def head_gram(
+def compute_head_gram(
     hidden_ND: Tensor,
     target_N: Tensor,
     tokens_K: list[int],
@@ -241,27 +229,29 @@ def head_gram(
     size = head.weight_VD.shape[1]
     hidden_ND = hidden_ND.float() if sketch is None else hidden_ND
     widest = max(len(target_N), len(tokens_K) * size if sketch is None else sketch[0])
-    blocks = _head_errors(hidden_ND, target_N, head, width=max(1, HEAD_BYTES // (4 * widest)))
+    blocks = _compute_head_errors(hidden_ND, target_N, head, width=max(1, HEAD_BYTES // (4 * widest)))
     if sketch is None:
         total_KK = torch.zeros(len(tokens_K), len(tokens_K), dtype=torch.float64)
         for _, error_Nv in blocks:
-            total_KK += gram(_outer_means(error_Nv, hidden_ND, tokens_K))
+            total_KK += compute_gram(_average_outer_products(error_Nv, hidden_ND, tokens_K))
         return total_KK
     a, b = sketch
     left_Na = hidden_ND.new_zeros(len(target_N), a, dtype=torch.float32)
     for block, error_Nv in blocks:
-        left_Na += error_Nv @ rademacher("head rows", block.start, block.stop, a, seed=seed, device=left_Na.device)
-    right_Nb = hidden_ND.float() @ rademacher("head columns", 0, size, b, seed=seed, device=left_Na.device)
-    return gram(_outer_means(left_Na, right_Nb, tokens_K)) / (a * b)
+        left_Na += error_Nv @ draw_signs("head rows", block.start, block.stop, a, seed=seed, device=left_Na.device)
+    right_Nb = hidden_ND.float() @ draw_signs("head columns", 0, size, b, seed=seed, device=left_Na.device)
+    return compute_gram(_average_outer_products(left_Na, right_Nb, tokens_K)) / (a * b)
 
 
-def _outer_means(left_Nv: Tensor, right_ND: Tensor, tokens_K: list[int]) -> Tensor:
+def _average_outer_products(left_Nv: Tensor, right_ND: Tensor, tokens_K: list[int]) -> Tensor:
     """(1/T_k) sum_t left_t right_t' over each candidate's tokens, flattened, [K, v D]."""
     parts = zip(left_Nv.split(tokens_K), right_ND.split(tokens_K), strict=True)
     return torch.stack([(left.T @ right).flatten() / len(left) for left, right in parts])
 
 
-def _head_errors(hidden_ND: Tensor, target_N: Tensor, head: Head, *, width: int) -> Iterator[tuple[slice, Tensor]]:
+def _compute_head_errors(
+    hidden_ND: Tensor, target_N: Tensor, head: Head, *, width: int
+) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of `width` rows of the head with the gradients of the surprisals with respect to their products,
     float32 [N, v]. The first of two rounds adds up the softmax's denominator.
     """

@@ -8,9 +8,13 @@ Shapes: T span tokens of a trajectory, K scored candidates of its problem, D hid
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lark.common.errors import LarkError
+
+if TYPE_CHECKING:
+    from lark.scoring.pass_module import PassModule
 
 PARAMETERS = ("trained", "all")
 COST_COLUMNS = ("forward_tokens", "backward_tokens", "computed_tokens", "seconds")
@@ -21,6 +25,8 @@ COST_COLUMNS = ("forward_tokens", "backward_tokens", "computed_tokens", "seconds
 class Pass:
     """A pass over every candidate."""
 
+    module: ClassVar[str]
+    """`module:class` of the lark.scoring.pass_module.PassModule that computes it."""
     needs_gradients: ClassVar[bool] = False
     """Whether it takes gradients of the student, which one divided over ranks (trainer=fsdp) does not give."""
 
@@ -32,10 +38,17 @@ class Pass:
     def identity(self) -> dict[str, Any]:
         return {"pass": self.name, **vars(self)}
 
+    def load_module(self) -> type["PassModule"]:
+        """Import the module that computes the pass: torch and lightning come with it."""
+        module, _, name = self.module.partition(":")
+        return getattr(import_module(module), name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics(Pass):
     """The one forward pass that all statistics come from (lark.scoring.statistics_pass); its settings are `probe`'s."""
+
+    module = "lark.scoring.statistics_pass:StatisticsModule"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +57,8 @@ class LocalWindows(Pass):
 
     Columns: window_surprisal (one sum in nats a step, an array a row; steps as in the statistics' `step_tokens`).
     """
+
+    module = "lark.scoring.forward_passes:LocalWindowsModule"
 
     steps_before: int = 4
 
@@ -55,6 +70,8 @@ class ContentAlone(Pass):
     Columns: alone_tokens, alone_surprisal (sum in nats).
     """
 
+    module = "lark.scoring.forward_passes:ContentAloneModule"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeanHidden(Pass):
@@ -62,6 +79,8 @@ class MeanHidden(Pass):
 
     Columns: vector (float32 [D], an array a row).
     """
+
+    module = "lark.scoring.forward_passes:MeanHiddenModule"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +91,8 @@ class HeadGradients(Pass):
     null takes the gradient itself. Either way the Gram matrix of a problem's candidates is what is stored.
     Columns: gram, gram_rows as in `Gradients`.
     """
+
+    module = "lark.scoring.gradient_passes:HeadGradientsModule"
 
     sketch: tuple[int, int] | None = None
     projection_seed: int = 0
@@ -87,6 +108,7 @@ class Gradients(Pass):
     the pool rows these are).
     """
 
+    module = "lark.scoring.gradient_passes:GradientsModule"
     needs_gradients = True
 
     parameters: str = "trained"
@@ -99,6 +121,7 @@ class LossDrops(Pass):
     Columns: drop (nats/token per unit of eta), loss_before (L, nats/token).
     """
 
+    module = "lark.scoring.gradient_passes:LossDropsModule"
     needs_gradients = True
 
     parameters: str = "trained"
@@ -112,6 +135,7 @@ class ProjectedGradients(Pass):
     Columns: vector (float32 [dimensions], an array a row).
     """
 
+    module = "lark.scoring.gradient_passes:ProjectedGradientsModule"
     needs_gradients = True
 
     parameters: str = "trained"
@@ -131,7 +155,9 @@ class GradientMatches(Pass):
     Columns: match (the largest over sub-tasks).
     """
 
+    module = "lark.scoring.gradient_passes:GradientMatchesModule"
     needs_gradients = True
+    parameters: ClassVar[str] = "trained"
 
     warmup_share: float = 0.05
     epochs: int = 4

@@ -42,8 +42,8 @@ class PassProgress(ProgressLine):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
         loader: Any = trainer.predict_dataloaders
-        self.row_tokens = pl_module.work.pool.length
-        self.total = int(self.row_tokens[np.concatenate(loader.dataset.units)].sum())
+        self.row_tokens = pl_module.inputs.pool.length
+        self.total = int(self.row_tokens[np.concatenate(loader.dataset)].sum())
         if trainer.is_global_zero:
             ranks = f" (rank 0 of {trainer.world_size})" if trainer.world_size > 1 else ""
             self.bar = show_progress(self.label + ranks, self.total, "tokens")
@@ -52,7 +52,7 @@ class PassProgress(ProgressLine):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        rows, now = batch[0], time.monotonic()
+        rows, now = batch, time.monotonic()
         tokens = int(self.row_tokens[rows].sum())
         self.rows, self.tokens, self.seconds = self.rows + len(rows), self.tokens + tokens, now - self.start
         if self.bar is not None:

@@ -70,7 +70,7 @@ class Chat:
     own_end: str | None = None
 
     def __post_init__(self) -> None:
-        assert self.span in SPANS and self.step_splitter in STEPS, "Probe checks these settings"
+        assert self.span in SPANS and self.step_splitter in STEPS, "ScoringSettings checks them"
         if not self.tokenizer.is_fast:
             raise LarkError(
                 f"the tokenizer {type(self.tokenizer).__name__} gives no character offsets, without which the trained "

@@ -23,7 +23,7 @@ Taken = Callable[[Pass], str]
 
 NONE = "none"
 _CHOICES = {"prompts": "prompts", "statistics": "compiled", "out of memory": "out_of_memory"}
-"""What a pass chooses by itself (`ProbeModule.choices`) in words, and the value's name."""
+"""What a pass chooses by itself (`StatisticsModule.choices`) in words, and the value's name."""
 _TRAINING = (
     *("micro_batch_tokens", "steps", "halvings", "row_tokens", "computed_tokens", "trained_tokens"),
     *("trained_tokens_per_s", "step_seconds", "memory_gb"),

@@ -1,6 +1,5 @@
 """TrajectoryDataModule: from the pool to batches. Scoring and selection happen in `setup("fit")`."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,30 +18,9 @@ from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.errors import LarkError
 from lark.common.log import logger
 from lark.common.table_cache import read_columns, read_row_groups, read_row_numbers
-from lark.common.versions import STUDENT_LIBRARIES, formula_versions
-from lark.scoring.forward_passes import ContentAloneModule, LocalWindowsModule, MeanHiddenModule
-from lark.scoring.gradient_passes import (
-    GradientMatchesModule,
-    GradientsModule,
-    HeadGradientsModule,
-    LossDropsModule,
-    ProjectedGradientsModule,
-)
-from lark.scoring.passes import (
-    COST_COLUMNS,
-    ContentAlone,
-    GradientMatches,
-    Gradients,
-    HeadGradients,
-    LocalWindows,
-    LossDrops,
-    MeanHidden,
-    Pass,
-    ProjectedGradients,
-    Statistics,
-)
+from lark.scoring.pass_module import PassInputs, ScoringSettings, identify_pass, run_pass
+from lark.scoring.passes import COST_COLUMNS, GradientMatches, Pass, Statistics
 from lark.scoring.progress import describe_pass
-from lark.scoring.statistics_pass import PassModule, Probe, ProbeModule, Work, measure
 from lark.selection.candidates import Candidates, did_you_mean
 from lark.selection.rule import Rule, prefix_errors
 from lark.selection.scores.statistics import STATISTICS, DropFirst
@@ -60,18 +38,6 @@ from lark.training.batches import (
     make_training_step,
 )
 from lark.training.recipe import Recipe
-
-MODULES: dict[type[Pass], type[PassModule]] = {
-    Statistics: ProbeModule,
-    LocalWindows: LocalWindowsModule,
-    ContentAlone: ContentAloneModule,
-    MeanHidden: MeanHiddenModule,
-    HeadGradients: HeadGradientsModule,
-    Gradients: GradientsModule,
-    LossDrops: LossDropsModule,
-    ProjectedGradients: ProjectedGradientsModule,
-    GradientMatches: GradientMatchesModule,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +66,7 @@ class TrajectoryDataModule(LightningDataModule):
         selector: Rule,
         baseline: Rule | None,
         recipe: Recipe,
-        probe: Probe,
+        probe: ScoringSettings,
         seed: int,
         cache: Path,
         make_trainer: Callable[[str], Trainer],
@@ -225,30 +191,19 @@ class TrajectoryDataModule(LightningDataModule):
         overlong = len(self.trajectories.scored) - len(self.scored)
         return {**self.trajectories.dropped, "overlong_for_scorer": overlong}
 
-    def _work(self, warmup: tuple[tuple[Path, float], ...] = ()) -> Work:
-        return Work(
+    def _inputs(self, warmup: tuple[tuple[Path, float], ...] = ()) -> PassInputs:
+        return PassInputs(
             student=self.scorer,
-            probe=self.probe,
+            settings=self.probe,
             pool=self.scored_trajectories,
             rows=self.scored,
             seed=self.seed,
             warmup=warmup,
         )
 
-    def pass_identity(self, wanted: Pass, work: Work | None = None) -> dict[str, Any]:
-        """All that the columns of a pass depend on, over all that is scored or over other `work` on the same pool."""
-        work = work or self._work()
-        module = MODULES[type(wanted)]
-        identity = {
-            "student": self.scorer.identity(),
-            "dtype": str(work.student.resolve_dtype(self.device)),
-            "attention": self.scorer.attention,
-            **self.scored_trajectories.identity,
-            **module.identity(wanted, work),
-            "versions": formula_versions("tokens", "forward", libraries=STUDENT_LIBRARIES) | {"pass": module.VERSION},
-        }
-        if not np.array_equal(work.rows, self.scored_trajectories.scored):  # the trained student drops rows too
-            identity["rows"] = hashlib.sha256(work.rows.tobytes()).hexdigest()
+    def pass_identity(self, wanted: Pass, inputs: PassInputs | None = None) -> dict[str, Any]:
+        """All that a pass's columns depend on, over all that is scored or over other `inputs` from the same pool."""
+        identity = identify_pass(wanted, inputs or self._inputs(), self.device)
         if isinstance(wanted, GradientMatches):
             identity["warm_up"] = self.identify_training(self.recipe.for_epochs(wanted.epochs))
         return identity
@@ -300,16 +255,16 @@ class TrajectoryDataModule(LightningDataModule):
         else:
             if isinstance(wanted, GradientMatches) and warm_up is None:
                 raise LarkError(f"{wanted.name} needs a warm-up arm, which python -m lark.run trains; use that")
-            work = self._work(warm_up.checkpoints if warm_up else ())
+            inputs = self._inputs(warm_up.checkpoints if warm_up else ())
             done = len(read_row_numbers(folder))
             logger.info(
-                f"{label}: scoring {len(work.rows) - done:,} trajectories ({folder.name})"
+                f"{label}: scoring {len(inputs.rows) - done:,} trajectories ({folder.name})"
                 + (f"; {done:,} are kept of a pass that was interrupted" if done else "")
             )
-            module = MODULES[type(wanted)](wanted=wanted, work=work, folder=folder)
+            module = wanted.load_module()(wanted=wanted, inputs=inputs, folder=folder)
             trainer = self.make_trainer(label)
             trainer.logger = experiment_logger
-            measure(trainer, module, self.pass_identity(wanted), before=warm_up.cost if warm_up else {})
+            run_pass(trainer, module, self.pass_identity(wanted), before=warm_up.cost if warm_up else {})
         self.is_cached[wanted] = cached
         self.costs[wanted] = read_json(folder / "manifest.json")
         if not cached and (throughput := self.costs[wanted].get("throughput")):
