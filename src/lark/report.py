@@ -7,18 +7,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from lark.common.cache import check_writable, write_text
+from lark.common.cache import check_writable
 from lark.common.errors import LarkError
 from lark.comparison.summaries import read_summaries, take_best_rates
 
-if TYPE_CHECKING:
-    from lark.comparison.comparison import Comparison
-
-FAILURES = 10  # how many failed runs are named
 FORMATS = {"csv": ("arms.csv", "differences.csv"), "latex": ("comparison.tex",), "json": ("comparison.json",)}
 """What can be printed instead of the table, as it is in these files."""
 
@@ -38,8 +34,8 @@ def report(
     Raises LarkError where there is no summary.json, nothing to put into a file, or `output` cannot be written.
     """
     from lark.comparison.comparison import compare
-    from lark.comparison.files import render_files
-    from lark.comparison.printing import print_run, print_runs
+    from lark.comparison.files import render_files, write_files
+    from lark.comparison.printing import print_failures, print_run, print_runs
 
     summaries = read_summaries(folders)
     summaries = take_best_rates(summaries) if best_lr else summaries
@@ -54,11 +50,11 @@ def report(
     beside = sys.stdout if form == "table" else sys.stderr
     for folder, stage in comparison.stopped:
         print(f"{folder}: stopped after {stage}, as it was told to", file=beside)
-    _print_failures(comparison)
+    print_failures(comparison)
     if comparison.runs == 0 and (form != "table" or output):
         raise LarkError(f"no run in or below {', '.join(map(str, folders))} came to its end; there is nothing to write")
     if output:
-        _write_files(comparison, check_writable(output, "--output"), beside)
+        write_files(comparison, check_writable(output, "--output"), beside)
     if page:
         from lark.page.write import write_page
 
@@ -72,36 +68,21 @@ class ComparisonCallback(Callback):
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """Compare the jobs if several finished: the table of a single one has been printed."""
         from lark.comparison.comparison import compare
-        from lark.comparison.printing import print_runs
+        from lark.comparison.files import write_files
+        from lark.comparison.printing import print_failures, print_runs
         from lark.page.write import write_own_page
 
         folder = Path(config.hydra.sweep.dir)
         comparison = compare(read_summaries([folder]))
         if comparison.runs > 1:
             print_runs(comparison)
-            _write_files(comparison, folder, sys.stdout)
-        if comparison.runs > 1 or len(comparison.stopped) > 1:
-            print(f"page        {write_own_page(folder)}")
-        _print_failures(comparison)
+            write_files(comparison, folder, sys.stdout)
+        several = comparison.runs > 1 or len(comparison.stopped) > 1
+        if several and (page := write_own_page(folder)):
+            print(f"page        {page}")
+        print_failures(comparison)
         if comparison.failed:
             sys.exit(1)
-
-
-def _write_files(comparison: "Comparison", folder: Path, beside: TextIO) -> None:
-    from lark.comparison.files import render_files
-
-    files = render_files(comparison)
-    for name, text in files.items():
-        write_text(folder / name, text)
-    print(f"comparison  {folder}: {', '.join(files)}", file=beside)
-
-
-def _print_failures(comparison: "Comparison") -> None:
-    """Print the last few; a page written by --page, and --output, have all."""
-    for folder, error in comparison.failed[-FAILURES:]:
-        print(f"failed: {folder}: {error}", file=sys.stderr)
-    if (further := len(comparison.failed) - FAILURES) > 0:
-        print(f"failed: {further} further runs, which --page and --output name", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:

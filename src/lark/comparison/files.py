@@ -1,13 +1,15 @@
-"""Render a comparison as the text of CSV, LaTeX and JSON files."""
+"""Render a comparison as CSV, LaTeX and JSON, and write it to files."""
 
 import json
 import math
 import re
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import pandas as pd
 
+from lark.common.cache import write_text
 from lark.comparison.comparison import Comparison
 from lark.comparison.tables import TextTable, build_tables, describe_gaps
 
@@ -21,6 +23,14 @@ def render_files(comparison: Comparison) -> dict[str, str]:
         "comparison.tex": "\n".join(map(_render_latex, build_tables(comparison))),
         "comparison.json": json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     }
+
+
+def write_files(comparison: Comparison, folder: Path, beside: TextIO) -> None:
+    """Write the comparison's files, each whole or not at all, and say so on `beside`."""
+    files = render_files(comparison)
+    for name, text in files.items():
+        write_text(folder / name, text)
+    print(f"comparison  {folder}: {', '.join(files)}", file=beside)
 
 
 def _render_latex(table: TextTable) -> str:

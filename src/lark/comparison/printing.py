@@ -15,6 +15,7 @@ from lark.comparison.tables import LEGEND, TextTable, build_run_table, build_tab
 
 WIDTH = 100  # columns where there is no terminal
 LABEL_WIDTH = 40
+FAILURES_SHOWN = 10
 
 
 def make_console() -> Console:
@@ -38,6 +39,14 @@ def print_runs(comparison: Comparison) -> None:
     """Print the comparison of several runs, with what it means, its notes and a legend."""
     _print(build_tables(comparison), comparison.groups)
     make_console().print(LEGEND)
+
+
+def print_failures(comparison: Comparison) -> None:
+    """Print the last few failed runs to stderr; a page written by --page, and --output, have all."""
+    for folder, error in comparison.failed[-FAILURES_SHOWN:]:
+        print(f"failed: {folder}: {error}", file=sys.stderr)
+    if (further := len(comparison.failed) - FAILURES_SHOWN) > 0:
+        print(f"failed: {further} further runs, which --page and --output name", file=sys.stderr)
 
 
 def _print(tables: Iterable[TextTable], groups: Iterable[Group]) -> None:
