@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark.answers.quantities import parse_number, parse_quantity, plain_notation, same_quantity
+from lark.answers.quantities import is_same_quantity, parse_number, parse_quantity, to_plain_notation
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def test_answers_may_be_equations_and_sentences(text, value):
 def test_equal_as_written_or_in_value(gold, answer, same):
     wanted, stated = parse_quantity(gold), parse_quantity(answer)
     assert wanted is not None and stated is not None
-    assert same_quantity(wanted, stated) is same
+    assert is_same_quantity(wanted, stated) is same
 
 
 @given(st.text(alphabet="5./,+-*()=% $\\{}abor^x\n", max_size=60))
 def test_any_text_is_read_or_refused(text):
     for equations in (False, True):
         quantity = parse_quantity(text, equations=equations)
-        assert quantity is None or same_quantity(quantity, quantity)
+        assert quantity is None or is_same_quantity(quantity, quantity)
 
 
 def test_plain_notation():
-    assert plain_notation(r"**$\text{ (B) } 10\,000$**") == "(B) 10000"
-    assert plain_notation(r"\sqrt{2}") == r"\sqrt{2}"
+    assert to_plain_notation(r"**$\text{ (B) } 10\,000$**") == "(B) 10000"
+    assert to_plain_notation(r"\sqrt{2}") == r"\sqrt{2}"

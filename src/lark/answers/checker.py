@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lark.answers.equivalence import equal_as_written, tidy
+from lark.answers.equivalence import compare_as_written, tidy_latex
 from lark.answers.extract import compile_pattern, extract_answer, parse_choice
-from lark.answers.quantities import parse_quantity, same_quantity
-from lark.answers.workers import math_equal, outcome, reasoning_gym_equal, start_pool
+from lark.answers.quantities import is_same_quantity, parse_quantity
+from lark.answers.workers import get_outcome, is_math_equal, passes_reasoning_gym, start_pool
 from lark.common.errors import LarkError
 
 KINDS = ("math", "number", "choice", "reasoning_gym", "exact")
@@ -59,13 +59,13 @@ class Checker:
 
     Kinds:
         exact: the stripped strings are equal.
-        number: both state one number and agree (`lark.answers.quantities.same_quantity`): 27.0 is 27, 50% is 50 and 0.5.
-        choice: the same letter of a multiple-choice question (`lark.answers.extract.parse_choice`).
-        math: equal numbers or numerals (`lark.answers.equivalence.equal_as_written`), else math-verify, gold first, in workers.
+        number: both state one number and agree (`quantities.is_same_quantity`): 27.0 is 27, 50% is 50 and 0.5.
+        choice: the same letter of a multiple-choice question (`extract.parse_choice`).
+        math: equal numbers or numerals (`equivalence.compare_as_written`), else math-verify, gold first, in workers.
         reasoning_gym: the verifier of the item's `source_dataset`, in workers; a score of 1.0 is correct.
 
-    Answers are found as `lark.answers.extract.extract_answer` says. An item may have a kind and a pattern of its own, so one
-    checker checks rows of several kinds.
+    Answers are found by `extract.extract_answer`. An item may have a kind and a pattern of its own, so one checker
+    checks rows of several kinds.
 
     Use it as a context manager: workers start when the first check needs them and end with the block. They are started
     by a fork server or spawned, never forked from a process that has threads or a GPU context.
@@ -103,16 +103,16 @@ class Checker:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker processes, if any were started."""
+        """End the worker processes, if any were started."""
         while self._pools:
             pool = self._pools.popitem()[1]
             pool.stop()
             pool.join()
 
     def validate(self, items: Sequence[Answer]) -> None:
-        """Raises LarkError on the first item whose gold answer its kind cannot check; texts are not looked at.
+        """Check that each item's kind can check its gold answer; texts are not looked at.
 
-        Costs no worker process; meant to be called before anything is generated.
+        Costs no worker process; meant to be called before anything is generated. Raises LarkError on the first.
         """
         for item in items:
             kind = item.kind or self.kind
@@ -121,19 +121,19 @@ class Checker:
             compile_pattern(item.pattern)
             if kind == "number" and parse_quantity(item.gold) is None:
                 raise LarkError(
-                    f"task.checker='number', but the gold answer {item.gold[:80]!r} is no plain number; "
+                    f"task.checker='number', but the gold answer {item.gold[:80]!r} is not a plain number; "
                     "set task.checker to math or exact"
                 )
             if kind == "choice" and parse_choice(item.gold) is None:
                 raise LarkError(
-                    f"task.checker='choice', but the gold answer {item.gold[:80]!r} is no letter; "
+                    f"task.checker='choice', but the gold answer {item.gold[:80]!r} is not a letter; "
                     "give the letter of the right option, or set task.checker to math, number or exact"
                 )
             if kind == "reasoning_gym":
-                _source_dataset(item)
+                _find_source_dataset(item)
 
     def check(self, items: Sequence[Answer]) -> list[Verdict]:
-        """One verdict per item, in their order.
+        """Return one verdict per item, in their order.
 
         Raises:
             LarkError: a gold answer or a row that its kind cannot check.
@@ -149,7 +149,7 @@ class Checker:
                 waiting[i] = key
                 if key not in futures:
                     futures[key] = self._schedule(item, key)
-        outcomes = {key: outcome(future) for key, future in futures.items()}
+        outcomes = {key: get_outcome(future) for key, future in futures.items()}
         for i, key in waiting.items():
             correct, timed_out = outcomes[key]
             verdicts[i] = Verdict(correct=correct, answer=key[0], timed_out=timed_out)
@@ -158,7 +158,7 @@ class Checker:
         return decided
 
     def _decide(self, item: Answer) -> tuple[Verdict | None, tuple[Any, ...] | None]:
-        """The verdict on an item, or the question that a worker has to answer."""
+        """Return the verdict on an item, or the question that a worker has to answer."""
         kind = item.kind or self.kind
         try:
             answer = extract_answer(item.text, self.pattern if item.pattern is None else item.pattern, kind)
@@ -172,13 +172,13 @@ class Checker:
         if kind == "number":
             gold, stated = parse_quantity(item.gold), parse_quantity(answer, equations=True)
             assert gold is not None, "gold answers are validated"
-            return Verdict(correct=stated is not None and same_quantity(gold, stated), answer=answer), None
+            return Verdict(correct=stated is not None and is_same_quantity(gold, stated), answer=answer), None
         if kind == "choice":
             return Verdict(correct=parse_choice(answer) == parse_choice(item.gold), answer=answer), None
         if len(answer) > max(MAX_CHARACTERS, 4 * len(item.gold)):
             return Verdict(correct=False, answer=answer, oversized=True), None
         if kind == "math":
-            equal = equal_as_written(item.gold, answer)
+            equal = compare_as_written(item.gold, answer)
             if equal is not None:
                 return Verdict(correct=equal, answer=answer), None
         return None, (answer, kind, item.gold, item.source_dataset, id(item.metadata))
@@ -190,15 +190,15 @@ class Checker:
             self._pools[library] = start_pool(library, self.workers)
         if kind == "math":
             return self._pools[library].schedule(
-                math_equal, args=(tidy(item.gold), tidy(answer)), timeout=self.time_limit
+                is_math_equal, args=(tidy_latex(item.gold), tidy_latex(answer)), timeout=self.time_limit
             )
         entry = {"answer": item.gold, "metadata": dict(item.metadata or {})}
-        args = (_source_dataset(item), entry, answer)
-        return self._pools[library].schedule(reasoning_gym_equal, args=args, timeout=self.time_limit)
+        args = (_find_source_dataset(item), entry, answer)
+        return self._pools[library].schedule(passes_reasoning_gym, args=args, timeout=self.time_limit)
 
 
-def _source_dataset(item: Answer) -> str:
-    """The item's source_dataset, if reasoning_gym has it; else ValueError."""
+def _find_source_dataset(item: Answer) -> str:
+    """Return the item's source_dataset. Raises LarkError if reasoning_gym does not have it."""
     remedy = "add or correct that column, or set task.checker to math, number or exact"
     if item.source_dataset is None:
         raise LarkError(
@@ -207,5 +207,5 @@ def _source_dataset(item: Answer) -> str:
     from reasoning_gym.factory import DATASETS
 
     if item.source_dataset not in DATASETS:
-        raise LarkError(f"source_dataset={item.source_dataset!r} is no data set of reasoning_gym; {remedy}")
+        raise LarkError(f"source_dataset={item.source_dataset!r} is not a data set of reasoning_gym; {remedy}")
     return item.source_dataset

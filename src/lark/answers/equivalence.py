@@ -5,7 +5,7 @@ Both sides go through the same steps, all linear in the text.
 
 import re
 
-from lark.answers.quantities import parse_quantity, plain_notation, same_quantity
+from lark.answers.quantities import is_same_quantity, parse_quantity, to_plain_notation
 
 _NUMERAL = re.compile(r"\(?\s*([A-Z]{0,9}\d[0-9A-Z]{0,99})\s*\)?\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
 _DIGITS = re.compile(r"[0-9A-Z]{1,100}")
@@ -28,8 +28,8 @@ _SPELLED = (
 )
 
 
-def tidy(text: str) -> str:
-    r"""The expression without math delimiters, Markdown emphasis and a final full stop, in math-verify's spelling."""
+def tidy_latex(text: str) -> str:
+    r"""Return the expression without math delimiters, emphasis and a final full stop, in math-verify's spelling."""
     text = _DELIMITERS.sub(" ", text)
     for spelled, instead in _SPELLED:
         text = spelled.sub(instead, text)
@@ -37,27 +37,27 @@ def tidy(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") and not text.endswith("..") else text
 
 
-def equal_as_written(gold: str, answer: str) -> bool | None:
-    r"""Whether two answers are equal, where that shows without algebra; None if it takes algebra to tell.
+def compare_as_written(gold: str, answer: str) -> bool | None:
+    r"""Tell whether two answers are equal, where that shows without algebra; None if it takes algebra.
 
-    Numbers with units, percent or currency are compared as `lark.answers.quantities.same_quantity` says. Numerals with a base
-    as subscript (2516_8) are equal if their values are, and if only one side names the base, if their digits are.
+    Numbers with units, percent or currency are compared by `is_same_quantity`. Numerals with a base as subscript
+    (2516_8) are equal if their values are, and if only one side names the base, if their digits are.
     """
-    plain = plain_notation(gold), plain_notation(answer)
+    plain = to_plain_notation(gold), to_plain_notation(answer)
     if _IDLE_SPACE.sub("", plain[0]) == _IDLE_SPACE.sub("", plain[1]):
         return True
     if any(map(_NUMERAL.fullmatch, plain)):
-        return _same_numeral(*plain)
+        return _is_same_numeral(*plain)
     wanted, stated = parse_quantity(gold), parse_quantity(answer, equations=True)
     if wanted is None or stated is None:
         return None
-    if same_quantity(wanted, stated):
+    if is_same_quantity(wanted, stated):
         return True
     # Different numbers, units or names; 0.333333 is left to math-verify, which rounds to 6 places.
     return None if any(map(_ROUNDED.search, (gold, answer))) else False
 
 
-def _same_numeral(gold: str, answer: str) -> bool | None:
+def _is_same_numeral(gold: str, answer: str) -> bool | None:
     sides = []
     for text in (gold, answer):
         if match := _NUMERAL.fullmatch(text):

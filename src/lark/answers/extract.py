@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import regex
 
-from lark.answers.quantities import parse_number, plain_notation
+from lark.answers.quantities import parse_number, to_plain_notation
 from lark.common.errors import LarkError
 
 __all__ = ["compile_pattern", "extract_answer", "find_boxed", "parse_choice", "parse_number"]
@@ -50,11 +50,11 @@ _ANOTHER_CHOICE = re.compile(r"\s*(?:(?:[,/&]|\b(?:or|and)\b)\s*\(?[A-Z]\b|\(\s*
 
 
 def find_boxed(text: str) -> str | None:
-    r"""The content of the last non-empty `\boxed{...}` with balanced braces outside <think> blocks, or None.
+    r"""Find the content of the last non-empty `\boxed{...}` with balanced braces outside <think> blocks, or None.
 
     Of nested boxes the innermost that starts last counts; `\fbox{...}` is a box too. Linear in the length of the text.
     """
-    text = _outside_thought(text)
+    text = _strip_thoughts(text)
     starts = [place for place in map(text.find, ("boxed", "fbox")) if place >= 0]
     if not starts:
         return None
@@ -74,7 +74,7 @@ def find_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str, pattern: str | None = None, kind: str | None = None) -> str | None:
-    r"""The final answer a text states, or None.
+    r"""Find the final answer a text states, or None.
 
     In this order: its last `\boxed{...}`; the last match of the task's pattern; the last `<answer>...</answer>`; and
     for the kinds number and choice the last sentence that says what the answer is ("the answer is 18", "#### 18",
@@ -96,19 +96,19 @@ def extract_answer(text: str, pattern: str | None = None, kind: str | None = Non
     boxed = find_boxed(text)
     if boxed is not None and (kind != "choice" or _LETTER.search(boxed) or parse_choice(boxed)):
         return boxed
-    text = _outside_thought(text)
+    text = _strip_thoughts(text)
     if compiled is not None:
         answer = None
         for match in compiled.finditer(text, timeout=PATTERN_SECONDS):
             answer = match.group(1) or answer
         if answer and answer.strip():
             return answer.strip()
-    return _stated(text, kind) or boxed
+    return _find_statement(text, kind) or boxed
 
 
 @lru_cache(maxsize=64)
 def compile_pattern(pattern: str | None) -> "regex.Pattern[str] | None":
-    """The task's answer pattern, compiled; ValueError if it is no regular expression or has no group."""
+    """Compile the task's answer pattern. Raises LarkError if it is not a regular expression or has no group."""
     if pattern is None:
         return None
     try:
@@ -121,12 +121,12 @@ def compile_pattern(pattern: str | None) -> "regex.Pattern[str] | None":
 
 
 def parse_choice(text: str) -> str | None:
-    r"""The one letter, A to Z, that an answer to a multiple-choice question chooses, or None.
+    r"""Find the one letter, A to Z, that an answer to a multiple-choice question chooses, or None.
 
     Reads B, (B), b), \text{(B)}, "B. text of the option", "option B"; what follows the letter is not looked at, unless
     it is another letter. A word that begins the answer is no letter ("A cat").
     """
-    match = _CHOICE.fullmatch(plain_notation(text[:1000]).replace("**", ""))
+    match = _CHOICE.fullmatch(to_plain_notation(text[:1000]).replace("**", ""))
     if match is None:
         return None
     bracketed, after, bare = match.groups()
@@ -135,7 +135,7 @@ def parse_choice(text: str) -> str | None:
     return (bracketed or bare).upper()
 
 
-def _stated(text: str, kind: str | None) -> str | None:
+def _find_statement(text: str, kind: str | None) -> str | None:
     tagged = None
     for match in _TAGGED.finditer(text):
         tagged = match["answer"].strip() or tagged
@@ -144,7 +144,7 @@ def _stated(text: str, kind: str | None) -> str | None:
     found: list[tuple[int, str]] = []  # the last of each form
     for form in (_STATED, _NAMED_CHOICE) if kind == "choice" else (_STATED,):
         for match in reversed(deque(form.finditer(text), maxlen=_STATEMENTS)):
-            if clause := _clause(match["answer"], kind):
+            if clause := _cut_clause(match["answer"], kind):
                 found.append((match.start(), clause))
                 break
     if found:
@@ -156,16 +156,16 @@ def _stated(text: str, kind: str | None) -> str | None:
     return None
 
 
-def _clause(said: str, kind: str) -> str | None:
-    """The part of a sentence that is the answer; None if there is nothing in it that could be one."""
+def _cut_clause(said: str, kind: str) -> str | None:
+    """Return the part of a sentence that is the answer; None if nothing in it could be one."""
     said = re.sub(r"(?<=\S)\*\*(?!\w)", "", said.partition("</answer>")[0])  # the end of bold; 2**3 is none
     clause = _SENTENCE_END.split(said, maxsplit=1)[0].strip()
     if kind == "choice":
-        possible = re.match(r"(?:(?i:option|choice)\s+)?\(?\s*[A-Z]\b", plain_notation(clause).replace("**", ""))
+        possible = re.match(r"(?:(?i:option|choice)\s+)?\(?\s*[A-Z]\b", to_plain_notation(clause).replace("**", ""))
         return clause if possible else None
     return clause if any(map(str.isdigit, clause)) else None
 
 
-def _outside_thought(text: str) -> str:
+def _strip_thoughts(text: str) -> str:
     text = text.rpartition("</think>")[2]
     return text.partition("<think>")[0]

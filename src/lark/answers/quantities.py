@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from operator import add, mul, sub, truediv
 
-from lark.common.errors import LarkError
-
 _MAX_CHARACTERS = 400
 _MAX_DIGITS = 100  # also the largest power of ten
 
@@ -125,13 +123,13 @@ class Quantity:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The number a text states, or None: `parse_quantity` without what stands around the number; 50% gives 50."""
+    r"""Return the number a text states, or None: `parse_quantity` without what stands around the number; 50% gives 50."""
     quantity = parse_quantity(text)
     return None if quantity is None else quantity.written
 
 
-def same_quantity(gold: Quantity, answer: Quantity) -> bool:
-    """Whether two quantities agree: as written, or in value.
+def is_same_quantity(gold: Quantity, answer: Quantity) -> bool:
+    """Tell whether two quantities agree: as written, or in value.
 
     A gold answer of 50 or of 0.5 is both met by 50%, since nothing tells which of the two was asked for; 0.5 does not
     meet 50. Units matter where both sides have one that is known: 5 cm is 50 mm, and neither 5 m nor 5 kg.
@@ -164,13 +162,13 @@ def parse_quantity(text: str, *, equations: bool = False) -> Quantity | None:
     """
     if len(text) > _MAX_CHARACTERS or sum(map(str.isdecimal, text)) > _MAX_DIGITS:
         return None
-    text = plain_notation(text)
+    text = to_plain_notation(text)
     while len(text) > 2 and text[0] + text[-1] in ("()", "{}") and not re.search(r"[(){}]", text[1:-1]):
         text = text[1:-1].strip()
     sides, signs = _EQUALS.split(text), _EQUALS.findall(text)
-    last = _quantity(sides[-1])
+    last = _read_quantity(sides[-1])
     if last is None and equations and len(sides) == 1:
-        return _sentence(text) or _arithmetic(text)
+        return _read_sentence(text) or _compute_arithmetic(text)
     if last is None:
         return None
     name = None
@@ -178,9 +176,9 @@ def parse_quantity(text: str, *, equations: bool = False) -> Quantity | None:
         side = side.strip()
         if i == 0 and _NAME.fullmatch(side) and side.lower() not in _REFUSED:
             name = re.sub(r"[{}\\]", "", side)
-        elif (number := _quantity(side)) is not None and equations:
-            rounded = sign != "=" and _rounds_to(number.written, sides[-1])
-            if not rounded and not same_quantity(number, last):
+        elif (number := _read_quantity(side)) is not None and equations:
+            rounded = sign != "=" and _is_rounded_to(number.written, sides[-1])
+            if not rounded and not is_same_quantity(number, last):
                 return None
             last = number if rounded else last
         elif not (equations and _is_calculation(side, words=i == 0)) and (side or sign == "="):
@@ -188,8 +186,8 @@ def parse_quantity(text: str, *, equations: bool = False) -> Quantity | None:
     return Quantity(last.written, last.scale, last.unit, name)
 
 
-def plain_notation(text: str) -> str:
-    r"""The text without Markdown emphasis, math delimiters, \text and the like, spacing commands and digit groups."""
+def to_plain_notation(text: str) -> str:
+    r"""Return the text without emphasis, math delimiters, \text and the like, spacing commands and digit groups."""
     text = _GROUPED.sub("", text.replace(r"{,}", ",")).translate(_CHARACTERS).strip().strip("*`").strip()
     if len(text) > 2 and text[0] == text[-1] == "$":
         text = text.strip("$")
@@ -204,46 +202,46 @@ def plain_notation(text: str) -> str:
     return text.strip("*` ")
 
 
-def _quantity(text: str) -> Quantity | None:
+def _read_quantity(text: str) -> Quantity | None:
     text = _INTRODUCED.sub("", text.strip(), count=1)
     match = _NUMBER.match(text)
     if match is None or not text.isprintable() or any(c.isdecimal() and not c.isascii() for c in text):
         return None
-    written = _value(match.groupdict())
+    written = _compute_value(match.groupdict())
     if written is None:
         return None
     unit = (_CURRENCY[match["currency"]], Fraction(1)) if match["currency"] else None
-    after = _after(text[match.end() :])
+    after = _read_unit(text[match.end() :])
     if after is None or (unit and after[1] and unit != after[1]):
         return None
     return Quantity(written, after[0], unit or after[1])
 
 
-def _sentence(text: str) -> Quantity | None:
+def _read_sentence(text: str) -> Quantity | None:
     before = _BEFORE.match(text)
     words = re.findall(r"[a-z]+", before[0].lower()) if before else []
     if before is None or len(words) < 2 or _REFUSED_BEFORE.intersection(words):
         return None
-    return _quantity(text[before.end() :])
+    return _read_quantity(text[before.end() :])
 
 
 def _is_calculation(text: str, *, words: bool) -> bool:
-    """Whether a side of an equation is numbers, operators and words (2x is neither), or, with `words`, words alone."""
+    """Tell whether a side of an equation is numbers, operators and words (not 2x) or, with `words`, words alone."""
     if _REFUSED.intersection(re.findall(r"[a-z]+", text.lower())):
         return False
-    rest = _operators(re.sub(r"[%^]|(?<![\\A-Za-z])[A-Za-z]{2,}(?:'[a-z]+)?", " ", text)).strip()
+    rest = _spell_operators(re.sub(r"[%^]|(?<![\\A-Za-z])[A-Za-z]{2,}(?:'[a-z]+)?", " ", text)).strip()
     return bool(_ARITHMETIC.fullmatch(rest)) if rest else words and bool(text.strip())
 
 
-def _operators(text: str) -> str:
+def _spell_operators(text: str) -> str:
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|[$€£¥₹]", "", text)
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
     return re.sub(r"\\div(?![a-z])|÷", "/", re.sub(r"\\(?:times|cdot)(?![a-z])", "*", text))
 
 
-def _arithmetic(text: str) -> Quantity | None:
-    """The value of a sum of plain numbers; None for anything else."""
-    text = _operators(text).strip()
+def _compute_arithmetic(text: str) -> Quantity | None:
+    """Compute the value of a sum of plain numbers; None for anything else."""
+    text = _spell_operators(text).strip()
     if not _ARITHMETIC.fullmatch(text):
         return None
     try:
@@ -261,10 +259,10 @@ def _evaluate(node: ast.expr, text: str) -> Fraction:
         case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
             operate = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}[type(node.op)]
             return operate(_evaluate(node.left, text), _evaluate(node.right, text))
-    raise LarkError(f"{type(node).__name__} is no arithmetic")
+    raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
-def _value(parts: dict[str, str | None]) -> Fraction | None:
+def _compute_value(parts: dict[str, str | None]) -> Fraction | None:
     sign = -1 if (parts["sign"] == "-") ^ (parts["sign2"] == "-") else 1
     if parts["sign"] and parts["sign2"]:
         return None
@@ -273,10 +271,10 @@ def _value(parts: dict[str, str | None]) -> Fraction | None:
     if parts["decimal"] or parts["hour"]:
         above = parts["decimal"] or parts["hour"]
     assert above is not None, "every alternative of the pattern has a numerator"
-    divisor = _fraction(below or "1")
+    divisor = _parse_fraction(below or "1")
     if divisor == 0:
         return None
-    value = _fraction(above) / divisor
+    value = _parse_fraction(above) / divisor
     if power := parts["power"] or parts["power1"] or parts["exponent"]:
         if len(power) > 4 or abs(int(power)) > _MAX_DIGITS:
             return None
@@ -284,12 +282,12 @@ def _value(parts: dict[str, str | None]) -> Fraction | None:
     if parts["whole"]:
         if not 0 < value < 1:  # 3 4/2 is no mixed number
             return None
-        value += _fraction(parts["whole"])
+        value += _parse_fraction(parts["whole"])
     return sign * value
 
 
-def _after(text: str) -> tuple[Fraction, tuple[str, Fraction] | None] | None:
-    """(scale, unit) of what follows a number, or None if it is no unit."""
+def _read_unit(text: str) -> tuple[Fraction, tuple[str, Fraction] | None] | None:
+    """Return (scale, unit) of what follows a number, or None if it is not a unit."""
     if not text.strip():
         return Fraction(1), None
     tokens = _WORDS.findall(text)
@@ -302,7 +300,7 @@ def _after(text: str) -> tuple[Fraction, tuple[str, Fraction] | None] | None:
     rest = words if scale is None else words[1:]
     attached = text[0] == rest[0][0] if rest else False
     for i, word in enumerate(rest):
-        known = _known_unit(word) is not None or word in _SHORT_WORDS
+        known = _find_unit(word) is not None or word in _SHORT_WORDS
         shortest = 4 if attached and i == 0 else 1 if i else 3
         if not known and len(word) < shortest:
             return None
@@ -310,11 +308,11 @@ def _after(text: str) -> tuple[Fraction, tuple[str, Fraction] | None] | None:
         return None
     powers = any(token[0] == "^" for token in tokens)
     compound = powers or "/" in text or "per" in rest or len(rest) != 1
-    unit = None if compound or not rest else _known_unit(rest[0])
+    unit = None if compound or not rest else _find_unit(rest[0])
     return scale or Fraction(1), unit
 
 
-def _known_unit(word: str) -> tuple[str, Fraction] | None:
+def _find_unit(word: str) -> tuple[str, Fraction] | None:
     if word in _CURRENCY:
         return _CURRENCY[word], Fraction(1)
     lower = word if len(word) == 1 else word.lower()  # M and S are no metres and seconds
@@ -322,13 +320,13 @@ def _known_unit(word: str) -> tuple[str, Fraction] | None:
     return _UNITS.get("l" if lower == "L" else lower) or _UNITS.get(singular)
 
 
-def _rounds_to(exact: Fraction, written: str) -> bool:
-    """Whether the exact number, rounded to as many places as are written, is the written one."""
-    number = _quantity(written)
+def _is_rounded_to(exact: Fraction, written: str) -> bool:
+    """Tell whether the exact number, rounded to as many places as are written, is the written one."""
+    number = _read_quantity(written)
     decimals = re.search(r"\.(\d+)", written)
     places = len(decimals[1]) if decimals else 0
     return number is not None and abs(exact - number.written) * 2 <= Fraction(1, 10**places)
 
 
-def _fraction(decimal: str) -> Fraction:
+def _parse_fraction(decimal: str) -> Fraction:
     return Fraction(re.sub(r"[,\s]", "", decimal))

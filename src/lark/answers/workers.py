@@ -23,8 +23,10 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def start_pool(library: str, workers: int) -> ProcessPool:
-    """Processes with the library imported, started by a fork server or spawned: never forked from a process that has
-    threads or a GPU context."""
+    """Start processes with the library imported, by a fork server or spawned.
+
+    Never forked from a process that has threads or a GPU context.
+    """
     return ProcessPool(
         max_workers=workers,
         initializer=_start_worker,
@@ -33,16 +35,16 @@ def start_pool(library: str, workers: int) -> ProcessPool:
     )
 
 
-def outcome(future: Future[bool]) -> tuple[bool, bool]:
-    """(correct, timed out) of one check; one that took its process down counts as timed out."""
+def get_outcome(future: Future[bool]) -> tuple[bool, bool]:
+    """Return (correct, timed out) of one check; one that took its process down counts as timed out."""
     try:
         return future.result(), False
     except (FutureTimeoutError, TimeoutError, ProcessExpired, MemoryError):
         return False, True
 
 
-def math_equal(gold: str, answer: str) -> bool:
-    """Whether math-verify takes the LaTeX expressions for equal; it is not symmetric."""
+def is_math_equal(gold: str, answer: str) -> bool:
+    """Tell whether math-verify finds the LaTeX expressions equal; it is not symmetric."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     # Boxed, because math-verify looks for LaTeX in text, and only at that one place: else it takes any number it finds
@@ -60,8 +62,8 @@ def math_equal(gold: str, answer: str) -> bool:
     return bool(verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True))
 
 
-def reasoning_gym_equal(source_dataset: str, entry: dict[str, Any], answer: str) -> bool:
-    """Whether the verifier of a reasoning_gym data set gives the answer its full score, 1.0.
+def passes_reasoning_gym(source_dataset: str, entry: dict[str, Any], answer: str) -> bool:
+    """Tell whether the verifier of a reasoning_gym data set gives the answer its full score, 1.0.
 
     Raises:
         LarkError: the verifier fails on the right answer too.
@@ -105,7 +107,7 @@ def _process_context(libraries: Sequence[str]) -> multiprocessing.context.BaseCo
 
 
 def _start_worker(library: str) -> None:
-    """Imports the library before the clock of the first check runs, and bounds what a check can do."""
+    """Import the library before the clock of the first check runs, and bound what a check can do."""
     import importlib
     import logging
     import sys
@@ -114,7 +116,7 @@ def _start_worker(library: str) -> None:
     # math-verify warns on every call that its own time limit is off; ours replaces it.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     if library == "math_verify":  # the first comparison builds its grammar, a second that is nobody's time
-        assert math_equal("x^2+2x+1", "(x+1)^2"), "algebra works"
+        assert is_math_equal("x^2+2x+1", "(x+1)^2"), "algebra works"
     if os.name == "posix":
         import resource
 
@@ -126,8 +128,11 @@ def _start_worker(library: str) -> None:
 
 
 def _refuse_harm(event: str, arguments: tuple[Any, ...]) -> None:
-    """Some verifiers of reasoning_gym evaluate the answer as Python. Nothing a check needs writes, connects or starts
-    anything, so what does is refused; a process of its own is the limit of what else such text can reach."""
+    """Refuse what writes, connects or starts anything, which no check needs.
+
+    Some verifiers of reasoning_gym evaluate the answer as Python; a process of its own is the limit of what else such
+    text can reach.
+    """
     if event == "open":
         path, _, flags = arguments
         harmful = bool((flags or 0) & _WRITING) and not isinstance(path, int) and path != os.devnull

@@ -1,6 +1,6 @@
 """The Hugging Face hub: ids told apart from files, commits, downloads, and its errors in one sentence.
 
-Student weights go through transformers, which asks the hub itself; `describe_hub_error` explains its errors too.
+Student weights go through transformers, which asks the hub itself; `describe_refusal` explains its errors too.
 """
 
 import re
@@ -68,12 +68,19 @@ def hub_errors(source: str, revision: str | None, *, shown: str, remedy: str) ->
     try:
         yield
     except (HFValidationError, HTTPError, OSError) as error:
-        clause = describe_hub_error(error, source, revision)
+        clause = describe_refusal(error, source, revision)
+        if clause is None:  # no network, a file missing in the cache, a broken transfer
+            cause = error.__cause__ or error
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
+            clause = (
+                f"(revision {revision or 'main'}) is not in the hub's cache and cannot be fetched ({reason[:200]}): "
+                "connect to the network"
+            )
         raise HubError(f"{shown} {clause}, or {remedy}") from error
 
 
-def describe_hub_error(error: BaseException, source: str, revision: str | None, *, kind: str = "dataset") -> str:
-    """Say in one clause what the hub refused and what helps.
+def describe_refusal(error: BaseException, source: str, revision: str | None, *, kind: str = "dataset") -> str | None:
+    """Say in one clause what the hub refused and what helps; None if it refused nothing.
 
     error: of huggingface_hub, or of a library that raised its own error from one.
     kind: dataset | model.
@@ -102,9 +109,4 @@ def describe_hub_error(error: BaseException, source: str, revision: str | None, 
                 f"is neither a file here nor a {kind} of the hub that you may read: correct it, {terms} if it has any, "
                 "and set HF_TOKEN to a valid token if it is private"
             )
-    # No network, a file missing in the cache, a broken transfer.
-    reason = (str(chain[-1]).strip() or type(chain[-1]).__name__).splitlines()[0].rstrip(".")
-    return (
-        f"(revision {revision or 'main'}) is not in the hub's cache and cannot be fetched ({reason[:200]}): connect to "
-        "the network"
-    )
+    return None

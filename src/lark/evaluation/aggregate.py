@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torchmetrics import Metric
 
-from lark.answers.answer_clusters import votes
+from lark.answers.answer_clusters import cluster_answers
 from lark.common.cache import write_json
 from lark.comparison.inference import compute_mean_interval
 from lark.evaluation.metrics import AverageAtK, MajorityAtK, PassAtK, ProblemMean
@@ -109,7 +109,7 @@ def _votes(records: Sequence[Record], several_right: Collection[str]) -> torch.T
     assert len(of_problem) == num_problems
     return torch.tensor(
         [
-            votes(
+            cluster_answers(
                 [record["answer"] for record in part],
                 [record["correct"] for record in part],
                 one_right=part[0]["problem_id"] not in several_right,

@@ -19,8 +19,8 @@ COMMON = 10  # problems on either side that may share a phrase before it is a fo
 _WORD = re.compile(r"[^\W_]+")
 
 
-def plain_text(text: str) -> str:
-    """The text but for case and white space, by which two problems are told apart."""
+def fold_text(text: str) -> str:
+    """Return the text without differences of case and white space, by which two problems are told apart."""
     return " ".join(text.lower().split())
 
 
@@ -47,7 +47,7 @@ def find_overlap(sets: Mapping[str, Sequence[tuple[str, str]]], pool: Iterable[t
     for name, problems in sets.items():
         for identifier, text in problems:
             texts[hash_question(text)].append((name, identifier))
-            for phrase in _phrases(text):
+            for phrase in _hash_phrases(text):
                 phrases[phrase].add((name, identifier))
     phrases = {phrase: where for phrase, where in phrases.items() if len(where) <= COMMON}
 
@@ -60,7 +60,7 @@ def find_overlap(sets: Mapping[str, Sequence[tuple[str, str]]], pool: Iterable[t
             equal[identifier] = same[0]
             found.update(same)
             order[identifier] = position
-        for phrase in phrases.keys() & set(_phrases(text)):
+        for phrase in phrases.keys() & set(_hash_phrases(text)):
             if len(shared[phrase]) <= COMMON:  # one more than that and it is a form of words
                 shared[phrase].append(identifier)
                 order[identifier] = position
@@ -79,7 +79,7 @@ def find_overlap(sets: Mapping[str, Sequence[tuple[str, str]]], pool: Iterable[t
 
 
 def find_repeated_problems(pool: Iterable[tuple[str, str]]) -> list[list[str]]:
-    """Ids of problems whose text is the same but for case and white space, together; 100 bytes a problem of memory."""
+    """Group the ids of problems whose text is the same but for case and white space; 100 bytes a problem of memory."""
     first: dict[bytes, str] = {}
     more: dict[bytes, list[str]] = {}
     for identifier, text in pool:
@@ -92,11 +92,11 @@ def find_repeated_problems(pool: Iterable[tuple[str, str]]) -> list[list[str]]:
 
 
 def hash_question(text: str) -> bytes:
-    """16 bytes that texts share which differ in case and white space only."""
-    return hashlib.blake2b(plain_text(text).encode(errors="surrogatepass"), digest_size=16).digest()
+    """Return 16 bytes that texts share which differ in case and white space only."""
+    return hashlib.blake2b(fold_text(text).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def _phrases(text: str) -> Iterator[bytes]:
+def _hash_phrases(text: str) -> Iterator[bytes]:
     words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
     for start in range(len(words) - WORDS + 1):
         phrase = " ".join(words[start : start + WORDS])

@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 
 from lark.common.cache import file_hash, read_json, write_json
 from lark.common.errors import LarkError
+from lark.common.hub import describe_refusal
 from lark.student.attention import TREE_ATTENTION, PrefixTree
 from lark.student.chat import Chat, load_template
 from lark.student.token_statistics import Head
@@ -289,6 +290,11 @@ class Student:
                 f"model.path={self.path} holds no student that transformers can load ({_first_line(reason)}); set it "
                 "to a folder with config.json, *.safetensors and tokenizer.json, or to a .gguf file"
             )
+        refusal = isinstance(reason, BaseException) and describe_refusal(
+            reason, str(self.id), self.revision, kind="model"
+        )
+        if refusal:
+            return LarkError(f"model.id={self.id} {refusal}, or set model.path=<a folder or .gguf file>")
         return LarkError(
             f"model={self.name}: {self.id} could be loaded neither from the local Hugging Face cache nor from the hub "
             f"({_first_line(reason)}); set model.path=<a folder or .gguf file>, or connect to the hub once (and log "

@@ -190,7 +190,8 @@ class ImportedTask(Task):
         announce(
             "import",
             f"{manifest['rows']:,} rows of {manifest['problems']:,} problems "
-            f"({manifest['problems_with_answer']:,} with an answer) by {count} {'teacher' if count == 1 else 'teachers'}; "
+            f"({manifest['problems_with_answer']:,} with an answer) "
+            f"by {count} {'teacher' if count == 1 else 'teachers'}; "
             + (f"dropped: {lost} ({folder / 'manifest.json'})" if lost else "none dropped"),
         )
         for what, count in manifest["counts"].items():
