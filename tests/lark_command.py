@@ -34,7 +34,7 @@ class Done:
     def folder(self) -> Path:
         """The run folder it printed."""
         (line,) = (line for line in self.out.splitlines() if line.startswith("LARK "))
-        return Path(line.split()[-1])
+        return Path(line.split()[-1]).absolute()
 
     @property
     def log(self) -> str:

@@ -17,12 +17,14 @@ from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
 
 LEFT_OUT = ("dropped_by_filter", "dropped_without_score", "problems_without_choice", "short_of_selector")
-_TEACHERS_SHOWN = 4
+_TEACHERS_SHOWN = 3
+_CONCENTRATED = 0.5  # of the weight on one teacher of several
+_FOLLOWS = 0.8  # a rank correlation within problems
 
 
 def announce_header(config: DictConfig, folder: Path) -> None:
     """Announce which run this is and where it is kept."""
-    announce("LARK", f"{config.task.name} · {config.model.name} · seed {config.seed}    {folder}")
+    announce("LARK", f"{config.task.name} · {config.model.name} · seed {config.seed}    {_shorten(folder)}")
 
 
 def announce_scoring(data: TrajectoryDataModule) -> None:
@@ -48,6 +50,7 @@ def announce_selections(data: TrajectoryDataModule) -> None:
         logger.info("%s: %s", name, _describe_selection(name, selection, data))
     announce("selected", " · ".join(shown))
     selector = data.selections["selector"]
+    _warn_of_confounds(data.rules["selector"].name, selector.record)
     if (budget := data.rules["selector"].policy.budget) is not None and _takes_all(selector):
         several = budget > 1 and data.candidates.groups.size.max() > 1
         remedy = "lower it" if several else "a choice needs problems with several candidates"
@@ -57,6 +60,21 @@ def announce_selections(data: TrajectoryDataModule) -> None:
             "selector and baseline chose the same rows with the same weights: no difference is possible; set another "
             "baseline= or budget="
         )
+
+
+def _warn_of_confounds(rule: str, record: Mapping) -> None:
+    """Warn where the score is all but the loss or the length, or one teacher has most of the weight."""
+    names = {"loss": "the loss", "num_tokens": "the length"}
+    found = {names[column]: value for column, value in record["within_problem_spearman"].items() if column in names}
+    follows = [
+        f"its score follows {name} ({value:+.2f})" for name, value in found.items() if value and abs(value) > _FOLLOWS
+    ]
+    (teacher, share), *others = record["teacher_share"].items()
+    if others and share > _CONCENTRATED:
+        follows.insert(0, f"{share:.0%} of its weight is one teacher's ({teacher})")
+    if follows and rule not in ("likelihood", "perplexity_high", "longest", "shortest", "teacher"):
+        remedy = "compare with baseline=teacher_matched_random, shortest and likelihood before believing the result"
+        logger.warning(f"{rule}: {' and '.join(follows)}; {remedy}")
 
 
 def _describe_teachers(record: Mapping) -> str:
@@ -121,8 +139,15 @@ def announce_training(
 
 def announce_paths(folder: Path) -> None:
     """Announce where the report, the selection and the log are."""
-    selection = folder / "selector" / "selection.jsonl"
-    announce("report", f"{folder / 'report.html'}    selection  {selection}    log  {folder / 'run.log'}")
+    report, selection, log = (
+        _shorten(folder / name) for name in ("report.html", "selector/selection.jsonl", "run.log")
+    )
+    announce("report", f"{report}    selection  {selection}    log  {log}")
+
+
+def _shorten(path: Path) -> Path:
+    """Return the path relative to the working folder, if it lies in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def quiet_libraries() -> None:

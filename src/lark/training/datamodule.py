@@ -92,7 +92,7 @@ class TrajectoryDataModule(LightningDataModule):
         self._check_rules()
 
     def _check_rules(self) -> None:
-        """What a rule cannot know by itself. Raises LarkError."""
+        """Check what a rule cannot know by itself. Raises LarkError."""
         for name, rule in self.rules.items():
             for score in (rule.score, getattr(rule.filter, "score", None)):
                 if isinstance(score, DropFirst) and score.skip != self.probe.skip:
@@ -202,7 +202,7 @@ class TrajectoryDataModule(LightningDataModule):
         )
 
     def pass_identity(self, wanted: Pass, inputs: PassInputs | None = None) -> dict[str, Any]:
-        """All that a pass's columns depend on, over all that is scored or over other `inputs` from the same pool."""
+        """Name all that a pass's columns depend on, over all that is scored or over other `inputs` from the same pool."""
         identity = identify_pass(wanted, inputs or self._inputs(), self.device)
         if isinstance(wanted, GradientMatches):
             identity["warm_up"] = self.identify_training(self.recipe.for_epochs(wanted.epochs))
@@ -231,7 +231,7 @@ class TrajectoryDataModule(LightningDataModule):
         self.select()
 
     def score(self) -> None:
-        """The columns of every pass that the rules need: from the cache, or by the student (all ranks take part)."""
+        """Compute the columns of every pass that the rules need, or find them cached; all ranks take part."""
         for wanted in self.needs:
             self.run_pass(wanted, cached=is_complete(self.pass_folder(wanted)))
 
@@ -276,7 +276,7 @@ class TrajectoryDataModule(LightningDataModule):
         return "reuse" if self.is_cached[wanted] else "run"
 
     def cost_of(self, rule: Rule) -> dict[str, float]:
-        """What choosing by `rule` costs: tokens through the student forwards and backwards, device-seconds."""
+        """Sum what choosing by `rule` costs: tokens through the student forwards and backwards, device-seconds."""
         spent = [self.costs[need] for need in rule.needs]
         return {name: sum(cost[name] for cost in spent) for name in COST_COLUMNS}
 
@@ -306,14 +306,14 @@ class TrajectoryDataModule(LightningDataModule):
         )
 
     def select(self) -> None:
-        """The selector's choice, and the baseline's with as many rows of each problem, or as many tokens."""
+        """Select for the selector, and for the baseline as many rows of each problem, or as many tokens."""
         if self.selections:
             return
         for name in self.rules:
             self.selections[name] = self.choose(name, self.selections.get("selector"))
 
     def choose(self, name: str, reference_selection: Selection | None) -> Selection:
-        """What the rule of that name takes of the candidates: on its own, or as the baseline of `reference_selection`."""
+        """Select by the rule of that name: on its own, or as the baseline of `reference_selection`."""
         with prefix_errors(name):
             return select(
                 self.rules[name],

@@ -1,4 +1,4 @@
-"""When training has gone wrong: a loss or gradient that is no number, or a loss far above those before it."""
+"""Tell when training has gone wrong: a loss or gradient that is not a number, or a loss far above those before it."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ HARMLESS = 0.5  # nats/token, below which no loss is a spike
 
 
 class DivergedError(LarkError):
-    """Training came to a loss or gradient that is no number, or to a spike."""
+    """Training came to a loss or gradient that is not a number, or to a spike."""
 
 
 class Losses:
@@ -26,8 +26,8 @@ class Losses:
     def append(self, loss: float) -> None:
         self.recent = [*self.recent, loss][-WINDOW:]
 
-    def reason_to_stop(self, loss: float, norm: float) -> str | None:
-        """Why a step of this loss and gradient norm must not be taken; None if it may."""
+    def find_reason_to_stop(self, loss: float, norm: float) -> str | None:
+        """Say why a step of this loss and gradient norm must not be taken; None if it may."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss:.4g}, gradient norm {norm:.4g}"
         if self.spike is None or len(self.recent) < LEAST:

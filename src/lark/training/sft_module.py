@@ -1,7 +1,7 @@
 """SFTModule: weighted supervised fine-tuning, one training_step = one optimizer step.
 
 A step's loss is sum_N coefficient_N * surprisal_N over the whole global batch. The coefficients already carry weights
-and denominators (see packing.coefficients), so micro-batches and ranks only add up: weights act at any micro-batch
+and denominators (see lark.student.batching), so micro-batches and ranks only add up: weights act at any micro-batch
 size. Gradients are summed over ranks once a step, after its last micro-batch, so that a rank that runs out of memory
 can do its part again in smaller ones. (A student that is divided over ranks, trainer=fsdp, sums them as it goes.)
 """
@@ -74,10 +74,10 @@ class SFTModule(LightningModule):
         self.parallelism, device = Parallelism(self.trainer), self.trainer.strategy.root_device
         # Full fine-tuning keeps float32 master weights; trainer.precision decides what the products run in.
         dtype = torch.float32 if self.student.lora is None else self.student.resolve_dtype(device)
-        self.open(dtype)
+        self.load_student(dtype)
         self.parallelism.divide_for_training(self.student_model, "weighted_surprisal")
 
-    def open(self, dtype: torch.dtype) -> None:
+    def load_student(self, dtype: torch.dtype) -> None:
         """Load the student into `student_model`."""
         self.student_model = self.student.load_trainable(dtype)
         base: Any = get_base_model(self.student_model)
@@ -87,7 +87,7 @@ class SFTModule(LightningModule):
         self.student_model.weighted_surprisal = MethodType(_weighted_surprisal, self.student_model)
 
     def on_fit_start(self) -> None:
-        """Once the student is on its device: what a micro-batch may take there."""
+        """Find what a micro-batch may take, now that the student is on its device."""
         if not self.budget:
             model, checkpointed = get_base_model(self.student_model), self.student.gradient_checkpointing
             own = torch.tensor(
@@ -98,7 +98,7 @@ class SFTModule(LightningModule):
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         optimizer = torch.optim.AdamW(
-            self._trained(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+            self._list_trained(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
         )
 
         def factor(step: int) -> float:
@@ -106,25 +106,25 @@ class SFTModule(LightningModule):
 
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
 
-    def _trained(self) -> list[torch.nn.Parameter]:
+    def _list_trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
     # ---- micro-batches
 
     def micro_batches(self, batch: Step) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """The rank's part of a step, cut and laid out; each with the coefficients [C, R] of its rows."""
+        """Yield the rank's part of a step in micro-batches, each with the coefficients [C, R] of its rows."""
         lay_out = collate_prefix_tree if self.unpacked_reason is None else collate
         plan = self._plan(batch.lengths)
         for part in plan:
             micro = lay_out([batch.encoded[i] for i in part.tolist()], batch.rows[part].tolist())
-            yield self._moved(micro, batch.coefficient_CR[:, part])
+            yield self._move(micro, batch.coefficient_CR[:, part])
         if self.parallelism.is_divided:  # every forward pass takes all ranks
             most = max(len(self._plan(lengths)) for lengths in batch.lengths_by_rank)
             for _ in range(most - len(plan)):
                 nothing = collate(
                     [TokenizedTrajectory(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])], [-1]
                 )
-                yield self._moved(nothing, np.zeros((len(batch.coefficient_CR), 1)))
+                yield self._move(nothing, np.zeros((len(batch.coefficient_CR), 1)))
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Plan micro-batches of rows of `lengths` [R] (tokens); returns indices into them."""
@@ -136,11 +136,11 @@ class SFTModule(LightningModule):
         packed = self.unpacked_reason is None
         return max((int(part.sum() if packed else len(part) * part.max()) for part in parts), default=0)
 
-    def _moved(self, micro: MicroBatch, coefficient_CR: np.ndarray) -> tuple[MicroBatch, Tensor]:
+    def _move(self, micro: MicroBatch, coefficient_CR: np.ndarray) -> tuple[MicroBatch, Tensor]:
         return micro.to(self.device), torch.tensor(coefficient_CR, dtype=torch.float32, device=self.device)
 
     def loss(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
-        """sum over the micro-batch's tokens of coefficient * surprisal, [C]."""
+        """Sum coefficient * surprisal over the micro-batch's tokens, [C] (nats)."""
         return self.student_model.weighted_surprisal(micro, coefficient_CR)
 
     # ---- training
@@ -148,13 +148,13 @@ class SFTModule(LightningModule):
     def training_step(self, batch: Step, batch_idx: int) -> None:
         step = self.global_step
         optimizer: Any = self.optimizers()
-        loss = self._gradients(batch, step)
-        norm = clip_gradients(self._trained(), self.recipe.clip)
-        reason = self.losses.reason_to_stop(loss / batch.mean_weight, norm)
+        loss = self._compute_gradients(batch, step)
+        norm = clip_gradients(self._list_trained(), self.recipe.clip)
+        reason = self.losses.find_reason_to_stop(loss / batch.mean_weight, norm)
         if reason is not None:
             raise DivergedError(
                 f"training stopped at optimizer step {step}: {reason}; lower sft.lr={self.recipe.lr:g} or look at this "
-                f"step's trajectories (problem/candidate: nats/token): {self._worst(batch)}"
+                f"step's trajectories (problem/candidate: nats/token): {self._describe_worst(batch)}"
             )
         self.losses.append(loss / batch.mean_weight)
         optimizer.step()
@@ -166,10 +166,10 @@ class SFTModule(LightningModule):
         self.log("train/effective_trajectories", batch.effective)
         scheduler.step()
 
-    def _gradients(self, batch: Step, step: int) -> float:
-        """The step's loss and, in the parameters, its gradient; both of all ranks together."""
+    def _compute_gradients(self, batch: Step, step: int) -> float:
+        """Compute the step's loss and, in the parameters, its gradient; both of all ranks together."""
         while True:
-            torch.manual_seed(_mix(self.seed, step, self.global_rank))  # dropout: resuming needs no saved state
+            torch.manual_seed(_mix_seeds(self.seed, step, self.global_rank))  # dropout: resuming needs no saved state
             loss, failure, computed = torch.zeros((), device=self.device), None, 0
             try:
                 for micro, coefficient_CR in self.micro_batches(batch):
@@ -185,7 +185,7 @@ class SFTModule(LightningModule):
             if not failures:
                 break
             self._shrink(batch, failure)
-        self.parallelism.sum_gradients(self._trained())
+        self.parallelism.sum_gradients(self._list_trained())
         self.totals["steps"] += 1
         self.totals["row_tokens"] += int(batch.lengths.sum())
         self.totals["computed_tokens"] += computed
@@ -193,15 +193,15 @@ class SFTModule(LightningModule):
         return total
 
     def _backward(self, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
-        """A micro-batch's loss. Where it fails, nothing of its graph outlives the call."""
+        """Add a micro-batch's gradients and return its loss. Where it fails, nothing of its graph outlives the call."""
         with self.parallelism.keep_gradients_local():
             value = self.loss(micro, coefficient_CR).sum()
             self.manual_backward(value * self.parallelism.loss_factor)
         return value.detach().float()
 
     def _shrink(self, batch: Step, failure: str | None) -> None:
-        """Some rank ran out of memory: all forget the step's gradients, and halve what they take at a time."""
-        for parameter in self._trained():
+        """Forget the step's gradients and halve what is taken at a time, on all ranks, as one ran out of memory."""
+        for parameter in self._list_trained():
             parameter.grad = None
         release_memory(self.device)
         longest = max(int(lengths.max(initial=0)) for lengths in batch.lengths_by_rank)
@@ -215,34 +215,34 @@ class SFTModule(LightningModule):
         self.budget = max(min(self.budget, largest) // 2, longest)
         self.totals["halvings"] += 1
 
-    def _worst(self, batch: Step) -> str:
-        """The step's trajectories, of all ranks: what has no number for a loss first, then the highest."""
+    def _describe_worst(self, batch: Step) -> str:
+        """List the step's trajectories of all ranks: those whose loss is not a number first, then the highest."""
         # ranks that share a student cannot look at one trajectory each
         is_divided = self.parallelism.is_divided
-        losses = [math.nan if is_divided else self._loss_of(batch, i) for i in range(len(batch.names))]
+        losses = [math.nan if is_divided else self._compute_row_loss(batch, i) for i in range(len(batch.names))]
         found = self.parallelism.gather_objects(list(zip(losses, batch.names, strict=True)))
         worst = sorted(chain(*found), key=lambda one: (math.isfinite(one[0]), -one[0]))
         shown = ", ".join(name if is_divided else f"{name}: {loss:.3g}" for loss, name in worst[:NAMED])
         return shown + (f" and {len(worst) - NAMED} more" if len(worst) > NAMED else "")
 
     @torch.no_grad()
-    def _loss_of(self, batch: Step, i: int) -> float:
-        """L of one row, nats/token; alone, as in sums with other rows what is no number would spread."""
+    def _compute_row_loss(self, batch: Step, i: int) -> float:
+        """Compute L of one row (nats/token) by itself: in sums with other rows what is not a number would spread."""
         row = batch.encoded[i]
         micro = collate([row], [int(batch.rows[i])])
-        return self.loss(*self._moved(micro, np.full((1, 1), 1 / len(micro.target_N)))).item()
+        return self.loss(*self._move(micro, np.full((1, 1), 1 / len(micro.target_N)))).item()
 
     # ---- the held-out loss
 
     def on_validation_epoch_start(self) -> None:
-        self._held_out_C = torch.zeros(2, dtype=_precise(self.device), device=self.device)
+        self._held_out_C = torch.zeros(2, dtype=_pick_precise_dtype(self.device), device=self.device)
 
     def validation_step(self, batch: Step, batch_idx: int) -> None:
         for micro, coefficient_CR in self.micro_batches(batch):
             self._held_out_C += self.loss(micro, coefficient_CR)
 
     def on_validation_epoch_end(self) -> None:
-        """Appends a point to the held-out curve; the pass before the first step gives the point at step 0."""
+        """Append a point to the held-out curve; the pass before the first step gives the point at step 0."""
         if any(point["step"] == self.global_step for point in self.curve):
             return
         loss, loss_correct = self.trainer.strategy.reduce(self._held_out_C, reduce_op="sum").tolist()
@@ -267,18 +267,19 @@ class SFTModule(LightningModule):
 
 
 def _weighted_surprisal(model: Any, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
-    """A method of the student, as a divided one gathers its head for its own methods only."""
+    """Compute the loss as a method of the student: a divided one gathers its head for its own methods only."""
     hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
     return compute_weighted_surprisal(
         hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], get_head(model)
     )
 
 
-def _precise(device: torch.device) -> torch.dtype:
+def _pick_precise_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def write_curve(curve: list[dict[str, float]], path: Path) -> None:
+    """Write the held-out curve as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
     writer.writeheader()
@@ -286,6 +287,6 @@ def write_curve(curve: list[dict[str, float]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
-def _mix(*numbers: int) -> int:
-    """One seed out of several."""
+def _mix_seeds(*numbers: int) -> int:
+    """Mix several numbers into one seed."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7])
