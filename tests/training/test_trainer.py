@@ -3,13 +3,13 @@
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lark.config import folder
+from lark.config import find_conf
 from lark.student.distributed import ShardedStrategy
 from lark.training.trainer import TrainerFactory
 
 
 def node(option, **settings) -> DictConfig:
-    merged = OmegaConf.merge(OmegaConf.load(folder() / "trainer" / f"{option}.yaml"), settings)
+    merged = OmegaConf.merge(OmegaConf.load(find_conf() / "trainer" / f"{option}.yaml"), settings)
     assert isinstance(merged, DictConfig)
     return merged
 
