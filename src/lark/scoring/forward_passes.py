@@ -128,7 +128,7 @@ class MeanHiddenModule(PassModule):
         micro = self.collate(rows)
         counts = torch.bincount(micro.row_N, minlength=len(micro.rows)).tolist()
         by_row = self.compute_hidden(micro)[micro.observed_N].float().split(counts)
-        lengths = self.inputs.pool.length[micro.rows].tolist()
+        lengths = self.inputs.pool.length[list(micro.rows)].tolist()
         return [
             {"row": row, "vector": hidden_TD.mean(0).cpu().numpy(), "forward_tokens": length}
             for row, hidden_TD, length in zip(micro.rows, by_row, lengths, strict=True)
