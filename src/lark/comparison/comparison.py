@@ -84,7 +84,7 @@ class Difference:
 
     @property
     def label(self) -> str:
-        """The difference's name in tables."""
+        """Name the difference in tables."""
         return f"{self.selector} - {self.baseline}"
 
 

@@ -50,7 +50,7 @@ class TextTable:
 
     @property
     def columns(self) -> list[tuple[str, list[str]]]:
-        """The columns with headers in one line, as files and pages have them."""
+        """List the columns with headers in one line, as files and pages have them."""
         columns = [column for block in self.blocks for column in block.items()]
         return [(" ".join(_UNHYPHENATED.get(header, header).split()), cells) for header, cells in columns]
 

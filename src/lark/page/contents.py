@@ -79,7 +79,7 @@ class GroupContents:
 
     @property
     def title(self) -> str:
-        """The name of the group."""
+        """Name the group."""
         return f"{self.task} · {self.model}"
 
 

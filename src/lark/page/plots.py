@@ -94,7 +94,7 @@ class Look:
 
     @property
     def colour(self) -> str:
-        """The colour of lines and marks."""
+        """Give the colour of lines and marks."""
         return f"var(--{self.name})"
 
 

@@ -52,7 +52,7 @@ class PoolSample:
 
     @cached_property
     def groups(self) -> Groups:
-        """The candidates by problem."""
+        """Group the candidates by problem."""
         return Groups.from_ids(self.columns["problem_id"])
 
     def read_texts(self) -> Iterator[dict[str, Any]]:
