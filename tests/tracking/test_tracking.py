@@ -1,6 +1,7 @@
 """Loggers: one W&B run each, kept apart, with no text unless it may leave; CSV files."""
 
 import csv
+import json
 import math
 import os
 from pathlib import Path
@@ -20,19 +21,23 @@ from lark.scoring.progress import PassProgress
 from lark.scoring.statistics_pass import StatisticsModule
 from lark.tracking.tracking import Csv, Wandb
 
+TITLES = ("selector-lark-seed0", "baseline-random-seed0")
+
 
 def log_two(tracker: Wandb | Csv, folder: Path) -> None:
     text = folder / "samples-eval.jsonl"
     text.write_text("a confidential trajectory")
-    for title in ("selector-lark-seed0", "baseline-random-seed0"):
+    for title in TITLES:
         config = {"arm": title, "task": {"limit": 3}}
         logger = tracker.open(title=title, group="sweep", job_type="selector", config=config, folder=folder)
         print("a confidential trajectory")
         for step in range(3):
             logger.log_metrics({"train/loss": 2.0 - step}, step=step)
         logger.log_metrics({"evaluation/eval/avg@4": 0.25})
+        tracker.summarise(logger, {"decisions/engine": "vllm"})
+        tracker.summarise(logger, {"decisions/lr": 0.5, "decisions/ceiling": math.nan})
         logger.save()
-        tracker.keep(logger, title, [text])
+        tracker.keep_texts(logger, title, [text])
         tracker.finish()
 
 
@@ -41,32 +46,63 @@ def wandb_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_consecutive_wandb_runs_stay_apart(tmp_path: Path) -> None:
-    log_two(Wandb(name="offline", mode="offline"), tmp_path)
+def x_axes(path: Path) -> dict[str, str]:
+    """What the metrics of each pattern are plotted against; empty: nothing."""
+    found = map(wandb_internal_pb2.Record.FromString, records(path.read_bytes()))  # type: ignore[attr-defined]
+    return {one.metric.glob_name: one.metric.step_metric for one in found if one.metric.glob_name}
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_consecutive_wandb_runs_stay_apart_and_text_stays_unless_it_may_leave(text: bool, tmp_path: Path) -> None:
+    log_two(Wandb(name="offline", mode="offline", text=text), tmp_path)
+    by_step = dict.fromkeys(("train/*", "held_out/*", "evaluation/*"), "trainer/global_step")
+    once = dict.fromkeys(("selection/*", "diagnostics/*", "comparison/*", "cost/*"), "")
+    axes = {"scoring/*": "scoring/trajectories", **by_step, **once}
+    assert [x_axes(path) for path in wandb_files(tmp_path)] == [axes, axes]
     runs = {run.name: run for run in map(read_wandb, wandb_files(tmp_path))}
-    assert set(runs) == {"selector-lark-seed0", "baseline-random-seed0"}
+    assert set(runs) == set(TITLES)
     for name, run in runs.items():
-        assert (run.group, run.job_type) == ("sweep", "selector")
-        assert run.config["arm"] == name
+        assert (run.group, run.job_type, run.config["arm"]) == ("sweep", "selector", name)
         assert run.config["task"] == {"limit": 3}
         assert run.series("train/loss") == [2.0, 1.0, 0.0]
         assert run.series("trainer/global_step")[:3] == [0, 1, 2]
         assert run.series("evaluation/eval/avg@4") == [0.25]
-
-
-@pytest.mark.parametrize("text", [False, True])
-def test_text_stays_unless_it_may_leave(text: bool, tmp_path: Path) -> None:
-    log_two(Wandb(name="offline", mode="offline", text=text), tmp_path)
-    assert len(wandb_files(tmp_path)) == 2
+        assert (run.summary["decisions/engine"], run.summary["decisions/lr"]) == ("vllm", 0.5)
     everything = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*") if path.is_file())
     assert (b"a confidential trajectory" in everything) == text
     assert (b"samples-eval.jsonl" in everything) == text
+
+
+def test_tables_and_datasets(tmp_path: Path) -> None:
+    tracker = Wandb(name="offline", mode="offline")
+    logger = tracker.open(title="one", group="sweep", job_type="selector", config={}, folder=tmp_path)
+    tracker.log_table(logger, "tables/teachers", [{"teacher": "a", "share": 0.25}, {"teacher": "b", "share": None}])
+    (tmp_path / "selection.json").write_text('{"rule": "lark"}')
+    ids = {"problem_id": "p", "candidate_id": "c", "teacher": "t", "correct": None, "rule": "lark", "score": 2.0}
+    row = {"messages": [{"content": "secret"}], "weight": 1.5, "meta": {**ids, "share": 0.5, "answer": "secret"}}
+    (tmp_path / "selection.jsonl").write_text(json.dumps(row) + "\n")
+    tracker.keep_selection(logger, "choice", tmp_path, {"tokens": 9})
+    tracker.finish()
+    assert "WANDB_DATA_DIR" not in os.environ
+    (path,) = wandb_files(tmp_path)
+    run = read_wandb(path)
+    table = media(run, "tables/teachers")
+    assert (table["columns"], table["data"]) == (["teacher", "share"], [["a", 0.25], ["b", None]])
+    files = run.artifacts["dataset/choice"]
+    assert files.keys() == {"selection.json", "selection.jsonl"}
+    assert json.loads(files["selection.jsonl"].read_text()) == {"weight": 1.5, "meta": {**ids, "share": 0.5}}
+    assert all(file.is_relative_to(run.folder) for file in files.values())
 
 
 @pytest.mark.parametrize(("mode", "variable", "offline"), [("online", "offline", False), ("auto", "offline", True)])
 def test_mode(mode: str, variable: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", variable)
     assert Wandb(name="wandb", mode=mode).offline == offline
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(LarkError, match=r"logger\.mode"):
+        Wandb(name="wandb", mode="on")
 
 
 def test_auto_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,7 +112,7 @@ def test_auto_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     tracker = Wandb(name="wandb")
     assert tracker.offline
-    assert tracker.describe() == "W&B offline (no API key; `wandb login` once to upload)"
+    assert tracker.describe().startswith("W&B offline (no API key")
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -87,20 +123,15 @@ def test_csv(tmp_path: Path) -> None:
         rows = list(csv.DictReader(path.open()))
         assert [float(row["train/loss"]) for row in rows if row["train/loss"]] == [2.0, 1.0, 0.0]
         assert any(row["evaluation/eval/avg@4"] == "0.25" for row in rows)
-        assert "job_type: selector" in path.with_name("hparams.yaml").read_text()
+        kept = OmegaConf.load(path.with_name("hparams.yaml"))
+        assert (kept.arm, kept.job_type, kept.summary["decisions/engine"]) == (path.parents[1].name, "selector", "vllm")
+        assert kept.summary["decisions/lr"] == 0.5
 
 
 # ---- passes of the student
 
 
-def x_axes(path: Path) -> dict[str, str]:
-    """What the metrics of each pattern are plotted against; empty: nothing."""
-    found = map(wandb_internal_pb2.Record.FromString, records(path.read_bytes()))  # type: ignore[attr-defined]
-    return {one.metric.glob_name: one.metric.step_metric for one in found if one.metric.glob_name}
-
-
-def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], dict[str, float]]:
-    """A pass whose every batch is logged: how many trajectories were done after each, and the final figures."""
+def test_a_pass_in_wandb(make_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_data(probe={"batch_tokens": 300}, trainer={"callbacks": [PassProgress("statistics")]})
     data.prepare_data()
     done, step = [0], PassProgress.on_predict_batch_end
@@ -109,81 +140,21 @@ def log_pass(tracker: Wandb | Csv, make_data, folder: Path) -> tuple[list[int], 
         done.append(done[-1] + len(batch))
         step(self, trainer, pl_module, outputs, batch, *rest)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PassProgress, "on_predict_batch_end", counted)
-        patch.setattr(progress, "LOGGER_SECONDS", -1.0)
-        logger = tracker.open(title="statistics-small", group="sweep", job_type="scoring", config={}, folder=folder)
-        data.run_pass(Statistics(), cached=False, experiment_logger=logger)
-        tracker.finish()
-    return done[1:], read_json(data.statistics_folder / "manifest.json")["throughput"]
-
-
-def test_a_pass_in_wandb(make_data, tmp_path: Path) -> None:
-    done, figures = log_pass(Wandb(name="offline", mode="offline"), make_data, tmp_path)
+    monkeypatch.setattr(PassProgress, "on_predict_batch_end", counted)
+    monkeypatch.setattr(progress, "LOGGER_SECONDS", -1.0)
+    tracker = Wandb(name="offline", mode="offline")
+    logger = tracker.open(title="statistics-small", group="sweep", job_type="scoring", config={}, folder=tmp_path)
+    data.run_pass(Statistics(), cached=False, experiment_logger=logger)
+    tracker.finish()
     (path,) = wandb_files(tmp_path)
-    run = read_wandb(path)
-    assert (run.name, run.group, run.job_type) == ("statistics-small", "sweep", "scoring")
-    assert len(done) > 3 and run.series("scoring/trajectories") == [*done, done[-1]]
+    run, figures = read_wandb(path), read_json(data.statistics_folder / "manifest.json")["throughput"]
+    assert len(done) > 4 and run.series("scoring/trajectories") == [*done[1:], done[-1]]
     for name in ("trajectories_per_s", "tokens_per_s"):
         series = run.series(f"scoring/{name}")
-        assert len(series) == len(done) + 1 and min(series) > 0
+        assert len(series) == len(done) and min(series) > 0
         assert series[-1] == pytest.approx(figures[name])
     left = run.series("scoring/seconds_left")
     assert left[0] > 1e-6 > left[-2] >= left[-1] == 0
-    assert x_axes(path)["scoring/*"] == "scoring/trajectories"
-
-
-def test_a_pass_in_csv(make_data, tmp_path: Path) -> None:
-    done, figures = log_pass(Csv(name="csv"), make_data, tmp_path)
-    (path,) = tmp_path.rglob("metrics.csv")
-    rows = list(csv.DictReader(path.open()))
-    assert [int(row["scoring/trajectories"]) for row in rows] == [*done, done[-1]]
-    assert {f"scoring/{name}" for name in figures if name != "pass_seconds"} < rows[0].keys()
-    assert float(rows[-1]["scoring/tokens_per_s"]) == pytest.approx(figures["tokens_per_s"])
-
-
-def test_every_prefix_has_its_axis(tmp_path: Path) -> None:
-    log_two(Wandb(name="offline", mode="offline"), tmp_path)
-    by_step = dict.fromkeys(("train/*", "held_out/*", "evaluation/*"), "trainer/global_step")
-    once = dict.fromkeys(("selection/*", "diagnostics/*", "comparison/*", "cost/*"), "")
-    expected = {"scoring/*": "scoring/trajectories", **by_step, **once}
-    assert [x_axes(path) for path in wandb_files(tmp_path)] == [expected] * 2
-
-
-def test_summary_tables_and_datasets(tmp_path: Path) -> None:
-    tracker = Wandb(name="offline", mode="offline")
-    logger = tracker.open(title="one", group="sweep", job_type="selector", config={}, folder=tmp_path)
-    tracker.summarise(logger, {"decisions/engine": "vllm", "decisions/lr": 0.5, "decisions/ceiling": math.nan})
-    tracker.tabulate(logger, {"tables/teachers": [{"teacher": "a", "share": 0.25}, {"teacher": "b", "share": 0.75}]})
-    (kept := tmp_path / "selection.json").write_text('{"rule": "lark"}')
-    tracker.keep_selection(logger, "choice", [kept], written={"ids.jsonl": ["1\n", "2\n"]}, about={"texts": False})
-    tracker.finish()
-    assert "WANDB_DATA_DIR" not in os.environ
-    (path,) = wandb_files(tmp_path)
-    run = read_wandb(path)
-    assert (run.summary["decisions/engine"], run.summary["decisions/lr"]) == ("vllm", 0.5)
-    table = media(run, "tables/teachers")
-    assert (table["columns"], table["data"]) == (["teacher", "share"], [["a", 0.25], ["b", 0.75]])
-    files = run.artifacts["dataset/choice"]
-    assert {name: file.read_text() for name, file in files.items()} == {
-        "selection.json": '{"rule": "lark"}',
-        "ids.jsonl": "1\n2\n",
-    }
-    assert all(file.is_relative_to(run.folder) for of in run.artifacts.values() for file in of.values())
-
-
-def test_csv_keeps_decisions(tmp_path: Path) -> None:
-    tracker = Csv(name="csv")
-    logger = tracker.open(title="one", group="sweep", job_type="selector", config={"seed": 3}, folder=tmp_path)
-    tracker.summarise(logger, {"decisions/engine": "vllm"})
-    tracker.summarise(logger, {"decisions/lr": 0.5})
-    logger.save()
-    (path,) = tmp_path.rglob("hparams.yaml")
-    assert OmegaConf.load(path) == {
-        "seed": 3,
-        "job_type": "selector",
-        "summary": {"decisions/engine": "vllm", "decisions/lr": 0.5},
-    }
 
 
 def test_a_pass_that_runs_is_a_run_and_one_from_the_cache_is_none(
@@ -196,7 +167,7 @@ def test_a_pass_that_runs_is_a_run_and_one_from_the_cache_is_none(
 
     with monkeypatch.context() as patch:
         patch.setattr(StatisticsModule, "measure", fails)
-        assert lark(*words, f"hydra.run.dir={tmp_path}/failed").err == "lark: no such luck\n"
+        assert lark(*words, f"hydra.run.dir={tmp_path}/failed").code == 1
     assert wandb.run is None, "the next run would become part of this one"
     for name in ("fresh", "cached"):
         assert lark(*words, f"hydra.run.dir={tmp_path}/{name}").code == 0

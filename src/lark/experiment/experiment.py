@@ -30,7 +30,7 @@ from lark.student.context_length import check_answer_room
 from lark.student.distributed import Parallelism
 from lark.tasks.problems import read_problems
 from lark.tracking.logging_metrics import log_choice, log_comparison, log_pass
-from lark.tracking.tracking import opened
+from lark.tracking.tracking import open_run
 from lark.training.arms import Arm, write_selection
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.trainer import TrainerFactory
@@ -231,4 +231,4 @@ class Experiment:
     def _open_logger(self, title: str, job_type: str, **about: Any) -> AbstractContextManager[Logger]:
         """Open one of the tracker's runs, in this run's group."""
         config = about | self.settings
-        return opened(self.tracker, title=title, job_type=job_type, config=config, group=self.group, folder=self.logs)
+        return open_run(self.tracker, title=title, job_type=job_type, config=config, group=self.group, folder=self.logs)

@@ -22,8 +22,8 @@ from lark.student.context_length import check_answer_room
 from lark.student.student import Student
 from lark.tasks.problems import read_problems
 from lark.tasks.task import Task
-from lark.tracking.logging_metrics import evaluation_metrics
-from lark.tracking.tracking import opened
+from lark.tracking.logging_metrics import list_evaluation_metrics
+from lark.tracking.tracking import open_run
 from lark.training.trainer import TrainerFactory
 
 
@@ -100,10 +100,10 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
             return float("nan")
         figures = read_json(folder / "metrics.json")
     where = {"group": group, "folder": logs}
-    with opened(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as logger:
-        logger.log_metrics(evaluation_metrics(figures["sets"], figures["intervals"]))
+    with open_run(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as logger:
+        logger.log_metrics(list_evaluation_metrics(figures["sets"], figures["intervals"]))
         logger.save()
-        tracker.keep(logger, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
+        tracker.keep_texts(logger, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
     print_figures(f"{task.name} · {student.name} · seed {config.seed}", figures)
     say(f"metrics     {folder / 'metrics.json'}")
     return next(iter(figures["intervals"].values()))["estimate"]
