@@ -21,8 +21,7 @@ from inputs import add_arguments, open_data
 
 from lark.common.groups import tie_hash
 from lark.common.ranks import claim_alone
-from lark.diagnostics.exact_gradients import measured
-from lark.diagnostics.fidelity_sample import sample_rows
+from lark.diagnostics.exact_gradients import measure_rows, sample_rows
 from lark.scoring.passes import Statistics
 from lark.scoring.progress import PassProgress
 from lark.selection.candidates import Candidates
@@ -42,7 +41,7 @@ def score_candidates(arguments: argparse.Namespace, cache: Path, dtype: str) -> 
     if len(rows) == 0:
         raise SystemExit(f"no problem of the pool has more than --budget {arguments.budget} candidates")
     row_N = data.scored[rows]
-    columns, manifest = measured(data, Statistics(), row_N, claim_alone)
+    columns, manifest = measure_rows(data, Statistics(), row_N, claim_alone)
     candidates = Candidates(
         problem_id=pool.problem_id[row_N],
         candidate_id=pool.candidate_id[row_N],

@@ -30,7 +30,7 @@ def chosen(policy):
     own = candidates()
     rule = Rule(name="marks", score=lambda c: c["mark"].astype(float), policy=policy)
     selection = select(rule, own, seed=0)
-    return own, selection, composition.shares(own, selection)
+    return own, selection, composition.expand_q(own, selection)
 
 
 def rows_of(problem):
@@ -45,7 +45,7 @@ def test_shares_are_those_of_the_selection():
 
 def test_teachers_beside_a_random_choice():
     own, _, q_N = chosen(TopB(budget=2))
-    found = composition.teachers(own, q_N)
+    found = composition.measure_teachers(own, q_N)
     assert list(found) == sorted(found, key=lambda name: -found[name]["share"])
     for name, row in found.items():
         mine = np.array([teacher == name for teacher in TEACHER])
@@ -57,7 +57,7 @@ def test_teachers_beside_a_random_choice():
 
 def test_concentration_by_its_definitions():
     own, _, q_N = chosen(Chi2(budget=2))
-    found = composition.concentration(own, q_N, budget=2, resamples=100)
+    found = composition.measure_concentration(own, q_N, budget=2, resamples=100)
     assert found["effective_sample_size"] == pytest.approx(q_N.sum() ** 2 / np.square(q_N).sum())
     sizes = {problem: len(rows_of(problem)) for problem in "pqrs"}
     chi2 = [sum((q_N[i] - 1 / k) ** 2 * k for i in rows_of(p)) for p, k in sizes.items()]
@@ -73,7 +73,7 @@ def test_concentration_by_its_definitions():
 
 def test_taking_everything_is_no_distance():
     own, _, q_N = chosen(Prior())
-    found = composition.concentration(own, q_N, budget=None, resamples=100)
+    found = composition.measure_concentration(own, q_N, budget=None, resamples=100)
     assert found["chi2_within_problem"].mean == pytest.approx(0, abs=1e-12)
     assert found["chi2_whole"] == pytest.approx(0, abs=1e-12)
     assert np.isnan(found["least_chi2_within_problem"])
@@ -81,7 +81,7 @@ def test_taking_everything_is_no_distance():
 
 def test_gaps_of_the_budget_policy():
     own, selection, _ = chosen(Chi2(budget=2))
-    found = composition.gaps(own, selection, Chi2(budget=2), seed=0)
+    found = composition.measure_gaps(own, selection, Chi2(budget=2), seed=0)
     gaps = {"p": (0.9 + 0.5) / 2 - 0.2, "q": 0.0, "r": (0.5 + 0.4) / 2 - 0.3}  # s has no candidate to exclude
     assert found["problems"] == 3 and found["no_gap"] == 1
     assert found["gap"]["p50"] == pytest.approx(np.median(list(gaps.values())))
@@ -91,19 +91,19 @@ def test_gaps_of_the_budget_policy():
 
 
 def test_difficulty_bins_keep_equal_problems_together():
-    assert composition.difficulty_bins(np.arange(8.0)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert composition.difficulty_bins(np.array([2.0, 1.0, np.nan, 1.0, 1.0])).tolist() == [3, 1, -1, 1, 1]
-    assert composition.difficulty_bins(np.full(5, np.nan)).tolist() == [-1] * 5
+    assert composition.bin_difficulty(np.arange(8.0)).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert composition.bin_difficulty(np.array([2.0, 1.0, np.nan, 1.0, 1.0])).tolist() == [3, 1, -1, 1, 1]
+    assert composition.bin_difficulty(np.full(5, np.nan)).tolist() == [-1] * 5
 
 
 def test_coverage_by_difficulty():
     correct = [1, 0, 1, 1, 0, 0, 1, np.nan, 1, 1, 1, 1, 1]
     own, _, q_N = chosen(TopB(budget=2))
     loss_N, correct_N = np.repeat([1.0, 4.0, 2.0, 3.0], [4, 3, 5, 1]), np.array(correct, float)
-    measures = composition.difficulties(own, {"loss": loss_N, "correct": correct_N})
+    measures = composition.measure_difficulty(own, {"loss": loss_N, "correct": correct_N})
     assert measures["loss"].tolist() == [1.0, 4.0, 2.0, 3.0]
     assert measures["correct"] == pytest.approx([-3 / 4, -1 / 3, -1, -1])
-    rows = composition.coverage(own, q_N, measures["loss"], correct_N)
+    rows = composition.measure_coverage(own, q_N, measures["loss"], correct_N)
     for row, problem in zip(rows, "prsq", strict=True):  # from easy to hard
         mine = rows_of(problem)
         taken = [i for i in mine if q_N[i] > 0]
@@ -117,7 +117,7 @@ def test_coverage_by_difficulty():
 def test_problems_without_a_choice_are_counted_as_such():
     own, _, _ = chosen(TopB(budget=1))
     q_N = np.where(np.array(PROBLEM) == "p", 0.25, 0.0)
-    rows = composition.coverage(own, q_N, np.arange(4.0), None)
+    rows = composition.measure_coverage(own, q_N, np.arange(4.0), None)
     assert [row["problems_with_choice"] for row in rows] == [1, 0, 0, 0]
     assert np.isnan(rows[1]["chosen_tokens"]) and "chosen_correct" not in rows[0]
 
@@ -126,6 +126,6 @@ def test_overlaps_of_every_pair():
     own = candidates()
     shortest, longest = (Length(sign=sign)(own) for sign in (-1, 1))
     low, high = shortest >= np.sort(shortest)[-6], longest >= np.sort(longest)[-6]
-    rows = composition.overlaps({"low": low, "high": high, "low again": low}, own.groups, resamples=100)
+    rows = composition.measure_overlaps({"low": low, "high": high, "low again": low}, own.groups, resamples=100)
     assert [(row["a"], row["b"]) for row in rows] == [("low", "high"), ("low", "low again"), ("high", "low again")]
     assert rows[1]["mean"] == 1.0 and rows[1]["chance"] < 1.0

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lark.diagnostics.curves import OWN_LOSS, TrainingLoss, against_baseline, own_loss_ratio, steps_to
+from lark.diagnostics.curves import OWN_LOSS, TrainingLoss, compare_with_baseline, find_steps_to, measure_own_loss
 from lark.training.sft_module import SFTModule
 
 
@@ -14,30 +14,30 @@ def curve(*losses, every=10):
 
 
 def test_steps_to_a_loss_lie_on_the_line_between_points():
-    assert steps_to(1.5, curve(3.0, 2.0, 1.0)) == 15.0
-    assert steps_to(2.0, curve(3.0, 2.0, 1.0)) == 10.0
-    assert steps_to(3.0, curve(3.0, 2.0)) == 0.0
-    assert steps_to(1.0, curve(3.0, 1.0, 2.0, 0.5)) == 10.0  # the first time
-    assert math.isnan(steps_to(0.5, curve(3.0, 1.0)))
+    assert find_steps_to(1.5, curve(3.0, 2.0, 1.0)) == 15.0
+    assert find_steps_to(2.0, curve(3.0, 2.0, 1.0)) == 10.0
+    assert find_steps_to(3.0, curve(3.0, 2.0)) == 0.0
+    assert find_steps_to(1.0, curve(3.0, 1.0, 2.0, 0.5)) == 10.0  # the first time
+    assert math.isnan(find_steps_to(0.5, curve(3.0, 1.0)))
 
 
 def test_an_arm_against_the_baseline():
-    found = against_baseline(curve(2.0, 1.0, 1.0), curve(2.0, 1.5, 1.0))
+    found = compare_with_baseline(curve(2.0, 1.0, 1.0), curve(2.0, 1.5, 1.0))
     assert found["area_ratio"] == pytest.approx((15 + 10) / (17.5 + 12.5))
     assert found["final_ratio"] == 1.0
     assert found["steps_to_baseline"] == 10.0 and found["steps_ratio"] == 0.5
-    same = against_baseline(curve(2.0, 1.5), curve(2.0, 1.5))
+    same = compare_with_baseline(curve(2.0, 1.5), curve(2.0, 1.5))
     assert (same["area_ratio"], same["steps_ratio"]) == (1.0, 1.0)
 
 
 def test_an_arm_that_never_comes_down_has_no_steps():
-    found = against_baseline(curve(2.0, 1.9), curve(2.0, 1.0))
+    found = compare_with_baseline(curve(2.0, 1.9), curve(2.0, 1.0))
     assert math.isnan(found["steps_to_baseline"]) and math.isnan(found["steps_ratio"])
     assert found["area_ratio"] > 1
 
 
 def test_without_held_out_problems_there_is_nothing_to_say():
-    assert against_baseline([], []) == {"points": 0}
+    assert compare_with_baseline([], []) == {"points": 0}
 
 
 def test_training_loss_is_kept_through_an_interruption(make_data, make_trainer, tmp_path):
@@ -58,6 +58,6 @@ def test_training_loss_is_kept_through_an_interruption(make_data, make_trainer, 
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert [float(row["train/loss"]) for row in rows] == pytest.approx(whole)
-    found = own_loss_ratio(tmp_path)
+    found = measure_own_loss(tmp_path)
     assert found["steps"] == 4 and found["ratio"] == pytest.approx(whole[-1] / whole[0])
-    assert own_loss_ratio(tmp_path / "elsewhere") == {}
+    assert measure_own_loss(tmp_path / "elsewhere") == {}

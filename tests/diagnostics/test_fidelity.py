@@ -10,7 +10,7 @@ from selection.scores.test_gradients import gains_by_derivative
 
 from lark.common.groups import Groups
 from lark.diagnostics import fidelity
-from lark.diagnostics.exact_gradients import ExactGradients
+from lark.diagnostics.exact_gradients import ExactGradients, add_exact_columns
 from lark.scoring.passes import HeadGradients
 from lark.selection.candidates import Candidates
 from lark.selection.scores.statistics import Lark
@@ -54,12 +54,12 @@ def sample(problems=6, seed=0, d=5):
         read_column=lambda name, row_N: np.array([f"t{row % 3}" for row in row_N], object),
         passes={HeadGradients(): {"gram": gram, "gram_rows": gram_rows}},
     )
-    return fidelity.with_truth(own, WANTED, columns), vector_Nd
+    return add_exact_columns(own, WANTED, columns), vector_Nd
 
 
 def test_truths_by_their_definitions():
     own, vector_Nd = sample()
-    found = fidelity.truths(own, WANTED, average="trajectory")
+    found = fidelity.compute_truths(own, WANTED, average="trajectory")
     norm_N, loss_N = np.square(vector_Nd).sum(1), own["loss"]
     assert found["rho"] == pytest.approx(norm_N / loss_N)
     assert found["loss_drop"] == pytest.approx(0.98 * norm_N / loss_N)
@@ -71,7 +71,7 @@ def test_truths_by_their_definitions():
 
 def test_proxies_by_their_definitions():
     own, vector_Nd = sample()
-    found = fidelity.proxies(own, average="trajectory")
+    found = fidelity.compute_proxies(own, average="trajectory")
     assert found["rho_length"] == pytest.approx(own["brier"] / own["num_tokens"] / own["loss"])
     for name, brier_N in (("lark", own["brier"]), ("lark_length", own["brier"] / own["num_tokens"])):
         for rows in own.groups.split():  # gradients orthogonal, their squared norms the Brier scores
@@ -79,13 +79,13 @@ def test_proxies_by_their_definitions():
             gain = 2 * brier_N[rows] / total - loss_K * brier_N[rows].sum() / total**2
             assert found[name][rows] == pytest.approx(gain)
     assert found["rho_head"] == pytest.approx(np.square(vector_Nd).sum(1) / own["loss"])  # the head's are all here
-    assert found["lark_head"] == pytest.approx(fidelity.truths(own, WANTED, average="trajectory")["g"])
+    assert found["lark_head"] == pytest.approx(fidelity.compute_truths(own, WANTED, average="trajectory")["g"])
     assert (found["minus_length"] == -own["num_tokens"]).all()
 
 
 def test_the_gain_is_that_of_the_average_which_is_trained():
     own, vector_Nd = sample()
-    truth, found = fidelity.truths(own, WANTED, average="token"), fidelity.proxies(own, average="token")
+    truth, found = fidelity.compute_truths(own, WANTED, average="token"), fidelity.compute_proxies(own, average="token")
     for rows in own.groups.split():
         expected_K = gains_by_derivative(vector_Nd[rows], own["loss"][rows], own["num_tokens"][rows])
         assert truth["g"][rows] == pytest.approx(expected_K, rel=1e-6)
@@ -96,10 +96,10 @@ def test_the_gain_is_that_of_the_average_which_is_trained():
 
 def test_the_truth_agrees_with_itself_and_noise_only_by_chance():
     own, _ = sample(problems=60)
-    truth = fidelity.truths(own, WANTED, average="trajectory")
+    truth = fidelity.compute_truths(own, WANTED, average="trajectory")
     noise_N = np.random.default_rng(1).normal(size=len(own))
     scores = {"truth": truth["rho"], "minus": -truth["rho"], "noise": noise_N}
-    found = fidelity.against(scores, truth, own, budget=2, seed=0, resamples=200)
+    found = fidelity.compare_scores(scores, truth, own, budget=2, seed=0, resamples=200)
     assert found["truth"]["rho"]["spearman"].mean == pytest.approx(1)
     assert found["truth"]["loss_drop"]["overlap"].mean == 1
     assert found["minus"]["rho"]["spearman"].mean == pytest.approx(-1)
@@ -111,14 +111,14 @@ def test_the_truth_agrees_with_itself_and_noise_only_by_chance():
 
 def test_the_step_is_checked_by_halving_it():
     own, _ = sample()
-    found = fidelity.step_check(own, WANTED, tolerance=0.02)
+    found = fidelity.check_step(own, WANTED, tolerance=0.02)
     assert found["median_change"] == pytest.approx(0.99 / 0.98 - 1) and found["passed"] and found["rises"] == 0
-    assert not fidelity.step_check(own, WANTED, tolerance=0.01)["passed"]
+    assert not fidelity.check_step(own, WANTED, tolerance=0.01)["passed"]
 
 
 def test_kappa_by_group_of_layers():
     own, vector_Nd = sample()
-    found = fidelity.kappas(own, WANTED, GROUPS, resamples=100)
+    found = fidelity.measure_kappa(own, WANTED, GROUPS, resamples=100)
     kappa_N = np.square(vector_Nd).sum(1) / own["brier"]
     assert list(found) == ["all", *GROUPS]
     assert found["all"]["mean"] == pytest.approx(kappa_N.mean())
@@ -133,7 +133,7 @@ def test_kappa_by_group_of_layers():
 
 
 def test_candidates_without_a_gradient_have_no_kappa():
-    found = fidelity.spread_of(
+    found = fidelity.summarise_kappa(
         np.array([0.0, 2.0, 4.0]),
         np.array([1.0, 1.0, 0.0]),
         np.array([3.0, 3.0, 3.0]),
@@ -150,13 +150,13 @@ def test_the_length_exponent_is_found_within_problems(power):
     size_G = rng.uniform(20, 400, 80)
     tokens_N = groups.spread(size_G) * rng.uniform(0.5, 2, 400)
     kappa_N = groups.spread(size_G**1.5) * tokens_N**power
-    exact = fidelity.exponent(kappa_N, tokens_N, groups, within=True, resamples=200)
+    exact = fidelity.fit_length_exponent(kappa_N, tokens_N, groups, within=True, resamples=200)
     assert (exact.mean, exact.low, exact.high) == (pytest.approx(power),) * 3
-    noisy = fidelity.exponent(
+    noisy = fidelity.fit_length_exponent(
         kappa_N * np.exp(0.5 * rng.normal(size=400)), tokens_N, groups, within=True, resamples=1000
     )
     assert noisy.low < power < noisy.high and noisy.high - noisy.low < 0.4
-    pooled = fidelity.exponent(kappa_N, tokens_N, groups, within=False, resamples=200)
+    pooled = fidelity.fit_length_exponent(kappa_N, tokens_N, groups, within=False, resamples=200)
     assert pooled.mean == pytest.approx(np.polyfit(np.log(tokens_N), np.log(kappa_N), 1)[0])
     assert pooled.mean > power + 0.5
 
@@ -166,7 +166,7 @@ def test_the_interval_covers_the_exponent_as_often_as_it_says():
     for _ in range(150):
         tokens_N = rng.uniform(20, 400, 180)
         kappa_N = np.exp(rng.normal(size=180) + groups.spread(rng.normal(size=30))) / tokens_N
-        found = fidelity.exponent(kappa_N, tokens_N, groups, within=True, resamples=200)
+        found = fidelity.fit_length_exponent(kappa_N, tokens_N, groups, within=True, resamples=200)
         covered += found.low < -1 < found.high
     assert stats.binomtest(covered, 150, 0.95).pvalue > 0.001
 
@@ -176,7 +176,7 @@ def test_kappa_by_teacher_relative_to_the_problem():
     log_N = np.log(np.square(vector_Nd).sum(1) / own["brier"])
     for rows in own.groups.split():
         log_N[rows] -= log_N[rows].mean()
-    found = fidelity.kappa_by_teacher(own, WANTED)
+    found = fidelity.measure_kappa_by_teacher(own, WANTED)
     assert set(found) == {"t0", "t1", "t2"}
     for name, one in found.items():
         his_N = own["teacher"] == name
@@ -190,7 +190,7 @@ def test_cosines_between_a_problems_gradients():
     by_problem = [
         [unit_Nd[a] @ unit_Nd[b] for i, a in enumerate(rows) for b in rows[i + 1 :]] for rows in own.groups.split()
     ]
-    found = fidelity.cosines(own, own.of(WANTED), resamples=100)
+    found = fidelity.measure_cosines(own, own.of(WANTED), resamples=100)
     every = np.concatenate(by_problem)
     assert found["mean"].mean == pytest.approx(np.mean([np.mean(one) for one in by_problem]))
     assert found["pairs"] == len(every)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lark.diagnostics.quantile_bins import bins_of, figures_of, selections_of, trends
+from lark.diagnostics.quantile_bins import assign_bins, compute_trends, select_by_bin, summarise_bins
 from lark.selection.candidates import Candidates
 from lark.selection.selection import Selection
 
@@ -29,7 +29,7 @@ def candidates(order=None):
 
 def test_bins_are_of_equal_size_and_ordered_in_every_problem():
     own, score_N = candidates(), np.random.default_rng(0).normal(size=23)
-    bin_N = bins_of(score_N, own, bins=4, seed=0)
+    bin_N = assign_bins(score_N, own, bins=4, seed=0)
     assert np.bincount(bin_N[bin_N >= 0]).tolist() == [1 + 1 + 2] * 4
     for rows, size in zip(own.groups.split(), SIZES, strict=True):
         for low in range(4):
@@ -41,25 +41,27 @@ def test_bins_are_of_equal_size_and_ordered_in_every_problem():
 def test_what_has_no_score_is_in_no_bin():
     score_N = np.arange(23.0)
     score_N[:4] = np.nan
-    bin_N = bins_of(score_N, candidates(), bins=3, seed=0)
+    bin_N = assign_bins(score_N, candidates(), bins=3, seed=0)
     assert (bin_N[:4] == -1).all() and sorted(bin_N[4:7].tolist()) == [0, 1, 2]
 
 
 def test_the_order_of_the_rows_changes_no_bin():
     score_N, order = np.round(np.random.default_rng(0).normal(size=23), 1), np.random.default_rng(1).permutation(23)
-    bin_N = bins_of(score_N, candidates(), bins=2, seed=0)
-    assert bins_of(score_N[order], candidates(order), bins=2, seed=0).tolist() == bin_N[order].tolist()
+    bin_N = assign_bins(score_N, candidates(), bins=2, seed=0)
+    assert assign_bins(score_N[order], candidates(order), bins=2, seed=0).tolist() == bin_N[order].tolist()
 
 
 def test_what_does_not_divide_is_left_out_whatever_its_score():
-    left_out = [bins_of(np.arange(23.0), candidates(), bins=2, seed=seed)[:7].tolist().index(-1) for seed in range(60)]
+    left_out = [
+        assign_bins(np.arange(23.0), candidates(), bins=2, seed=seed)[:7].tolist().index(-1) for seed in range(60)
+    ]
     assert set(left_out) == set(range(7))
 
 
 def test_selections_give_every_problem_the_same_weight():
     own, score_N = candidates(), np.random.default_rng(0).normal(size=23)
-    bin_N = bins_of(score_N, own, bins=2, seed=0)
-    found = selections_of(bin_N, own, rule="marks", bins=2, seed=0, tokens_N=own["num_tokens"])
+    bin_N = assign_bins(score_N, own, bins=2, seed=0)
+    found = select_by_bin(bin_N, own, rule="marks", bins=2, seed=0, tokens_N=own["num_tokens"])
     assert list(found) == ["bin-1", "bin-2"]
     for number, selection in enumerate(found.values()):
         assert selection.row.tolist() == np.flatnonzero(bin_N == number).tolist()
@@ -81,8 +83,8 @@ class Trained:
 
 def arms_and_figures(tmp_path, losses, accuracies):
     own, score_N = candidates(), np.arange(23.0)
-    bin_N = bins_of(score_N, own, bins=len(losses), seed=0)
-    made = selections_of(bin_N, own, rule="marks", bins=len(losses), seed=0, tokens_N=own["num_tokens"])
+    bin_N = assign_bins(score_N, own, bins=len(losses), seed=0)
+    made = select_by_bin(bin_N, own, rule="marks", bins=len(losses), seed=0, tokens_N=own["num_tokens"])
     arms, figures = [], []
     for (name, selection), loss, accuracy in zip(made.items(), losses, accuracies, strict=True):
         folder = tmp_path / name
@@ -93,7 +95,7 @@ def arms_and_figures(tmp_path, losses, accuracies):
         arms.append(Trained(folder=folder, selection=selection))
         problems = {} if accuracy is None else {"eval": {str(i): float(i < 10 * accuracy) for i in range(10)}}
         figures.append({"per_problem": problems})
-    return figures_of(arms, score_N, bin_N, figures), figures
+    return summarise_bins(arms, score_N, bin_N, figures), figures
 
 
 def test_a_row_a_bin_and_how_they_trend(tmp_path):
@@ -102,7 +104,7 @@ def test_a_row_a_bin_and_how_they_trend(tmp_path):
     assert [row["held_out_loss"] for row in rows] == [1.0, 1.2, 1.5, 2.0]
     assert rows[0]["mean_loss"] == 2.0 and rows[0]["mean_score"] < rows[3]["mean_score"]
     assert {row["trajectories"] for row in rows} == {4} and {row["tokens"] for row in rows} == {20}
-    found = trends(rows, figures)
+    found = compute_trends(rows, figures)
     assert found["held_out_loss"]["spearman"] == pytest.approx(1.0)
     assert found["held_out_loss"]["p"] == pytest.approx(2 / 24)  # of all orders two are as far from none
     assert found["held_out_loss"]["highest_minus_lowest"] == pytest.approx(1.0)
@@ -114,12 +116,12 @@ def test_a_row_a_bin_and_how_they_trend(tmp_path):
 def test_a_bin_that_diverged_leaves_trends_open(tmp_path):
     rows, figures = arms_and_figures(tmp_path, [1.0, None, 1.5], [0.9, None, 0.3])
     assert math.isnan(rows[1]["held_out_loss"]) and rows[1]["accuracy"] == {}
-    found = trends(rows, figures)
+    found = compute_trends(rows, figures)
     assert list(found) == ["held_out_loss"] and math.isnan(found["held_out_loss"]["spearman"])
 
 
 def test_two_bins_have_no_trend_and_many_an_approximate_p(tmp_path):
     rows, figures = arms_and_figures(tmp_path, [1.0, 1.2], [None, None])
-    assert math.isnan(trends(rows, figures)["held_out_loss"]["spearman"])
+    assert math.isnan(compute_trends(rows, figures)["held_out_loss"]["spearman"])
     many = [{"bin": i, "held_out_loss": float(i), "accuracy": {}} for i in range(9)]
-    assert trends(many, [])["held_out_loss"]["p"] < 1e-4
+    assert compute_trends(many, [])["held_out_loss"]["p"] < 1e-4

@@ -41,6 +41,11 @@ class Groups:
         assert x_N.shape == self.index_N.shape
         return np.bincount(self.index_N, weights=x_N, minlength=self.count)
 
+    def average(self, x_N: np.ndarray) -> np.ndarray:
+        """Average x over the rows of each group, float64 [G]; NaN for an empty group."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.sum(x_N) / self.size
+
     def spread(self, x_G: np.ndarray) -> np.ndarray:
         """Each group's value at each of its rows, [N]."""
         assert x_G.shape == (self.count,)

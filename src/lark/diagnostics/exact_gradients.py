@@ -1,12 +1,13 @@
-"""The pass that the proxies are judged by: exact gradients of a sample's trajectories, and what a step along each does.
+"""Take exact gradients of a sample's trajectories, and the loss after a step along each: what proxies are judged by.
 
-It is `lark.scoring.gradient_passes`' Gram matrix and loss drop from one backward pass a trajectory, with the drop at half the
-step beside it and the squared norms by group of layers.
+The pass is `lark.scoring.gradient_passes`' Gram matrix and loss drop from one backward pass a trajectory, with the drop
+at half the step beside it and the squared norms by group of layers.
 
-Shapes: K candidates of one problem, d parameters, P groups of parameters.
+Shapes: N candidates, K of one problem, d parameters, P groups of parameters.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from lark.common.cache import identity_hash, is_complete, read_json
+from lark.common.groups import Groups, unit_hash
 from lark.common.log import logger
 from lark.common.ranks import Claim
 from lark.common.table_cache import Columns, read_columns
@@ -27,7 +29,8 @@ from lark.scoring.gradients import (
     step_and_restore,
 )
 from lark.scoring.pass_module import PassInputs, run_pass
-from lark.scoring.passes import Gradients, Pass
+from lark.scoring.passes import Gradients, HeadGradients, LossDrops, Pass, Statistics
+from lark.selection.candidates import Candidates
 from lark.student.student import Student, decoder_layers, get_base_model
 from lark.training.datamodule import TrajectoryDataModule
 
@@ -37,7 +40,7 @@ THIRDS = ("first third", "middle third", "last third")
 @dataclass(frozen=True, kw_only=True)
 class ExactGradients(Gradients):
     """Columns: those of `Gradients`; loss_before (L, nats/token); drop and drop_half, (L(theta) - L(theta - e grad L))
-    / e at e = eta and eta / 2 (nats/token per unit of step); group_squared_norm (float64 [P], by `layer_groups`).
+    / e at e = eta and eta / 2 (nats/token per unit of step); group_squared_norm (float64 [P], by `group_by_layers`).
     """
 
     module = "lark.diagnostics.exact_gradients:ExactGradientsModule"
@@ -60,71 +63,130 @@ class ExactGradientsModule(GradientModule):
         model, chosen, eta = self.student_model, self.parameters_in_use, self.wanted.eta
         batch = self.collate_each(rows)
         gradient_Kd = compute_flat_gradients(model, batch, chosen)
-        gram_PKK = _grams(gradient_Kd, chosen, layer_groups(model, chosen))
-        gram_KK = sum(gram_PKK.values())
-        assert isinstance(gram_KK, np.ndarray)
+        gram_PKK = _compute_grams(gradient_Kd, chosen, group_by_layers(model, chosen))
+        gram_KK = gram_PKK.sum(0)
         found = []
         for i, micro in enumerate(batch):
-            before = compute_mean_surprisal(model, micro)
-            row = {
-                "row": micro.rows[0],
-                "forward_tokens": 4 * micro.tokens,
-                "backward_tokens": micro.tokens,
-                "squared_norm": gram_KK[i, i],
-                "gram": gram_KK[i],
-                "gram_rows": rows,
-                "group_squared_norm": np.array([gram_KK_of[i, i] for gram_KK_of in gram_PKK.values()]),
-                "loss_before": before,
-            }
-            for name, step in (("drop", eta), ("drop_half", eta / 2)):
-                pieces = gradient_Kd[i].split([p.numel() for _, p in chosen])
-                along = [piece.view_as(p) for piece, (_, p) in zip(pieces, chosen, strict=True)]
+            before, drops = compute_mean_surprisal(model, micro), []
+            pieces = gradient_Kd[i].split([p.numel() for _, p in chosen])
+            along = [piece.view_as(p) for piece, (_, p) in zip(pieces, chosen, strict=True)]
+            for step in (eta, eta / 2):
                 with step_and_restore(chosen, along, step):
-                    row[name] = (before - compute_mean_surprisal(model, micro)) / step
-            found.append(row)
+                    drops.append((before - compute_mean_surprisal(model, micro)) / step)
+            found.append(
+                {
+                    "row": micro.rows[0],
+                    "forward_tokens": 4 * micro.tokens,
+                    "backward_tokens": micro.tokens,
+                    "squared_norm": gram_KK[i, i],
+                    "gram": gram_KK[i],
+                    "gram_rows": rows,
+                    "group_squared_norm": gram_PKK[:, i, i],
+                    "loss_before": before,
+                    "drop": drops[0],
+                    "drop_half": drops[1],
+                }
+            )
         return found
 
     def list_choices(self) -> dict[str, Any]:
-        groups = layer_groups(self.student_model, self.parameters_in_use)
+        groups = group_by_layers(self.student_model, self.parameters_in_use)
         return super().list_choices() | {"groups": list(dict.fromkeys(groups))}
 
 
-def layer_groups(model: Any, parameters: Parameters) -> list[str]:
-    """Of each parameter: embedding, first, middle or last third (of the decoder's layers), head, or other (norms
-    outside the layers). A tied embedding and head are one.
+def group_by_layers(model: Any, parameters: Parameters) -> list[str]:
+    """Name the group of each parameter: embedding, first, middle or last third (of the decoder's layers), head, or
+    other (norms outside the layers). A tied embedding and head are one.
     """
     layers, base = decoder_layers(model), get_base_model(model)
-    of: dict[int, str] = {}
+    group: dict[int, str] = {}
     for name, module in (("embedding", base.get_input_embeddings()), ("head", base.get_output_embeddings())):
         for p in module.parameters() if module is not None else ():
-            of[id(p)] = name if of.get(id(p), name) == name else "embedding and head"
+            group[id(p)] = name if group.get(id(p), name) == name else "embedding and head"
     for i, layer in enumerate(layers):
-        of |= {id(p): THIRDS[min(3 * i // len(layers), 2)] for p in layer.parameters()}
-    return [of.get(id(p), "other") for _, p in parameters]
+        group |= {id(p): THIRDS[min(3 * i // len(layers), 2)] for p in layer.parameters()}
+    return [group.get(id(p), "other") for _, p in parameters]
 
 
-def _grams(gradient_Kd: torch.Tensor, parameters: Parameters, groups: list[str]) -> dict[str, np.ndarray]:
-    """The Gram matrix [K, K] over each group's parameters, groups in the order in which they first appear."""
-    found: dict[str, np.ndarray] = {}
+def _compute_grams(gradient_Kd: torch.Tensor, parameters: Parameters, groups: list[str]) -> np.ndarray:
+    """Compute the Gram matrices over each group's parameters, float64 [P, K, K], groups as they first appear."""
+    found: dict[str, Any] = {}
     for name, piece_Kp in zip(groups, gradient_Kd.split([p.numel() for _, p in parameters], 1), strict=True):
         found[name] = found.get(name, 0.0) + compute_gram(piece_Kp).numpy()
-    return found
+    return np.stack(list(found.values()))
 
 
-def measured(
+def measure_sample(
+    data: TrajectoryDataModule, wanted: ExactGradients, claim: Claim, *, problems: int
+) -> tuple[Candidates, dict[str, Any]] | None:
+    """Measure the candidates of `problems` problems: statistics, head gradients and exact gradients (all ranks take
+    part). Returns them and the exact pass's manifest; None where no problem has more candidates than the budget.
+    """
+    pool = data.trajectories
+    rows = sample_rows(pool.problem_id[data.scored], budget=find_budget(data), problems=problems)
+    if not len(rows):
+        return None
+    row_N = data.scored[rows]
+    if Statistics() in data.needs:
+        statistics = data.candidates.where(np.isin(data.candidates.row_N, row_N)).statistics
+    else:
+        statistics = measure_rows(data, Statistics(), row_N, claim)[0].without("row")
+    head, _ = measure_rows(data, HeadGradients(), row_N, claim)
+    columns, manifest = measure_rows(data, wanted, row_N, claim)
+    sample = Candidates(
+        problem_id=pool.problem_id[row_N],
+        candidate_id=pool.candidate_id[row_N],
+        row_N=row_N,
+        statistics=statistics,
+        read_column=pool.column,
+        passes={HeadGradients(): head.without("row")},
+    )
+    return add_exact_columns(sample, wanted, columns.without("row")), manifest
+
+
+def find_budget(data: TrajectoryDataModule) -> int:
+    """Find the selector's budget, else the baseline's, else 1 (trajectories a problem)."""
+    return next((rule.policy.budget for rule in data.rules.values() if rule.policy.budget is not None), 1)
+
+
+def sample_rows(problem_id_N: np.ndarray, *, budget: int, problems: int) -> np.ndarray:
+    """Draw `problems` whole problems with more than `budget` candidates, by hash of their id; return their rows,
+    ascending.
+    """
+    groups = Groups.from_ids(problem_id_N)
+    ids = np.array(list(dict.fromkeys(problem_id_N.tolist())), object)
+    choice = np.flatnonzero(groups.size > budget)
+    draw = unit_hash(0, ids[choice], ["problem"] * len(choice), salt="agreement")
+    return np.flatnonzero(np.isin(groups.index_N, choice[np.argsort(draw)[:problems]]))
+
+
+def measure_rows(
     data: TrajectoryDataModule, wanted: Pass, row_N: np.ndarray, claim: Claim
 ) -> tuple[Columns, dict[str, Any]]:
-    """The columns of a pass over these rows of the pool alone, and its manifest; from the cache or by the student (all
-    ranks take part).
+    """Run a pass over these rows of the pool alone, or find it cached (all ranks take part); return its columns, of
+    statistics with their means, and its manifest.
     """
     inputs = PassInputs(
         student=data.scorer, settings=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed
     )
     identity = data.pass_identity(wanted, inputs)
     folder: Path = data.cache / "diagnostics" / identity_hash(identity)
+    label = wanted.name.replace("_", " ")
     with claim(f"diagnostics {wanted.name}", folder, partial(is_complete, folder)) as to_do:
-        logger.info(f"{wanted.name.replace('_', ' ')}: {'of' if to_do else 'cached of'} {len(row_N):,} trajectories")
+        logger.info("%s of %s trajectories: %s", label, f"{len(row_N):,}", "run" if to_do else "cached")
         if to_do:
-            trainer = data.make_trainer(wanted.name.replace("_", " "))
-            run_pass(trainer, wanted.load_module()(wanted=wanted, inputs=inputs, folder=folder), identity)
+            module = wanted.load_module()(wanted=wanted, inputs=inputs, folder=folder)
+            run_pass(data.make_trainer(label), module, identity)
     return read_columns(folder), read_json(folder / "manifest.json")
+
+
+def add_exact_columns(candidates: Candidates, wanted: ExactGradients, columns: Mapping[str, np.ndarray]) -> Candidates:
+    """Add the columns of the exact pass, under its name and under those of the passes that it stands for, so that the
+    rules which ask for these can be called.
+    """
+    known = {
+        wanted: columns,
+        Gradients(parameters=wanted.parameters): columns,
+        LossDrops(parameters=wanted.parameters, eta=wanted.eta): columns,
+    }
+    return replace(candidates, passes={**candidates.passes, **known})

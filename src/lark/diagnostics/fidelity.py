@@ -1,5 +1,5 @@
-"""Scores against the truth: exact learnability from gradients and real loss drops beside the proxies that forward
-passes give, what lies between them (kappa), and how far candidates' gradients overlap.
+"""Compare scores with the truth: exact learnability from gradients and real loss drops beside the proxies that forward
+passes give, what lies between them (kappa), and how far candidates' gradients overlap; on a sample of problems.
 
 kappa_k = ||grad L_k||^2 / Brier_k: LARK (arXiv 2605.30651) takes it for constant, and gradients for orthogonal.
 
@@ -8,7 +8,6 @@ Shapes: N candidates of a sample, G problems, K candidates of one, P groups of p
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,9 @@ import numpy as np
 
 from lark.common.bootstrap import resample_sums
 from lark.common.groups import Groups, tie_hash
+from lark.diagnostics.composition import compute_quantiles
 from lark.diagnostics.exact_gradients import ExactGradients
-from lark.scoring.passes import Gradients, HeadGradients, LossDrops
+from lark.scoring.passes import HeadGradients
 from lark.selection.candidates import Candidates
 from lark.selection.scores.gradients import LarkExact, LarkHead, LossDrop, squared_norms
 from lark.selection.scores.statistics import Lark, Learnability
@@ -34,38 +34,72 @@ from lark.selection.within_problem import (
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def with_truth(candidates: Candidates, wanted: ExactGradients, columns: Mapping[str, np.ndarray]) -> Candidates:
-    """The candidates with the columns of the exact pass, under its name and under those of the passes that it stands
-    for, so that the rules which ask for these can be called.
+def summarise_fidelity(
+    sample: Candidates,
+    wanted: ExactGradients,
+    own_scores: Mapping[str, np.ndarray],
+    *,
+    groups_P: Sequence[str],
+    average: str,
+    budget: int,
+    seed: int,
+    resamples: int,
+    tolerance: float,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summarise a sample whose candidates have the columns of the exact pass; return the figures, and a row a candidate.
+
+    own_scores: by name, [N], scores to compare besides the proxies; those that equal one are left out. groups_P: the
+    exact pass's groups of parameters. average: trajectory | token, the loss whose exact gain is measured. tolerance:
+    what halving the step may change.
     """
-    known = {
-        wanted: columns,
-        Gradients(parameters=wanted.parameters): columns,
-        LossDrops(parameters=wanted.parameters, eta=wanted.eta): columns,
+    truth, scores = compute_truths(sample, wanted, average=average), compute_proxies(sample, average=average)
+    for name, score_N in own_scores.items():
+        if not any(np.allclose(score_N, known_N, equal_nan=True) for known_N in scores.values()):
+            scores[name] = score_N
+    among = {"rho": truth["rho"], "g": truth["g"]}
+    compare = partial(compare_scores, candidates=sample, budget=budget, seed=seed, resamples=resamples)
+    columns = sample.of(wanted)
+    found = {
+        "problems": sample.groups.count,
+        "candidates": len(sample),
+        "budget": budget,
+        "parameters": wanted.parameters,
+        "average": average,
+        "step": check_step(sample, wanted, tolerance=tolerance),
+        "proxies": compare(scores, truth),
+        "truths": compare(among, {name: truth[name] for name in ("loss_drop", "g")}),
+        "kappa": measure_kappa(sample, wanted, groups_P, resamples=resamples),
+        "kappa_by_teacher": measure_kappa_by_teacher(sample, wanted),
+        "cosine": measure_cosines(sample, columns, resamples=resamples),
     }
-    return replace(candidates, passes={**candidates.passes, **known})
+    shown = {name: sample[name] for name in ("problem_id", "candidate_id", "teacher", "correct", "num_tokens")}
+    shown |= {"loss": sample["loss"], "brier": sample["brier"], "squared_norm": columns["squared_norm"]}
+    shown |= {f"exact_{name}": values for name, values in truth.items()} | scores
+    lists = [values.tolist() for values in shown.values()]
+    return found, [dict(zip(shown, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
-def truths(candidates: Candidates, wanted: ExactGradients, *, average: str) -> dict[str, np.ndarray]:
-    """By name, [N]: loss_drop, the relative drop of the loss by one SGD step; rho = ||grad L||^2 / L, to which it tends
-    for small steps; g, LARK's gain with the Gram matrix of gradients for the loss that sft.average trains. NaN where
-    L = 0.
+def compute_truths(candidates: Candidates, wanted: ExactGradients, *, average: str) -> dict[str, np.ndarray]:
+    """Compute by name, [N]: loss_drop, the relative drop of the loss by one SGD step; rho = ||grad L||^2 / L, to which
+    it tends for small steps; g, LARK's gain with the Gram matrix of gradients for the loss that sft.average trains. NaN
+    where L = 0.
     """
-    parameters = wanted.parameters
-    loss_N = candidates.of(wanted)["loss_before"]
+    columns = candidates.of(wanted)
+    loss_N = columns["loss_before"]
     with np.errstate(divide="ignore", invalid="ignore"):
-        rho_N = np.where(loss_N > 0, candidates.of(wanted)["squared_norm"] / loss_N, np.nan)
+        rho_N = np.where(loss_N > 0, columns["squared_norm"] / loss_N, np.nan)
     return {
-        "loss_drop": LossDrop(parameters=parameters, eta=wanted.eta)(candidates),
+        "loss_drop": LossDrop(parameters=wanted.parameters, eta=wanted.eta)(candidates),
         "rho": rho_N,
-        "g": LarkExact(parameters=parameters, average=average)(candidates),
+        "g": LarkExact(parameters=wanted.parameters, average=average)(candidates),
     }
 
 
-def proxies(candidates: Candidates, *, average: str) -> dict[str, np.ndarray]:
-    """By name, [N], from forward passes: rho = Brier / L and LARK's g; both with Brier / T (rho_length, lark_length);
-    both with the head's gradient (rho_head, lark_head), where its pass is there; and the controls, minus length and
-    minus loss (likelihood). average: lark_head's, whose Gram matrix is exact over the head; the others have none.
+def compute_proxies(candidates: Candidates, *, average: str) -> dict[str, np.ndarray]:
+    """Compute by name, [N], from forward passes: rho = Brier / L and LARK's g; both with Brier / T (rho_length,
+    lark_length); both with the head's gradient (rho_head, lark_head), where its pass is there; and the controls, minus
+    length and minus loss (likelihood). average: lark_head's, whose Gram matrix is exact over the head; the others have
+    none.
     """
     loss_N, tokens_N = candidates["loss"], candidates["num_tokens"].astype(np.float64)
     found = {"rho": Learnability(length_exponent=0.0)(candidates), "lark": Lark()(candidates)}
@@ -77,7 +111,7 @@ def proxies(candidates: Candidates, *, average: str) -> dict[str, np.ndarray]:
     return found | {"minus_length": -tokens_N, "likelihood": -loss_N}
 
 
-def against(
+def compare_scores(
     scores: Mapping[str, np.ndarray],
     truth: Mapping[str, np.ndarray],
     candidates: Candidates,
@@ -86,41 +120,37 @@ def against(
     seed: int,
     resamples: int,
 ) -> dict[str, dict[str, dict[str, Mean]]]:
-    """By score and truth, within problems: `spearman`, and `overlap`, the share of the truth's top `budget` that are
-    the score's; each beside chance.
+    """Compare every score with every truth within problems: `spearman`, and `overlap`, the share of the truth's top
+    `budget` that are the score's; each beside chance.
     """
     groups = candidates.groups
     tie_N = tie_hash(seed, candidates.problem_id, candidates.candidate_id)
     pairs = [(score, true) for score in scores for true in truth]
-    ranks = [compute_spearman(scores[score], truth[true], groups) for score, true in pairs]
-    tops = [compute_top_overlap(scores[score], truth[true], groups, tie_N, budget=budget) for score, true in pairs]
-    measured = zip(
-        pairs,
-        summarise_with_chance(ranks, resamples=resamples),
-        summarise_with_chance(tops, resamples=resamples),
-        strict=True,
-    )
+    ranks = [compute_spearman(scores[a], truth[b], groups) for a, b in pairs]
+    tops = [compute_top_overlap(scores[a], truth[b], groups, tie_N, budget=budget) for a, b in pairs]
+    rank_means, top_means = (summarise_with_chance(values, resamples=resamples) for values in (ranks, tops))
     found: dict[str, dict[str, dict[str, Mean]]] = {score: {} for score in scores}
-    for (score, true), rank, top in measured:
+    for (score, true), rank, top in zip(pairs, rank_means, top_means, strict=True):
         found[score][true] = {"spearman": rank, "overlap": top}
     return found
 
 
-def step_check(candidates: Candidates, wanted: ExactGradients, *, tolerance: float) -> dict[str, Any]:
-    """Whether the step is small enough: |drop at eta / 2 over drop at eta - 1|, its median and 95th percentile over the
-    candidates, and the share of them that stay within `tolerance`; and how many losses rose.
+def check_step(candidates: Candidates, wanted: ExactGradients, *, tolerance: float) -> dict[str, Any]:
+    """Check that the step is small enough: |drop at eta / 2 over drop at eta - 1|, its median and 95th percentile over
+    the candidates, and the share of them that stay within `tolerance`; and how many losses rose.
     """
     columns = candidates.of(wanted)
     with np.errstate(divide="ignore", invalid="ignore"):
         change_N = np.abs(columns["drop_half"] / columns["drop"] - 1)
     change_N = change_N[np.isfinite(change_N)]
+    median, p95 = compute_quantiles(change_N, (0.5, 0.95)).values()
     share = float((change_N <= tolerance).mean()) if len(change_N) else math.nan
     return {
         "eta": wanted.eta,
         "tolerance": tolerance,
         "candidates": len(change_N),
-        "median_change": float(np.median(change_N)) if len(change_N) else math.nan,
-        "p95_change": float(np.quantile(change_N, 0.95)) if len(change_N) else math.nan,
+        "median_change": median,
+        "p95_change": p95,
         "share_within": share,
         "rises": int((columns["drop"] <= 0).sum()),
         "passed": share >= 0.95,
@@ -130,11 +160,11 @@ def step_check(candidates: Candidates, wanted: ExactGradients, *, tolerance: flo
 # ---- kappa
 
 
-def kappas(
+def measure_kappa(
     candidates: Candidates, wanted: ExactGradients, groups_P: Sequence[str], *, resamples: int
 ) -> dict[str, dict[str, Any]]:
-    """`spread_of` kappa, by part of the student: all that moves, and each group of layers; with the share of the
-    squared norm that falls to it.
+    """Summarise kappa by part of the student: all that moves, and each group of layers; with the share of the squared
+    norm that falls to it.
     """
     columns = candidates.of(wanted)
     norm_NP = np.stack(list(columns["group_squared_norm"]))
@@ -143,47 +173,46 @@ def kappas(
     tokens_N, brier_N = candidates["num_tokens"].astype(np.float64), candidates["brier"]
     return {
         name: {"share_of_squared_norm": float(norm_N.sum()) / total if total else math.nan}
-        | spread_of(norm_N, brier_N, tokens_N, candidates.groups, resamples=resamples)
+        | summarise_kappa(norm_N, brier_N, tokens_N, candidates.groups, resamples=resamples)
         for name, norm_N in parts.items()
     }
 
 
-def spread_of(
+def summarise_kappa(
     norm_N: np.ndarray, brier_N: np.ndarray, tokens_N: np.ndarray, groups: Groups, *, resamples: int
 ) -> dict[str, Any]:
-    """Of kappa = squared norm / Brier over the candidates where both are above 0: mean, coefficient of variation,
-    quantiles, its coefficient of variation within problems, and its length exponents.
+    """Summarise kappa = squared norm / Brier over the candidates where both are above 0: mean, coefficient of
+    variation, quantiles, its coefficient of variation within problems, and its length exponents.
     """
     valid_N = (norm_N > 0) & (brier_N > 0) & (tokens_N > 0)
     found: dict[str, Any] = {"candidates": int(valid_N.sum()), "left_out": int((~valid_N).sum())}
     if not valid_N.any():
         return found
-    kappa_N = norm_N[valid_N] / brier_N[valid_N]
+    kappa_N, tokens_N = norm_N[valid_N] / brier_N[valid_N], tokens_N[valid_N]
     sub = Groups(groups.index_N[valid_N], groups.count)
+    mean_G = sub.average(kappa_N)
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean_G = sub.sum(kappa_N) / sub.size
-        deviation_G = np.sqrt(sub.sum((kappa_N - sub.spread(mean_G)) ** 2) / sub.size) / mean_G
+        deviation_G = np.sqrt(sub.average((kappa_N - sub.spread(mean_G)) ** 2)) / mean_G
     within_G = np.where(sub.size > 1, deviation_G, np.nan)
     return found | {
         "mean": float(kappa_N.mean()),
         "cv": float(kappa_N.std() / kappa_N.mean()),
-        "quantiles": {f"p{100 * q:.0f}": float(np.quantile(kappa_N, q)) for q in QUANTILES},
+        "quantiles": compute_quantiles(kappa_N, QUANTILES),
         "cv_within_problems": average_over_problems([within_G], resamples=resamples)[0],
-        "exponent_within_problems": exponent(kappa_N, tokens_N[valid_N], sub, within=True, resamples=resamples),
-        "exponent_pooled": exponent(kappa_N, tokens_N[valid_N], sub, within=False, resamples=resamples),
+        "exponent_within_problems": fit_length_exponent(kappa_N, tokens_N, sub, within=True, resamples=resamples),
+        "exponent_pooled": fit_length_exponent(kappa_N, tokens_N, sub, within=False, resamples=resamples),
     }
 
 
-def exponent(
+def fit_length_exponent(
     kappa_N: np.ndarray, tokens_N: np.ndarray, groups: Groups, *, within: bool, resamples: int, seed: int = 0
 ) -> Mean:
-    """b of kappa ~ T^b by least squares on logarithms, with a bootstrap interval over problems. within: each problem
-    has a constant of its own; else all candidates share one. 0: length says nothing (that is its `chance`).
+    """Fit b of kappa ~ T^b by least squares on logarithms, with a bootstrap interval over problems. within: each
+    problem has a constant of its own; else all candidates share one. 0: length says nothing (that is its `chance`).
     """
     x_N, y_N = np.log(tokens_N), np.log(kappa_N)
     if within:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            x_N, y_N = (v_N - groups.spread(groups.sum(v_N) / groups.size) for v_N in (x_N, y_N))
+        x_N, y_N = (v_N - groups.spread(groups.average(v_N)) for v_N in (x_N, y_N))
         several_N = groups.spread(groups.size) > 1
         x_N, y_N, groups = x_N[several_N], y_N[several_N], Groups(groups.index_N[several_N], groups.count)
     else:
@@ -193,24 +222,24 @@ def exponent(
     if not sum_5G.size:
         return UNKNOWN
     (resampled_R5,) = resample_sums(sum_5G, resamples=resamples, seed=seed)
-    return estimate_from_sums(sum_5G, resampled_R5, partial(_slope, within=within))
+    return estimate_from_sums(sum_5G, resampled_R5, partial(_compute_slope, within=within))
 
 
-def _slope(sum_R5: np.ndarray, within: bool) -> np.ndarray:
+def _compute_slope(sum_R5: np.ndarray, within: bool) -> np.ndarray:
     n, x, y, xx, xy = sum_R5.T
     with np.errstate(divide="ignore", invalid="ignore"):
         return xy / xx if within else (xy - x * y / n) / (xx - x * x / n)
 
 
-def kappa_by_teacher(candidates: Candidates, wanted: ExactGradients) -> dict[str, dict[str, float]]:
-    """By teacher: candidates, mean kappa, and `relative`, the geometric mean of kappa over its problem's geometric mean
-    (1: a teacher whose trajectories the proxy neither flatters nor wrongs). Length explains much of it.
+def measure_kappa_by_teacher(candidates: Candidates, wanted: ExactGradients) -> dict[str, dict[str, float]]:
+    """Summarise by teacher: candidates, mean kappa, and `relative`, the geometric mean of kappa over its problem's
+    geometric mean (1: a teacher whose trajectories the proxy neither flatters nor wrongs). Length explains much of it.
     """
-    norm_N, brier_N = candidates.of(wanted)["squared_norm"], candidates["brier"]
+    norm_N, brier_N, groups = candidates.of(wanted)["squared_norm"], candidates["brier"], candidates.groups
     valid_N = (norm_N > 0) & (brier_N > 0)
     kappa_N = np.full(len(norm_N), np.nan)
     kappa_N[valid_N] = norm_N[valid_N] / brier_N[valid_N]
-    log_N, groups = np.log(kappa_N), candidates.groups
+    log_N = np.log(kappa_N)
     with np.errstate(divide="ignore", invalid="ignore"):
         mean_G = groups.sum(np.where(valid_N, log_N, 0.0)) / groups.sum(valid_N.astype(float))
     relative_N = log_N - groups.spread(mean_G)
@@ -229,27 +258,23 @@ def kappa_by_teacher(candidates: Candidates, wanted: ExactGradients) -> dict[str
 # ---- overlap of gradients
 
 
-def cosines(candidates: Candidates, columns: Mapping[str, np.ndarray], *, resamples: int) -> dict[str, Any]:
-    """Cosine between the gradients of a problem's candidates: the mean over pairs, averaged over problems (0 where they
-    were orthogonal), and quantiles over all pairs.
+def measure_cosines(candidates: Candidates, columns: Mapping[str, np.ndarray], *, resamples: int) -> dict[str, Any]:
+    """Measure the cosine between the gradients of a problem's candidates: the mean over pairs, averaged over problems
+    (0 where they were orthogonal), and quantiles over all pairs.
     """
-    mean_G, pairs = np.full(candidates.groups.count, np.nan), []
+    mean_G, pairs = np.full(candidates.groups.count, np.nan), [np.zeros(0)]
     for g, rows in enumerate(candidates.groups.split()):
-        place = {row: i for i, row in enumerate(columns["gram_rows"][rows[0]].tolist())} if len(rows) else {}
+        # a Gram row is over the problem's rows in the order of the pass, which may be more than these
+        place = {row: i for i, row in enumerate(columns["gram_rows"][rows[0]].tolist())}
         keep = [place[row] for row in candidates.row_N[rows].tolist()]
-        gram_KK = np.stack([columns["gram"][row][keep] for row in rows]) if len(rows) else np.zeros((0, 0))
+        gram_KK = np.stack([columns["gram"][row][keep] for row in rows])
         norm_K = np.sqrt(gram_KK.diagonal())
-        upper = np.triu_indices(len(rows), 1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            cosine = (gram_KK / np.outer(norm_K, norm_K))[upper]
+            cosine = (gram_KK / np.outer(norm_K, norm_K))[np.triu_indices(len(rows), 1)]
         cosine = cosine[np.isfinite(cosine)]
         if len(cosine):
             mean_G[g] = cosine.mean()
             pairs.append(cosine)
-    every = np.concatenate([np.zeros(0), *pairs])
-    quantiles = {f"p{100 * q:.0f}": float(np.quantile(every, q)) if len(every) else math.nan for q in QUANTILES}
-    return {
-        "mean": average_over_problems([mean_G], resamples=resamples)[0],
-        "pairs": len(every),
-        "quantiles": quantiles,
-    }
+    every = np.concatenate(pairs)
+    (mean,) = average_over_problems([mean_G], resamples=resamples)
+    return {"mean": mean, "pairs": len(every), "quantiles": compute_quantiles(every, QUANTILES)}

@@ -1,5 +1,5 @@
-"""Does the score predict what a trajectory is worth? The pool's candidates, cut within problems into bins of equal size
-by the selector's score; one student trained on each; held-out loss and accuracy by bin.
+"""Ask whether the score predicts what a trajectory is worth: candidates, cut within problems into bins of equal size by
+the selector's score; one student trained on each; held-out loss and accuracy by bin.
 
 Shapes: N candidates, G problems, B bins.
 """
@@ -25,8 +25,8 @@ from lark.training.arms import Arm
 EXACT_BINS = 7  # up to so many, all orders are tried for p
 
 
-def bins_of(score_N: np.ndarray, candidates: Candidates, *, bins: int, seed: int) -> np.ndarray:
-    """Each candidate's bin, int64 [N]: 0 holds each problem's lowest scores, `bins` - 1 its highest, -1 none.
+def assign_bins(score_N: np.ndarray, candidates: Candidates, *, bins: int, seed: int) -> np.ndarray:
+    """Assign a bin to each candidate, int64 [N]: 0 holds each problem's lowest scores, `bins` - 1 its highest, -1 none.
 
     Every problem gives each bin floor(K / bins) of its K scored candidates, so that bins have the same problems in the
     same numbers. What does not divide is left out by seeded hash, never by score; problems with fewer candidates than
@@ -44,10 +44,10 @@ def bins_of(score_N: np.ndarray, candidates: Candidates, *, bins: int, seed: int
     return bin_N
 
 
-def selections_of(
+def select_by_bin(
     bin_N: np.ndarray, candidates: Candidates, *, rule: str, bins: int, seed: int, tokens_N: np.ndarray
 ) -> dict[str, Selection]:
-    """What is trained on by arm, bin-1 (lowest scores) to bin-<bins>; every problem has the same weight."""
+    """Select what is trained on by arm, bin-1 (lowest scores) to bin-<bins>; every problem has the same weight."""
 
     def chosen(number: int) -> Rule:
         def score(candidates: Candidates) -> np.ndarray:
@@ -61,10 +61,10 @@ def selections_of(
     }
 
 
-def figures_of(
+def summarise_bins(
     arms: Sequence[Arm], score_N: np.ndarray, bin_N: np.ndarray, figures: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row a bin: trajectories and tokens, mean score, held-out loss at the end and its mean over training
+    """List a row a bin: trajectories and tokens, mean score, held-out loss at the end and its mean over training
     (nats/token), and each evaluation set's mean accuracy (fraction), from the arms' `read_figures`.
     """
     rows = []
@@ -87,25 +87,27 @@ def figures_of(
     return rows
 
 
-def trends(rows: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How bins go with what came of them: Spearman's correlation of the bin's number with held-out loss and with each
+def compute_trends(rows: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Relate bins to what came of them: Spearman's correlation of the bin's number with held-out loss and with each
     accuracy, and its exact permutation p (two-sided; with 4 bins no less than 2/24); and the highest bin minus the
     lowest, for accuracies with the interval over problems. One seed: its variance is not estimated.
     """
     number = [row["bin"] for row in rows]
     loss = [row["held_out_loss"] for row in rows]
-    found: dict[str, Any] = {"held_out_loss": _trend(number, loss) | {"highest_minus_lowest": loss[-1] - loss[0]}}
+    found: dict[str, Any] = {
+        "held_out_loss": _compute_trend(number, loss) | {"highest_minus_lowest": loss[-1] - loss[0]}
+    }
     for name in [name for name in rows[0]["accuracy"] if all(name in row["accuracy"] for row in rows)]:
         high, low = (figures[i]["per_problem"][name] for i in (-1, 0))
         problems = sorted(high)
         x, y = (np.array([[of[problem] for problem in problems]]) for of in (high, low))
-        found[name] = _trend(number, [row["accuracy"][name] for row in rows]) | {
+        found[name] = _compute_trend(number, [row["accuracy"][name] for row in rows]) | {
             "highest_minus_lowest": vars(compute_paired_difference(x, y))
         }
     return found
 
 
-def _trend(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
+def _compute_trend(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
     bins = len(x)
     if bins < 3 or not np.isfinite(y).all() or len(set(y)) == 1:
         return {"spearman": math.nan, "p": math.nan, "bins": bins}

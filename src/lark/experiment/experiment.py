@@ -174,7 +174,7 @@ class Experiment:
             write_statistics(self.folder / "statistics.parquet", data.candidates, data.selections, data.rules)
             write_sample(self.folder, data, dict(settings(self.config)))
         console.announce_selections(data)
-        self.diagnosis.of_selections(self.plan.claim)
+        self.diagnosis.diagnose_selections(self.plan.claim)
 
     def _write_selections(self) -> None:
         """Write the choices into the run's own folder, for other trainers."""
@@ -195,7 +195,7 @@ class Experiment:
         )
         ordered = [*before, *(trained[name] for name in ("selector", "baseline") if name in trained)]
         self.actions = runner.run_together(ordered)  # the baseline last: other jobs may wait for the rest
-        self.diagnosis.of_arms(list(trained.values()))
+        self.diagnosis.diagnose_arms(list(trained.values()))
         if bins := self.diagnosis.select_bins():
             self.data.selections |= bins
             arms = [runner.make(name, selection.record["rule"]) for name, selection in bins.items()]
@@ -203,7 +203,7 @@ class Experiment:
                 runner.run_aside(arm)
                 del self.data.selections[arm.name]
             self.data.set_active_arm("selector")
-            self.diagnosis.of_bins(arms, runner.figures)
+            self.diagnosis.diagnose_bins(arms, runner.figures)
         return [*before, *(trained[name] for name in ("baseline", "selector") if name in trained)]
 
     def _stop(self, stage: str, path: Path) -> float:
@@ -218,7 +218,7 @@ class Experiment:
         """Write and print what the run found; returns the difference on the first evaluation set."""
         data = self.data
         summary = summarise_run(self.config, arms, self.runner.figures, data, self.actions)
-        summary |= {"problems_in_pool": data.trajectories.overlaps, "diagnostics": self.diagnosis.figures()}
+        summary |= {"problems_in_pool": data.trajectories.overlaps, "diagnostics": self.diagnosis.list_figures()}
         write_json(self.folder / "summary.json", summary)
         with self._open_logger(f"comparison-seed{data.seed}", "comparison") as logger:
             log_comparison(logger, self.tracker, summary, data, self.diagnosis.found, data.get_action)

@@ -78,8 +78,8 @@ def compute_spearman(a_N: np.ndarray, b_N: np.ndarray, groups: Groups) -> ByProb
     both_N = np.isfinite(a_N) & np.isfinite(b_N)
     sub = Groups(groups.index_N[both_N], groups.count)
     x, y = (compute_midranks(v_N[both_N], sub) for v_N in (a_N, b_N))
+    x, y = (r - sub.spread(sub.average(r)) for r in (x, y))
     with np.errstate(divide="ignore", invalid="ignore"):
-        x, y = (r - sub.spread(sub.sum(r) / sub.size) for r in (x, y))
         rho_G = np.clip(sub.sum(x * y) / np.sqrt(sub.sum(x * x) * sub.sum(y * y)), -1, 1)
         variance_G = 1 / (sub.size - 1)
     return ByProblem(value_G=rho_G, chance_G=np.zeros(groups.count), variance_G=variance_G, bounds=(-1.0, 1.0))

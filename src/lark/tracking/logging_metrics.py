@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lark.diagnostics.composition import shares
+from lark.diagnostics.composition import expand_q
 from lark.selection.candidates import Candidates
 from lark.selection.selection import Selection
 from lark.tracking.decisions import (
@@ -190,7 +190,7 @@ def _log_selection(logger: Any, tracker: Tracker, role: str, folder: Path, data:
 def list_selection_metrics(selection: Selection, candidates: Candidates) -> dict[str, float]:
     """List counts, and what the score goes along with (Spearman's correlation within problems); shares from 0 to 1."""
     record, counts = selection.record, selection.record["counts"]
-    correct_N = candidates["correct"].astype(np.float64)[shares(candidates, selection) > 0]
+    correct_N = candidates["correct"].astype(np.float64)[expand_q(candidates, selection) > 0]
     correct_N = correct_N[np.isfinite(correct_N)]
     spearman = record["within_problem_spearman"]
     figures: dict[str, Any] = {
@@ -230,7 +230,7 @@ def list_trajectory_rows(candidates: Candidates, selection: Selection, *, limit:
         "problem_id": [str(name) for name in candidates.problem_id],
         "candidate_id": [str(name) for name in candidates.candidate_id],
     }
-    table = pd.DataFrame(columns)
+    table: Any = pd.DataFrame(columns)
     table = table[np.isfinite(table["score"])].sort_values("score", ascending=False, kind="stable")
     by_teacher = table.groupby("teacher")
     size, place = by_teacher["row"].transform("size"), by_teacher.cumcount()
@@ -240,4 +240,4 @@ def list_trajectory_rows(candidates: Candidates, selection: Selection, *, limit:
     ends = ends.sort_values(["size", "teacher", "end"], ascending=[False, True, True], kind="stable")
     rows = ends.drop(columns="size").head(limit)
     rows["correct"] = rows["correct"].map({0.0: False, 1.0: True})
-    return rows.astype(object).where(rows.notna(), None).to_dict("records")  # type: ignore[return-value]
+    return rows.astype(object).where(rows.notna(), None).to_dict("records")
