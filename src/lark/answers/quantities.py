@@ -123,7 +123,7 @@ class Quantity:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""Return the number a text states, or None: `parse_quantity` without what stands around the number; 50% gives 50."""
+    r"""Return the number a text states, or None: `parse_quantity` without what is around the number; 50% gives 50."""
     quantity = parse_quantity(text)
     return None if quantity is None else quantity.written
 

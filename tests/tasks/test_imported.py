@@ -14,7 +14,7 @@ from teacher_folder import PROBLEMS, SYSTEM, TWICE, gold, question, trajectory, 
 
 from lark.common.cache import read_json
 from lark.pool.pool import PoolError, read_pool
-from lark.tasks.conversations import Candidate, Columns, parse_turns, read_candidates
+from lark.tasks.conversations import Columns
 from lark.tasks.hub import HubTask
 from lark.tasks.teacher_files import TeacherFiles
 
@@ -333,36 +333,3 @@ def test_what_is_not_there_is_named(settings: dict[str, Any], message: str, tmp_
 def test_a_pool_needs_trajectories(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"task\.columns\.trajectory=null and task\.columns\.messages=null"):
         hub_task(tmp_path, Columns(problem="q")).prepare_pool(tmp_path)
-
-
-# Rows
-
-
-TURNS = [{"role": "user", "content": 'It\'s "so"?\n'}, {"role": "assistant", "content": "Yes \\boxed{1}"}]
-
-
-@pytest.mark.parametrize("write", [lambda turns: turns, json.dumps, str])
-def test_conversations_as_lists_or_as_text(write: Any) -> None:
-    assert parse_turns(write(TURNS), "messages") == TURNS
-
-
-def test_further_keys_of_turns_are_left_out() -> None:
-    turns = [{"from": "human", "value": "Why?", "weight": None}, {"from": "model", "value": "So."}]
-    assert parse_turns(turns, "c") == [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-
-
-@pytest.mark.parametrize(
-    "value", ["", "[", "open('x')", "[" * 9999, [], [3], [{"role": "user"}], [{"role": "tool", "content": ""}], 7]
-)
-def test_what_is_no_conversation_is_a_fault(value: Any) -> None:
-    from lark.pool.rows import RowError
-
-    with pytest.raises(RowError):
-        parse_turns(value, "messages")
-
-
-def test_messages_are_the_prompt_where_a_column_has_the_trajectory() -> None:
-    row = {"messages": TURNS, "t": "mine", "who": ["w"]}
-    (found,) = read_candidates(row, Columns(messages="messages", trajectory="t", teacher="who"))
-    assert isinstance(found, Candidate)
-    assert (found.prompt, found.trajectory, found.teacher) == (TURNS[:1], "mine", "w")
