@@ -5,8 +5,7 @@
 
 In one process, with the same dtype and threads, after a warm-up, samples of the first `--problems` problems:
 
-batched        what an evaluation does (lark.generation.transformers_backend): samples of a problem share its prompt, those that have ended
-               make room for others
+batched        what an evaluation does (lark.generation.transformers_backend)
 one at a time  the same code with a batch size of 1, on `--alone` samples spread evenly over the problems
 transformers   model.generate with sampling by temperature and top-p, one sample at a time, for the same prompts and
                number of samples; what it draws differs
@@ -31,8 +30,8 @@ import torch
 from profiles import forget_peak, peak_bytes
 from throughput import gemm_seconds
 
-from lark.generation.backends import stop_ids
-from lark.generation.transformers_backend import Sample, fitting_batch_size, generate_samples
+from lark.generation.backends import find_stop_ids
+from lark.generation.transformers_backend import Sample, choose_batch_size, generate_samples
 from lark.student.student import Student, get_head
 from lark.tasks.arithmetic import generate
 from lark.tasks.problems import make_prompt, read_problems
@@ -89,8 +88,8 @@ def main() -> None:
         path = arguments.eval or embedded.prepare_evaluation(Path(folder))["eval"]
         problems = read_problems(path, limit=arguments.problems)
     prompts = {row["problem_id"]: chat.encode_prompt(make_prompt(row, None)) for row in problems}
-    longest, ends = max(map(len, prompts.values())), stop_ids(chat)
-    size = arguments.batch_size or fitting_batch_size(model, longest + arguments.max_new_tokens)
+    longest, ends = max(map(len, prompts.values())), find_stop_ids(chat)
+    size = arguments.batch_size or choose_batch_size(model, longest + arguments.max_new_tokens)
     keys = [(key, n) for n in range(arguments.samples) for key in prompts]
     step = max(1, len(keys) // arguments.alone)
     alone = keys[::step][: arguments.alone]

@@ -44,19 +44,6 @@ def draw(model, tokenizer):
     return samples
 
 
-@pytest.fixture
-def passes(model):
-    """Rows and tokens of each forward pass of the model with a cache, but for those that try it out."""
-    seen = []
-
-    def record(module, arguments, keywords):
-        if keywords.get("logits_to_keep") and keywords["input_ids"].shape[0] > 3:
-            seen.append(tuple(keywords["input_ids"].shape))
-
-    with model.register_forward_pre_hook(record, with_kwargs=True):
-        yield seen
-
-
 def differing(first, second):
     assert first.keys() == second.keys()
     return sum(first[key] != second[key] for key in first)
@@ -73,42 +60,40 @@ def test_batch_size_and_order_of_problems_change_no_sample(draw):
     assert differing(alone, shuffled) <= 0.01 * 32
 
 
-def test_samples_come_as_they_end_and_others_take_their_places(model, tokenizer, passes):
+def test_a_batch_that_has_mostly_ended_is_given_up(model, tokenizer):
     # One token in twelve is an end. Batches of 16 that wait for their longest sample would compute as many rows as if
-    # all were nearly as long as that; with places filled again, hardly more than the tokens there are.
+    # all were nearly as long as that; the rows that are left over are read again, together.
     ends, prompts = list(range(0, 257, 12)), [tokenizer(text)["input_ids"] for text in ("one", "two", "three")]
-    settings: dict[str, Any] = dict(
-        temperature=1.0, top_p=1.0, max_new_tokens=100, seed=0, batch_size=16, stop_ids=ends
-    )
-    batches = list(generate_samples(model, tokenizer, prompts, ["1", "2", "3"], samples=40, **settings))
+    settings: dict[str, Any] = dict(temperature=1.0, top_p=1.0, max_new_tokens=100, seed=0, stop_ids=ends)
+    computed = []
+
+    def record(module, arguments, keywords):
+        computed.append(keywords["input_ids"].shape[0])
+
+    with model.register_forward_pre_hook(record, with_kwargs=True):
+        batches = list(
+            generate_samples(model, tokenizer, prompts, ["1", "2", "3"], samples=40, batch_size=16, **settings)
+        )
     samples = [sample for batch in batches for sample in batch]
-    assert len({(sample.problem_id, sample.sample) for sample in samples}) == 120
-    lengths = [sample.num_tokens for sample in samples]
+    found = {(sample.problem_id, sample.sample): sample for sample in samples}
+    assert len(found) == len(samples) == 120
     waiting = sum(16 * max(sample.num_tokens for sample in samples[i : i + 16]) for i in range(0, 112, 16))
-    computed = sum(rows for rows, width in passes if width == 1)
-    assert len(batches) > 20 and computed < 1.3 * sum(lengths) and computed < 0.75 * waiting
+    assert sum(computed) < 0.75 * waiting
+    alone = generate_samples(model, tokenizer, prompts, ["1", "2", "3"], samples=40, batch_size=120, **settings)
+    assert differing(found, {(s.problem_id, s.sample): s for batch in alone for s in batch}) <= 0.01 * 120
 
 
-def test_samples_of_a_problem_share_the_pass_over_their_prompt(draw, passes):
-    draw(samples=4, batch_size=32, max_new_tokens=2)
-    assert (8, 17) in passes  # eight prompts, left-padded, for 32 samples
-    assert sum(rows for rows, width in passes if width > 10) == 8
-
-
-def test_where_memory_runs_out_half_as_many_go_on_from_where_they_were(draw, model):
-    whole, said = draw(), []
+def test_where_memory_runs_out_half_as_many_go_on_from_where_they_were(draw, model, caplog):
+    whole = draw()
 
     def short(module, arguments, keywords):
         if keywords["input_ids"].shape[0] > 6 and keywords["past_key_values"].get_seq_length() > 25:
             raise torch.OutOfMemoryError("out of memory, says the test")
 
     with model.register_forward_pre_hook(short, with_kwargs=True):
-        found = draw(batch_size=16, say=said.append)
+        found = draw(batch_size=16)
     assert differing(whole, found) <= 0.01 * 32
-    assert [line for line in said if "out of memory" in line] == [
-        "generation  out of memory with 16 samples at once: going on with 8",
-        "generation  out of memory with 8 samples at once: going on with 4",
-    ]
+    assert ["evaluation.batch_size" in line.getMessage() for line in caplog.records] == [True, True]
 
 
 def test_one_sample_that_does_not_fit_is_named(draw, model):
@@ -117,13 +102,13 @@ def test_one_sample_that_does_not_fit_is_named(draw, model):
             raise torch.OutOfMemoryError("out of memory, says the test")
 
     with model.register_forward_pre_hook(short, with_kwargs=True), pytest.raises(ValueError, match="max_new_tokens"):
-        draw(batch_size=2, say=lambda line: None)
+        draw(batch_size=2)
 
 
-def test_batch_size_is_chosen_by_memory_and_said(draw):
-    said = []
-    assert differing(draw(batch_size=None, say=said.append), draw()) <= 0.01 * 32
-    assert len(said) == 1 and "64 samples at once (0 KiB" in said[0]
+def test_batch_size_is_chosen_by_memory_and_logged(draw, caplog):
+    caplog.set_level("INFO", "lark")
+    assert differing(draw(batch_size=None), draw()) <= 0.01 * 32
+    assert [line.args[0] for line in caplog.records] == [256]
 
 
 def hybrid(tokenizer):
@@ -142,18 +127,17 @@ def state_space(tokenizer):
 
 
 @pytest.mark.parametrize("make", [hybrid, state_space])
-def test_models_of_other_caches_generate_batch_after_batch(draw, tokenizer, make):
+def test_models_of_other_caches_generate_too(draw, tokenizer, make):
     torch.manual_seed(0)
-    other, said = make(tokenizer).eval(), []
+    other = make(tokenizer).eval()
     with torch.no_grad():
         for parameter in other.parameters():
             if parameter.ndim == 2:
                 parameter *= 3  # peaked distributions
-    alone = draw(model=other, batch_size=1, samples=2, max_new_tokens=12, say=said.append)
-    assert len(said) == 1 and "batch after batch" in said[0]
+    alone = draw(model=other, batch_size=1, samples=2, max_new_tokens=12)
     assert len({sample.text for sample in alone.values()}) > 8
-    together = draw(model=other, batch_size=5, samples=2, max_new_tokens=12, say=said.append)
-    assert together == draw(model=other, batch_size=5, samples=2, max_new_tokens=12, say=said.append)
+    together = draw(model=other, batch_size=5, samples=2, max_new_tokens=12)
+    assert together == draw(model=other, batch_size=5, samples=2, max_new_tokens=12)
     assert differing(alone, together) <= 0.01 * 16
 
 

@@ -210,10 +210,10 @@ def test_what_the_warning_says_to_set_can_be_typed(make_student):
 
 
 def test_sampling_stops_at_the_end_token_and_at_the_templates_own(make_student):
-    from lark.generation.backends import stop_ids
+    from lark.generation.backends import find_stop_ids
 
-    assert stop_ids(make_student(path="shipped:tiny").load_chat()) == [2]
-    assert stop_ids(make_student(path="shipped:tiny", end_token=UNUSED).load_chat()) == [0, 2]
+    assert find_stop_ids(make_student(path="shipped:tiny").load_chat()) == [2]
+    assert find_stop_ids(make_student(path="shipped:tiny", end_token=UNUSED).load_chat()) == [0, 2]
 
 
 # ---- before training

@@ -18,7 +18,7 @@ FORMULAS = {
     "verdicts": 1,  # whether an answer is right (lark.answers)
     "forward": 2,  # hidden states, and how rows share a forward pass
     "training": 2,  # batches, loss, optimizer, held-out loss
-    "samples": 1,  # prompts, noise and decoding
+    "samples": 2,  # prompts, noise and decoding
     "metrics": 1,  # what samples and verdicts come to
 }
 """Raise a number when the same inputs give other results. Passes carry their own (`PassModule.VERSION`)."""

@@ -1,24 +1,25 @@
-"""Generation with vLLM, in a process of its own: prompts -> samples, as `lark.generation.transformers_backend.generate_samples` gives them.
+"""Generation with vLLM, in a process of its own: prompts -> samples, like `generate_samples` of transformers_backend.
 
 vLLM pins its own torch and does not give memory back, so it lives in a process, and if need be in a Python, of its own
-(`lark.generation.vllm_worker`). Each sample has a seed of its own, from (seed, problem, sample); yet vLLM's sums depend on what
-it computes at the same time, so samples are not reproducible bit for bit. Nor are they those of transformers.
+(`lark.generation.vllm_worker`). Each sample has a seed of its own, from (seed, problem, sample); yet vLLM's sums depend
+on what it computes at the same time, so samples are not reproducible bit for bit. Nor are they those of transformers.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from lark.common.cache import atomic_write, identity_hash, read_json, write_json
+from lark.common.cache import read_json, write_json, write_text
 from lark.common.errors import LarkError
-from lark.generation import vllm_worker as vllm_process
-from lark.generation.sampling import digest
-from lark.generation.transformers_backend import Sample, check_prompts, check_sampling, decoded
+from lark.common.log import logger
+from lark.generation import vllm_worker
+from lark.generation.sampling import hash_sample
+from lark.generation.transformers_backend import Sample, check_prompts, check_sampling, decode_sample
 from lark.student.student import Student
 
 PYTHON = "LARK_VLLM_PYTHON"
@@ -28,8 +29,8 @@ _POLL_SECONDS = 0.2
 _LAST_LINES = 15
 
 
-def vllm_source(student: Student, checkpoint: str | Path | None = None) -> dict[str, Any]:
-    """`model`, `revision` and `adapter` of `generate_with_vllm` for a student, or for one trained from it.
+def find_vllm_source(student: Student, checkpoint: str | Path | None = None) -> dict[str, Any]:
+    """Find `model`, `revision`, `adapter` and `config` of `generate_with_vllm` for a student, or one trained from it.
 
     checkpoint: the folder that training left: an adapter's where the student has LoRA, else the whole student's.
 
@@ -76,14 +77,12 @@ def generate_with_vllm(
     tensor_parallel_size: int | None = None,
     gpu_memory_utilization: float = 0.9,
     python: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> Iterator[list[Sample]]:
-    """Draws samples with vLLM; yields them as they end, in no order.
+    """Draw samples with vLLM; yields them as they end, in no order. The caller keeps them: nothing is read again.
 
     Args:
-        folder: of this evaluation's own, and of one set of weights: requests and tokens, vLLM's output (vllm.log), and
-            engine.json, which says what was used and `"bit_reproducible": false`. What an earlier call of the same
-            settings left there is yielded again, but for `done`, and not sampled again.
+        folder: for requests and tokens, vLLM's output (vllm.log), and engine.json, which says what was used and
+            `"bit_reproducible": false`.
         tokenizer: decodes what was sampled; vLLM is given token ids.
         model: a folder in transformers' format, or an id of the hub, with `revision`.
         adapter: folder of a peft LoRA adapter on top of it.
@@ -96,15 +95,15 @@ def generate_with_vllm(
     Further arguments are those of `generate_samples`.
 
     Raises:
-        LarkError: a setting is out of its range, or vLLM is not installed.
-        RuntimeError: vLLM's process ended before its samples, with the last lines that it printed.
+        LarkError: a setting is out of its range, vLLM is not installed, or its process ended before its samples (with
+            the last lines that it printed).
     """
     check_sampling(samples, temperature, top_p, None)
     longest = check_prompts(prompts, keys, max_new_tokens, stop_ids)
     wanted = [(i, n) for i, key in enumerate(keys) for n in range(samples) if (key, n) not in done]
     if not wanted:
         return
-    python = python or os.environ.get(PYTHON) or sys.executable
+    folder, python = Path(folder), python or os.environ.get(PYTHON) or sys.executable
     settings = {
         "engine": {
             "model": model,
@@ -129,92 +128,62 @@ def generate_with_vllm(
         },
         "adapter": adapter,
     }
-    folder = Path(folder)
-    identity = identity_hash(
-        {**settings, "samples": samples, "seed": seed, "prompts": list(map(list, prompts)), "keys": list(keys)}
+    waiting = dict(enumerate(sorted(wanted, key=lambda pair: -len(prompts[pair[0]]))))
+    requests = [
+        {"prompt_token_ids": list(prompts[i]), "seed": derive_vllm_seed(seed, keys[i], n), "number": number}
+        for number, (i, n) in waiting.items()
+    ]
+    write_json(folder / "settings.json", settings)
+    write_text(folder / "requests.jsonl", "".join(json.dumps(row) + "\n" for row in requests))
+    (folder / "tokens.jsonl").write_bytes(b"")
+    logger.info(
+        "vllm: %d samples by %s; not reproducible bit for bit; output in %s", len(waiting), python, folder / "vllm.log"
     )
-    tokens = _prepare(folder, settings | {"identity": identity})
-    number = {(i, n): i * samples + n for i, n in wanted}
-    place = {number: pair for pair, number in number.items()}
-
-    def sampled(row: dict[str, Any]) -> Sample:
-        i, n = place.pop(row["number"])
-        return decoded(tokenizer, keys[i], n, row["token_ids"], stop_ids)
-
-    reader = _Lines(tokens)
-    kept = [sampled(row) for row in reader.rows() if row["number"] in place]
-    if kept:
-        say(f"vllm        {len(kept)} samples are there from before")
-        yield kept
-    if not place:
-        return
-    with atomic_write(folder / "requests.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for pair in sorted(place.values(), key=lambda pair: -len(prompts[pair[0]])):
-            own = int.from_bytes(digest(seed, keys[pair[0]], pair[1])[16:24], "little") >> 1
-            row = {"prompt_token_ids": list(prompts[pair[0]]), "seed": own, "number": number[pair]}
-            file.write(json.dumps(row) + "\n")
-    say(f"vllm        {len(place)} samples by {python}; not reproducible bit for bit; output in {folder / 'vllm.log'}")
     process = _start(python, folder)
     try:
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_SECONDS)
-            code = process.poll()  # asked before reading: what was written before its end is read
-            batch = [sampled(row) for row in reader.rows() if row["number"] in place]
-            if batch:
-                yield batch
-            if code is not None:
-                break
+        with open(folder / "tokens.jsonl", "rb") as tokens:
+            code = None
+            while code is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_SECONDS)
+                code = process.poll()  # asked before reading: what was written before its end is read
+                batch = []
+                for row in _read_rows(tokens):
+                    i, n = waiting.pop(row["number"])
+                    batch.append(decode_sample(tokenizer, keys[i], n, row["token_ids"], stop_ids))
+                if batch:
+                    yield batch
     finally:
         _end(process)
-    if code == vllm_process.MISSING:
+    if code == vllm_worker.MISSING:
         raise LarkError(
-            f"evaluation.engine=vllm needs vLLM, which {python} cannot import ({_last(folder, 1)}): {REMEDY}"
+            f"evaluation.engine=vllm needs vLLM, which {python} cannot import ({_last_lines(folder, 1)}): {REMEDY}"
         )
-    if code != 0 or place:
-        raise RuntimeError(
-            f"vLLM ended with exit code {code} and {len(place)} of {len(wanted)} samples missing; the others are kept "
-            f"in {folder} and a repeated command goes on from them. The last lines of {folder / 'vllm.log'}:\n"
-            f"{_last(folder, _LAST_LINES)}"
+    if code != 0 or waiting:
+        raise LarkError(
+            f"evaluation.engine=vllm: vLLM ended with exit code {code} and {len(waiting)} of {len(wanted)} samples "
+            "missing; the others are kept and a repeated command goes on from them. The last lines of "
+            f"{folder / 'vllm.log'}:\n{_last_lines(folder, _LAST_LINES)}"
         )
     record = read_json(folder / "engine.json")
     write_json(folder / "engine.json", record | {"python": python, "bit_reproducible": False})
 
 
-def _prepare(folder: Path, settings: dict[str, Any]) -> Path:
-    """The folder's tokens.jsonl, cut to its whole lines, or empty where the folder is of another evaluation."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, tokens = folder / "settings.json", folder / "tokens.jsonl"
-    if not path.exists() or read_json(path).get("identity") != settings["identity"]:
-        tokens.unlink(missing_ok=True)
-    write_json(path, settings)
-    content = tokens.read_bytes() if tokens.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content) or not tokens.exists():
-        with atomic_write(tokens) as temporary:
-            temporary.write_bytes(content[:whole])
-    return tokens
+def derive_vllm_seed(seed: int, problem_id: str, sample: int) -> int:
+    """Derive vLLM's seed of one sample, 63 bits."""
+    return int.from_bytes(hash_sample(seed, problem_id, sample)[16:24], "little") >> 1
 
 
-class _Lines:
-    """The rows of a JSONL file that another process appends to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.read = path, 0
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Those that have been completed since the last call."""
-        with open(self.path, "rb") as file:
-            file.seek(self.read)
-            content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self.read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+def _read_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Yield the rows that another process has completed since the last call."""
+    while (line := file.readline()).endswith(b"\n"):
+        yield json.loads(line)
+    file.seek(-len(line), os.SEEK_CUR)
 
 
 def _start(python: str, folder: Path) -> subprocess.Popen[bytes]:
     # Not as a module: that Python need not have this package. -P: nor may this package's modules hide others.
-    command = [python, "-P", str(Path(vllm_process.__file__).resolve()), str(folder)]
+    command = [python, "-P", str(Path(vllm_worker.__file__).resolve()), str(folder)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with open(folder / "vllm.log", "wb") as log:
         try:
@@ -228,12 +197,12 @@ def _start(python: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Closing its input ends the process and those that vLLM has started."""
+    """Close the input of the process, which ends it and those that vLLM has started."""
     assert process.stdin is not None
     process.stdin.close()
     process.wait()
 
 
-def _last(folder: Path, count: int) -> str:
+def _last_lines(folder: Path, count: int) -> str:
     lines = (folder / "vllm.log").read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([line for line in lines if line.strip()][-count:])

@@ -1,6 +1,6 @@
 """The process that vLLM lives in: reads requests from a folder, appends what it has sampled to a file there.
 
-    python -P vllm_process.py <folder>
+    python -P vllm_worker.py <folder>
 
 It may run under another Python than the rest of the package (vLLM pins its own torch), so it imports nothing of it.
 
