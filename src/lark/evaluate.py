@@ -17,18 +17,18 @@ from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "trainer", "logger")
 BLOCKS = ("evaluation",)
-VALUES = ("seed", "checkpoint", "recheck", "paths")
+VALUES = ("seed", "checkpoint", "regrade", "paths")
 MAIN = "evaluate"
 """The name of the configuration; another is that of a replay."""
 OF_CHECKPOINT = ("path", "id", "revision", "dtype", "attention")
-"""What may be said of an arm's student: where its base is now, and how it is loaded."""
+"""Settings of an arm's student that may be given: where its base is now, and how it is loaded."""
 
 configuration.register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path=str(configuration.find_conf()), config_name=MAIN)
 def hydra_main(config: DictConfig) -> float:
-    """One evaluation; returns avg@k on the first set."""
+    """Do one evaluation; returns avg@k on the first set."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         return _evaluate(config, folder, list(HydraConfig.get().overrides.task))
@@ -45,9 +45,9 @@ def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
     if isinstance(config.task, DictConfig) and OmegaConf.is_missing(config.task, "pool"):
         config.task.pool = "."  # nobody reads it
     check(config)
-    if config.recheck is not None:
+    if config.regrade is not None:
         folder.rmdir()  # Hydra made it
-        return check_again(config, {word.partition("=")[0].lstrip("+") for word in overrides})
+        return _regrade(config, {word.partition("=")[0].lstrip("+") for word in overrides})
     if config.checkpoint is not None and HydraConfig.get().job.config_name == MAIN:
         take_checkpoint(config, overrides)
     write_replay(config, folder)
@@ -56,20 +56,20 @@ def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
 
 
 def check(config: DictConfig) -> None:
-    """Names, groups and types; raises LarkError naming the setting."""
+    """Check names, groups and types; raises LarkError naming the setting."""
     configuration.check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
-    for name in ("checkpoint", "recheck"):
+    for name in ("checkpoint", "regrade"):
         if not isinstance(config[name], str | None):
-            raise LarkError(f"{name}={config[name]} is no folder; set it to one, or to null")
-    if config.checkpoint is not None and config.recheck is not None:
-        raise LarkError(f"checkpoint={config.checkpoint} and recheck={config.recheck} are both set; leave one out")
+            raise LarkError(f"{name}={config[name]} is not a folder; set it to one, or to null")
+    if config.checkpoint is not None and config.regrade is not None:
+        raise LarkError(f"checkpoint={config.checkpoint} and regrade={config.regrade} are both set; leave one out")
     configuration.check_types(config, (*GROUPS, *BLOCKS))
 
 
 def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
     """Put the student that was trained in the arm config.checkpoint in the place of config.model.
 
-    Raises LarkError if it is no trained arm, or the command line asks for another student.
+    Raises LarkError if it is not a trained arm, or the command line asks for another student.
     """
     from lark.export import read_arm
 
@@ -93,13 +93,12 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
     config.model = OmegaConf.create({"_target_": "lark.student.student.Student", **student})
 
 
-def check_again(config: DictConfig, told: set[str]) -> float:
-    from lark.common.cache import check_writable
-    from lark.evaluation.regrade import recheck
+def _regrade(config: DictConfig, told: set[str]) -> float:
+    from lark.common.log import open_log
+    from lark.evaluation.regrade import regrade
 
-    cache = check_writable(config.paths.cache, "paths.cache")
-    found = recheck(Path(config.recheck), configuration.build(config.task), told=told, cache=cache)
-    *_, last = found.values()
+    with open_log(None):
+        *_, last = regrade(Path(config.regrade), configuration.build(config.task), told=told)
     return next(iter(last["intervals"].values()))["estimate"]
 
 

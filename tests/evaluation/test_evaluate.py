@@ -6,8 +6,8 @@ from tiny_student import byte_tokenizer, tiny_model
 
 from lark.answers.checker import Checker
 from lark.evaluation.evaluate import Sampling, evaluate
-from lark.evaluation.samples import per_problem, read_samples
-from lark.generation.backends import Engine
+from lark.evaluation.samples import find_partial_files, read_rows, read_verdicts
+from lark.generation.backends import Backend
 from lark.generation.transformers_backend import generate_samples
 
 PROBLEMS = [{"problem_id": f"p{i}", "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(6)]
@@ -15,11 +15,11 @@ OTHERS = [{"problem_id": f"p{i}", "problem": f"{i} - 1?", "answer": str(i - 1), 
 
 
 @pytest.fixture(scope="module")
-def engine():
+def backend():
     tokenizer = byte_tokenizer()
     model = tiny_model(tokenizer)
-    return Engine(
-        generate=lambda prompts, keys, work, **settings: generate_samples(
+    return Backend(
+        generate=lambda prompts, keys, folder, **settings: generate_samples(
             model, tokenizer, prompts, keys, **settings, batch_size=4
         ),
         encode_prompt=lambda messages: tokenizer("".join(turn["content"] for turn in messages))["input_ids"],
@@ -29,12 +29,12 @@ def engine():
 
 
 @pytest.fixture
-def run(engine, tmp_path):
+def run(backend, tmp_path):
     """Evaluates into a folder, by default of two sets; returns metrics.json."""
 
-    def evaluation(by=engine, *, folder=tmp_path / "evaluation", sets=None, sampling=None, **changes):
+    def evaluation(by=backend, *, folder=tmp_path / "evaluation", sets=None, sampling=None, **changes):
         settings = {"max_new_tokens": 24, "seed": 5, "identity": {"some": "identity"}, "record": {"by": "a test"}}
-        with Checker("number", pattern=r"(\d)") as checker:
+        with changes.pop("checker", None) or Checker("number", pattern=r"(\d)") as checker:
             evaluate(
                 by,
                 {"eval": PROBLEMS, "other": OTHERS} if sets is None else sets,
@@ -58,13 +58,13 @@ def test_what_an_evaluation_leaves(run, tmp_path):
     assert set(contents(folder)) == files | {
         f"{kind}-{name}.jsonl" for kind in ("samples", "problems") for name in ("eval", "other")
     }
-    records = read_samples(folder / "samples-eval.jsonl")
+    records = read_rows(folder / "samples-eval.jsonl")
     assert [(record["problem_id"], record["sample"]) for record in records] == [
         (f"p{i}", n) for i in range(6) for n in range(3)
     ]
     assert {"text", "num_tokens", "stop", "truncated", "boxed", "answer", "correct", "timed_out"} <= set(records[0])
-    assert read_samples(folder / "problems-other.jsonl") == OTHERS
-    correct = per_problem(folder / "samples-eval.jsonl")
+    assert read_rows(folder / "problems-other.jsonl") == OTHERS
+    correct = read_verdicts(folder / "samples-eval.jsonl")
     assert list(correct) == [f"p{i}" for i in range(6)]
     figures = metrics["sets"]["eval"]
     assert figures["avg@3"] == pytest.approx(sum(map(sum, correct.values())) / 18)
@@ -93,70 +93,69 @@ class Killed(BaseException):
     pass
 
 
-def dying(engine, samples):
-    """The engine, until it has given so many samples; and how many it has given at a time."""
+def dying(backend, samples):
+    """The backend, until it has given so many samples; and how many it has given at a time."""
     drawn = []
 
-    def generate(*prompts_keys_work, **settings):
-        for batch in engine.generate(*prompts_keys_work, **settings):
+    def generate(*prompts_keys_folder, **settings):
+        for batch in backend.generate(*prompts_keys_folder, **settings):
             if sum(drawn) >= samples:
                 raise Killed
             drawn.append(len(batch))
             yield batch
 
-    return replace(engine, generate=generate), drawn
+    return replace(backend, generate=generate), drawn
 
 
-def test_an_evaluation_killed_again_and_again_loses_nothing(run, engine, tmp_path):
+def test_an_evaluation_killed_again_and_again_loses_nothing(run, backend, tmp_path):
     run(folder=tmp_path / "whole")
     folder = tmp_path / "evaluation"
-    partial = folder / "samples-eval.rank0.partial"
-
-    killed, drawn = dying(engine, 8)
+    killed, drawn = dying(backend, 8)
     with pytest.raises(Killed):
         run(killed)
+    (partial,) = find_partial_files(folder, "eval")
     lines = partial.read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + sum(drawn)
     partial.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])  # the kill came in the middle of a line
     drawn_before = sum(drawn) - 1
 
-    killed, drawn = dying(engine, 18 - drawn_before + 4)  # in the second set, the first of which is complete
+    killed, drawn = dying(backend, 18 - drawn_before + 4)  # in the second set, the first of which is complete
     with pytest.raises(Killed):
         run(killed)
     assert len(partial.read_bytes().splitlines()) == 1 + 18
     drawn_before += sum(drawn)
 
-    unharmed, drawn = dying(engine, 10**6)
+    unharmed, drawn = dying(backend, 10**6)
     run(unharmed)
     assert drawn_before + sum(drawn) == (6 + 5) * 3
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_a_kill_while_answers_are_checked_loses_no_sample(run, engine, tmp_path, monkeypatch):
+def test_a_kill_while_answers_are_checked_loses_no_sample(run, backend, tmp_path, monkeypatch):
     run(folder=tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(Checker, "check", lambda *_: (_ for _ in ()).throw(Killed))
         run()
-    unable, _ = dying(engine, 0)
+    unable, _ = dying(backend, 0)
     run(unable)
     assert contents(tmp_path / "evaluation") == contents(tmp_path / "whole")
 
 
-def test_two_ranks_share_the_problems_and_one_may_go_on_alone(run, engine, tmp_path):
+def test_two_ranks_share_the_problems_and_one_may_go_on_alone(run, backend, tmp_path):
     whole = run(folder=tmp_path / "whole")
     folder = tmp_path / "evaluation"
-    second, drawn = dying(engine, 10**6)
+    second, drawn = dying(backend, 10**6)
     with pytest.raises(FileNotFoundError):  # rank 1 leaves metrics.json to rank 0
         run(second, rank=1, world=2)
     assert sum(drawn) == 3 * 3 + 2 * 3
-    first, drawn = dying(engine, 10**6)
+    first, drawn = dying(backend, 10**6)
     assert run(first) == whole
     assert sum(drawn) == 3 * 3 + 3 * 3
     assert contents(folder).keys() == contents(tmp_path / "whole").keys()
 
 
-def test_an_engine_that_rank_0_alone_may_use(run, engine, tmp_path):
-    alone, drawn = dying(replace(engine, every_rank=False), 10**6)
+def test_an_backend_that_rank_0_alone_may_use(run, backend, tmp_path):
+    alone, drawn = dying(replace(backend, every_rank=False), 10**6)
     with pytest.raises(FileNotFoundError):
         run(alone, rank=1, world=2)
     assert not drawn
@@ -168,19 +167,35 @@ def test_an_engine_that_rank_0_alone_may_use(run, engine, tmp_path):
     "other",
     [{"identity": {"weights": "others"}}, {"encode_prompt": lambda messages: [1, 2, 3]}, {"stop_ids": [256, 5]}],
 )
-def test_samples_of_other_weights_prompts_and_settings_are_not_taken(run, engine, tmp_path, capsys, other):
+def test_samples_of_other_weights_prompts_and_settings_are_not_taken(run, backend, tmp_path, other):
     few = {"eval": PROBLEMS[:3]}
-    killed, _ = dying(replace(engine, **other), 4)
-    with pytest.raises(Killed):
-        run(killed, sets=few)
-    run(sets=few)
-    assert "other prompts, settings or weights" in capsys.readouterr().out
     run(folder=tmp_path / "whole", sets=few)
+    run(replace(backend, **other), sets=few)
+    killed, _ = dying(replace(backend, **other), 4)
+    with pytest.raises(Killed):
+        run(killed, sets={"eval": PROBLEMS[:4]})
+    run(sets=few)
     assert contents(tmp_path / "evaluation") == contents(tmp_path / "whole")
 
 
-def test_what_cannot_be_checked_is_refused_before_generating(run, engine):
-    unable, _ = dying(engine, 0)
+def test_another_set_or_checker_draws_no_sample_again(run, backend, tmp_path):
+    run(folder=tmp_path / "whole")
+    run(sets={"eval": PROBLEMS})
+    counting, drawn = dying(backend, 10**6)
+    run(counting)
+    assert sum(drawn) == 5 * 3  # those of the new set
+    assert contents(tmp_path / "evaluation") == contents(tmp_path / "whole")
+    unable, _ = dying(backend, 0)
+    before = read_rows(tmp_path / "evaluation" / "samples-eval.jsonl")
+    run(unable, sets={"eval": PROBLEMS}, checker=Checker("exact"))
+    after = read_rows(tmp_path / "evaluation" / "samples-eval.jsonl")
+    assert [row["text"] for row in after] == [row["text"] for row in before]
+    assert [row["answer"] for row in after] != [row["answer"] for row in before]
+    run(unable)  # the other set's samples are still there
+
+
+def test_what_cannot_be_checked_is_refused_before_generating(run, backend):
+    unable, _ = dying(backend, 0)
     with pytest.raises(ValueError, match=r"task\.checker='number'"):
         run(unable, sets={"eval": [PROBLEMS[0] | {"answer": "one"}]})
     with pytest.raises(ValueError, match=r"task\.eval"):

@@ -1,3 +1,4 @@
+import json
 from itertools import combinations
 
 import pytest
@@ -6,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lark.evaluation.metrics import (
-    AverageAtK,
-    MajorityAtK,
-    PassAtK,
-    ProblemMean,
     average_at_k,
+    compute_metrics,
     majority_at_k,
     pass_at_k,
+    summarise_samples,
+    write_metrics,
 )
 
 verdicts = st.integers(1, 7).flatmap(
@@ -27,14 +27,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(rows, data):
     for row in rows:
         subsets = list(combinations(row, k))
         expected.append(sum(any(subset) for subset in subsets) / len(subsets))
-    assert pass_at_k(torch.tensor(rows), k).tolist() == pytest.approx(expected, abs=1e-12)
-
-
-@given(verdicts)
-def test_ends_of_pass_at_k(rows):
     correct_PN = torch.tensor(rows)
+    assert pass_at_k(correct_PN, k).tolist() == pytest.approx(expected, abs=1e-12)
     torch.testing.assert_close(pass_at_k(correct_PN, 1), average_at_k(correct_PN))
-    assert pass_at_k(correct_PN, len(rows[0])).tolist() == [float(any(row)) for row in rows]
 
 
 def test_many_samples_neither_overflow_nor_lose_digits():
@@ -60,10 +55,6 @@ def test_maj_at_k_is_what_drawing_one_of_the_most_frequent_answers_earns(problem
         expected.append(sum(credits) / len(credits) if credits else 0)
     vote_PN, correct_PN = (torch.tensor([[sample[i] for sample in samples] for samples in problems]) for i in (0, 1))
     assert majority_at_k(vote_PN, correct_PN).tolist() == pytest.approx(expected, abs=1e-12)
-    metric = MajorityAtK()
-    for i in range(len(problems)):
-        metric.update(vote_PN[i : i + 1], correct_PN[i : i + 1])
-    assert metric.compute().item() == pytest.approx(sum(expected) / len(expected), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -87,28 +78,85 @@ def test_k_out_of_range_is_named(k):
         pass_at_k(torch.zeros(2, 4, dtype=torch.bool), k)
 
 
-@given(verdicts)
-def test_updates_add_up_over_batches_and_ranks(rows):
-    correct_PN = torch.tensor(rows)
-    for metric, vector_P in (
-        (AverageAtK(), average_at_k(correct_PN)),
-        (PassAtK(1), pass_at_k(correct_PN, 1)),
-        (ProblemMean(), correct_PN.double().mean(1)),
-    ):
-        for row in correct_PN:  # uneven batches must not weigh their problems unevenly
-            metric.update(row[None])
-        assert metric.compute().item() == pytest.approx(vector_P.mean().item(), abs=1e-12)
+def record(problem, correct, *, answer: str | None = "1", stop=True, timed_out=False):
+    return dict(
+        problem_id=problem,
+        correct=correct,
+        answer=answer,
+        boxed=correct,
+        stop=stop,
+        truncated=not stop,
+        timed_out=timed_out,
+        oversized=False,
+        num_tokens=10 if stop else 20,
+    )
 
 
-def gather_from_two_ranks(other):
-    """A stand-in for all_gather on the rank whose fellow holds the states of `other`, in the order of the states."""
-    states = iter([other.total, other.problems])
-    return lambda state, group=None: [state, next(states)]
+RECORDS = [
+    record("a", True),
+    record("a", False, answer="2"),
+    record("b", False, stop=False, timed_out=True, answer=None),
+    record("b", False),
+]
 
 
-def test_ranks_with_unequal_shares_are_summed():
-    there = PassAtK(1)
-    there.update(torch.tensor([[False, False]]))
-    here = PassAtK(1, dist_sync_fn=gather_from_two_ranks(there), distributed_available_fn=lambda: True)
-    here.update(torch.tensor([[True, True], [True, True], [False, True]]))
-    assert here.compute().item() == 2.5 / 4
+def problem(name, **more):
+    return {"problem_id": name, "problem": "?", "answer": "1", **more}
+
+
+def test_metrics_by_hand():
+    assert compute_metrics(RECORDS, pass_at=(1, 2)) == {
+        "avg@2": 0.25,
+        "pass@1": 0.25,
+        "pass@2": 0.5,
+        "maj@2": 0.25,
+        "boxed": 0.25,
+        "stop": 0.75,
+        "truncated": 0.25,
+        "tokens": 12.5,
+        "timeouts": 1,
+        "oversized": 0,
+        "problems": 2,
+        "samples": 2,
+    }
+    with pytest.raises(AssertionError):  # not as many samples of every problem
+        compute_metrics(RECORDS[:3])
+
+
+def test_levels_in_their_order():
+    names = {"a": 10, "b": "2", "c": None, "d": "hard", "e": 2}
+    problems = [problem(name, level=level) for name, level in names.items()]
+    records = [record(name, name in "be") for name in names for _ in range(2)]
+    levels = summarise_samples(records, problems, pass_at=[1], kind="math")["levels"]
+    assert list(levels) == ["2", "10", "hard", "none"]
+    assert [of["metrics"]["problems"] for of in levels.values()] == [2, 1, 1, 1]
+    assert [of["metrics"]["avg@2"] for of in levels.values()] == [1, 0, 0, 0]
+    assert levels["2"]["interval"]["low"] == levels["2"]["interval"]["high"] == 1
+    assert not summarise_samples(records, [problem(name) for name in names], pass_at=[1], kind="math")["levels"]
+
+
+def test_right_answers_that_differ_are_one_unless_a_problem_may_have_several():
+    records = [record("a", True, answer="1 + 1"), record("a", True, answer="2 + 0")] + 2 * [record("a", False)]
+    credit = {"math": 0.5, "reasoning_gym": 0.0}
+    for kind, expected in credit.items():
+        assert summarise_samples(records, [problem("a")], pass_at=[1], kind=kind)["metrics"]["maj@4"] == expected
+        own = summarise_samples(records, [problem("a", checker=kind)], pass_at=[1], kind="exact")
+        assert own["metrics"]["maj@4"] == expected
+
+
+def test_what_is_written(tmp_path):
+    problems = [problem("a", level=1), problem("b", level=1)]
+    by_set = {
+        "eval": summarise_samples(RECORDS, problems, pass_at=[1], kind="math"),
+        "other": summarise_samples(RECORDS[:2], [problem("a")], pass_at=[1], kind="math"),
+    }
+    write_metrics(tmp_path, {"some": "identity"}, by_set)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(written) == ["identity", "sets", "intervals", "levels"]
+    assert list(written["levels"]) == ["eval"]
+    assert written["sets"]["eval"] == written["levels"]["eval"]["1"]["metrics"]
+    interval = written["intervals"]["eval"]
+    assert (interval["metric"], interval["estimate"], interval["problems"]) == ("avg@2", 0.25, 2)
+    assert 0 <= interval["low"] <= 0.25 <= interval["high"] <= 1
+    one = written["intervals"]["other"]
+    assert one["low"] is None and one["label"] == "one problem, no interval"

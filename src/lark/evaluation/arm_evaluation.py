@@ -1,66 +1,61 @@
-"""The evaluation of an arm."""
+"""Evaluation of arms: what their metrics depend on, whether they are there, and what they say."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lark.answers.checker import Checker
 from lark.common.cache import file_hash, identity_hash, read_json
 from lark.common.versions import CHECKING_LIBRARIES, STUDENT_LIBRARIES, formula_versions
-from lark.evaluation.evaluate import Sampling, evaluate
-from lark.generation.backends import record_of
+from lark.evaluation.evaluate import Sampling, evaluate_student
+from lark.evaluation.samples import read_verdicts
 from lark.student.student import Student
 from lark.tasks.task import Task
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
+
+ProblemSets = Mapping[str, Sequence[dict[str, Any]]]
 
 
 def evaluate_arm(
     arm: Arm,
     data: TrajectoryDataModule,
     *,
-    problems: dict[str, list[dict[str, Any]]],
+    problems: ProblemSets,
     sampling: Sampling,
     checker: Checker,
     device: torch.device,
-    rank: int,
-    world: int,
 ) -> None:
     """Evaluate the arm's student as it is on disk (the untrained one for "before") in the arm's folder.
 
     An arm that was evaluated with the same settings on the same problems before is left as it is.
     """
-    identity = evaluation_identity(data, problems, sampling)
-    if evaluated(arm, identity):
+    identity = evaluation_identity(data.task, problems, sampling, seed=data.seed, dtype=data.dtype)
+    if is_evaluated(arm.folder, identity):
         return
-    student, chat = data.student, data.trajectories.chat
-    engine = sampling.engine_of(
-        student,
-        chat,
-        trained=None if arm.selection is None else arm.checkpoint,
-        weights=student_weights(student, None if arm.selection is None else arm.folder),
-        device=device,
-    )
-    evaluate(
-        engine,
+    is_trained = arm.selection is not None
+    evaluate_student(
+        data.student,
+        data.trajectories.chat,
+        data.task,
         problems,
         arm.folder,
-        checker=checker,
+        trained=arm.checkpoint if is_trained else None,
+        weights=identify_weights(data.student, arm.folder if is_trained else None),
         sampling=sampling,
-        max_new_tokens=data.task.max_new_tokens,
+        checker=checker,
+        device=device,
         seed=data.seed,
-        system=data.task.system,
         identity=identity,
-        record=record_of(engine, student, chat, device) | {"task": record_of_task(data.task)},
-        rank=rank,
-        world=world,
         label=arm.name,
     )
 
 
-def student_weights(student: Student, arm: Path | None) -> dict[str, Any]:
-    """What tells these weights from others: the student's own, and the arm in which it was trained, if any.
+def identify_weights(student: Student, arm: Path | None) -> dict[str, Any]:
+    """Tell these weights from others: by the student's own, and the arm in which it was trained, if any.
 
     trained.json holds the curve and the seconds it took: no two trainings leave the same.
     """
@@ -69,55 +64,54 @@ def student_weights(student: Student, arm: Path | None) -> dict[str, Any]:
     return student.identity() | {"arm": arm.name, "trained": file_hash(arm / "trained.json")[:16]}
 
 
-def record_of_task(task: Task) -> dict[str, Any]:
-    """What evaluation.json says of how answers are asked for and checked."""
-    return {"name": task.name, "checker": task.checker, "pattern": task.pattern, "system": task.system}
-
-
 def evaluation_identity(
-    data: TrajectoryDataModule, problems: dict[str, list[dict[str, Any]]], sampling: Sampling
+    task: Task, problems: ProblemSets, sampling: Sampling, *, seed: int, dtype: str
 ) -> dict[str, Any]:
-    return identity_of(data.task, problems, sampling, seed=data.seed, dtype=data.dtype)
-
-
-def identity_of(
-    task: Task, problems: dict[str, list[dict[str, Any]]], sampling: Sampling, *, seed: int, dtype: str
-) -> dict[str, Any]:
-    """What the metrics of a student depend on besides its weights."""
+    """Name what the metrics of a student depend on besides its weights."""
+    samples = formula_versions("samples", libraries=STUDENT_LIBRARIES)
     return {
         "sets": list(problems),
         "problems": identity_hash({"problems": problems}),
-        "sampling": sampling.settings(),
+        "sampling": sampling.identity(),
         "task": [task.checker, task.pattern, task.system, task.max_new_tokens],
         "seed": seed,
         "dtype": dtype,
-        "versions": sample_versions() | verdict_versions(),
+        "versions": {"samples": samples, **verdict_versions()},
     }
 
 
-def sample_versions() -> dict[str, Any]:
-    return {"samples": formula_versions("samples", libraries=STUDENT_LIBRARIES)}
-
-
 def verdict_versions() -> dict[str, Any]:
+    """Name the versions that verdicts and metrics depend on."""
     return {"verdicts": formula_versions("verdicts", "metrics", libraries=CHECKING_LIBRARIES)}
 
 
-def evaluated(arm: Arm, identity: dict[str, Any]) -> bool:
-    if not identity["sets"]:
-        return True
-    return is_evaluated(arm.folder, identity)
-
-
-def is_evaluated(folder: Path, identity: dict[str, Any]) -> bool:
+def is_evaluated(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Tell whether metrics.json is there and of this identity; without sets there is nothing to evaluate."""
     path = folder / "metrics.json"
-    return path.exists() and read_json(path)["identity"] == identity
+    return not identity["sets"] or (path.exists() and read_json(path)["identity"] == identity)
 
 
-def action_of(arm: Arm, identity: dict[str, Any], training_only: bool) -> str:
-    """What is left to do for an arm: train, evaluate, or nothing (reuse)."""
+def find_action(arm: Arm, identity: Mapping[str, Any], training_only: bool) -> str:
+    """Find what is left to do for an arm: train, evaluate, or nothing (reuse)."""
     if not arm.is_trained:
         return "train"
-    if not training_only and not evaluated(arm, identity):
-        return "evaluate"
-    return "reuse"
+    return "reuse" if training_only or is_evaluated(arm.folder, identity) else "evaluate"
+
+
+def read_figures(arm: Arm, sets: Sequence[str]) -> dict[str, Any]:
+    """Read what an arm's evaluation left: metrics by set, intervals of avg@k, both by level where a set has levels,
+    and each problem's avg@k.
+    """
+    written = read_json(arm.folder / "metrics.json") if sets else {}
+    return {
+        "metrics": written.get("sets", {}),
+        "intervals": written.get("intervals", {}),
+        "levels": written.get("levels", {}),
+        "per_problem": {
+            name: {
+                key: float(np.mean(values))
+                for key, values in read_verdicts(arm.folder / f"samples-{name}.jsonl").items()
+            }
+            for name in sets
+        },
+    }

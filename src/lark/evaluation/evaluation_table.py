@@ -1,4 +1,4 @@
-"""The figures of an evaluation as a table."""
+"""Print the metrics of an evaluation as a table."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,17 +13,17 @@ LEGEND = (
 )
 
 
-def print_figures(title: str, figures: Mapping[str, Any]) -> None:
-    """What metrics.json says, a row a set, and one for each of its levels."""
+def print_metrics(title: str, figures: Mapping[str, Any]) -> None:
+    """Print what metrics.json says, a row a set, and one for each of its levels."""
     console, table = make_console(), make_table(title)
     first = next(iter(figures["sets"].values()))
     metrics = [name for name in first if "@" in name and name != "pass@1"]  # pass@1 is avg@k
     table.add_column("set")
     for header in ("problems", *metrics, "boxed", "stop", "trunc.", "time-\nouts", "tokens"):
         table.add_column(header, justify="right", no_wrap=True)
-    for label, of_set, interval, ends in _rows(figures):
+    for label, of_set, interval, ends in _list_rows(figures):
         shares = [format_number(of_set[name], "{:.1%}") for name in (*metrics, "boxed", "stop", "truncated")]
-        shares[0] += _ends(interval)
+        shares[0] += _format_ends(interval)
         table.add_row(
             label,
             f"{of_set['problems']:,}",
@@ -33,12 +33,12 @@ def print_figures(title: str, figures: Mapping[str, Any]) -> None:
             end_section=ends,
         )
     console.print(table)
-    for text in _notes(figures):
+    for text in _explain(figures):
         console.print(text, soft_wrap=True)
     console.print(LEGEND)
 
 
-def _rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float], Mapping[str, Any], bool]]:
+def _list_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float], Mapping[str, Any], bool]]:
     for name, metrics in figures["sets"].items():
         levels = figures["levels"].get(name, {})
         yield name, metrics, figures["intervals"][name], not levels
@@ -46,13 +46,13 @@ def _rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float]
             yield f"  level {level}", part["metrics"], part["interval"], level == list(levels)[-1]
 
 
-def _ends(interval: Mapping[str, Any]) -> str:
-    low, high = (format_number(_value(interval[end]) * 100, "{:.1f}") for end in ("low", "high"))
+def _format_ends(interval: Mapping[str, Any]) -> str:
+    low, high = (format_number(_read_number(interval[end]) * 100, "{:.1f}") for end in ("low", "high"))
     return f" [{low}, {high}]" if low else ""
 
 
-def _notes(figures: Mapping[str, Any]) -> Iterator[str]:
-    """What the figures do not say by themselves."""
+def _explain(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the figures do not say by themselves."""
     for name, metrics in figures["sets"].items():
         interval = figures["intervals"][name]
         for text in describe_samples([metrics]):
@@ -66,6 +66,6 @@ def _notes(figures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: wrong are also {cut:,} checks that were cut off, {large:,} answers too long to be checked"
 
 
-def _value(figure: float | None) -> float:
-    """JSON has no NaN: metrics.json says null."""
+def _read_number(figure: float | None) -> float:
+    """Read a null of metrics.json as NaN, which JSON has not."""
     return math.nan if figure is None else figure

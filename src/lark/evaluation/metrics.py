@@ -1,34 +1,47 @@
-"""Metrics over samples, as torchmetrics that add up over batches and ranks.
+"""Metrics over samples, their intervals, and both by level.
 
 Shapes: P problems, N samples a problem.
 """
 
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import comb
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from lark.answers.answer_clusters import cluster_answers
+from lark.common.cache import write_json
 from lark.common.errors import LarkError
+from lark.comparison.inference import compute_mean_interval
+from lark.tasks.problems import read_level
+
+Record = Mapping[str, Any]
+NO_LEVEL = "none"
+"""Level of the problems that have none, in a set where others do."""
+_INTERVAL_FIELDS = ("estimate", "low", "high", "level", "problems", "label")
+_PARTS = {"sets": "metrics", "intervals": "interval", "levels": "levels"}
 
 
 def average_at_k(correct_PN: Tensor) -> Tensor:
-    """Share of each problem's k = N samples that are correct, [P] in float64 (RSR, arXiv 2601.14249: Acc@4)."""
-    _check_shape(correct_PN)
+    """Compute the share of each problem's k = N samples that are correct, [P] in float64 (RSR, arXiv 2601.14249: Acc@4)."""
     return correct_PN.to(torch.float64).mean(dim=1)
 
 
 def pass_at_k(correct_PN: Tensor, k: int) -> Tensor:
-    """Probability that k of a problem's N samples, drawn without replacement, contain a correct one, [P] in float64.
+    """Compute the probability that k of a problem's N samples, drawn without replacement, hold a correct one.
 
     1 - C(N - c, k) / C(N, k) with c correct samples: unbiased for the chance that k new samples contain one (Codex,
     arXiv 2107.03374, equation 1). Binomials are exact integers, so it neither overflows nor loses digits.
 
+    Returns:
+        [P] in float64.
+
     Raises:
         LarkError: k is below 1 or above N.
     """
-    _check_shape(correct_PN)
     num_samples = correct_PN.shape[1]
     check_pass_at(k, num_samples)
     by_count = [1.0 - comb(num_samples - c, k) / comb(num_samples, k) for c in range(num_samples + 1)]
@@ -37,17 +50,17 @@ def pass_at_k(correct_PN: Tensor, k: int) -> Tensor:
 
 
 def majority_at_k(vote_PN: Tensor, correct_PN: Tensor) -> Tensor:
-    """Credit of the answer that most of a problem's k = N samples agree on, [P] in float64.
+    """Compute the credit of the answer that most of a problem's k = N samples agree on, [P] in float64.
 
     1 if it is correct, else 0; of answers with equally many votes, the share that is correct, which is what drawing one
     of them would earn on average. Samples without an answer do not vote; a problem without any vote earns 0. (Majority
     voting over samples: self-consistency, arXiv 2203.11171.)
 
     Args:
-        vote_PN: integers; within a problem, equal ones are the same answer, and negative ones no answer (`lark.answers.answer_clusters`).
-        correct_PN: in bool; what counts of an answer is the share of its samples that are correct.
+        vote_PN: integers; within a problem, equal ones are the same answer, and negative ones no answer
+            (`lark.answers.answer_clusters`).
+        correct_PN: bool; what counts of an answer is the share of its samples that are correct.
     """
-    _check_shape(vote_PN)
     assert vote_PN.shape == correct_PN.shape, f"{tuple(vote_PN.shape)} votes, {tuple(correct_PN.shape)} verdicts"
     votes_PN = vote_PN >= 0
     same_PNN = (vote_PN[:, :, None] == vote_PN[:, None, :]) & votes_PN[:, None, :]
@@ -58,7 +71,7 @@ def majority_at_k(vote_PN: Tensor, correct_PN: Tensor) -> Tensor:
 
 
 def check_pass_at(k: int, num_samples: int) -> None:
-    """LarkError unless pass@k can be estimated from this number of samples."""
+    """Raise LarkError unless pass@k can be estimated from this number of samples."""
     if not 1 <= k <= num_samples:
         raise LarkError(
             f"evaluation.pass_at={k} must lie between 1 and evaluation.samples={num_samples}; "
@@ -66,62 +79,115 @@ def check_pass_at(k: int, num_samples: int) -> None:
         )
 
 
-class ProblemMean(Metric):
-    """Mean over problems of a per-problem value; problems seen on several ranks or in several updates add up."""
-
-    full_state_update = False
-    higher_is_better = True
-    total: Tensor
-    problems: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("problems", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def per_problem(self, values_PN: Tensor) -> Tensor:
-        """The value of each problem, [P] in float64: here the mean over its samples."""
-        return average_at_k(values_PN)
-
-    def update(self, values_PN: Tensor) -> None:
-        """Adds problems, given what was observed for each of their samples, [P, N] in bool, or numbers."""
-        self.add(self.per_problem(values_PN))
-
-    def add(self, value_P: Tensor) -> None:
-        self.total += value_P.sum()
-        self.problems += len(value_P)
-
-    def compute(self) -> Tensor:
-        """The mean over all problems seen, in float64; NaN if there were none."""
-        return self.total / self.problems
-
-
-class AverageAtK(ProblemMean):
-    """avg@k: the mean over a problem's k = N samples, then over problems. Takes correct_PN in bool."""
-
-
-class PassAtK(ProblemMean):
-    """pass@k, unbiased from N >= k samples a problem (`pass_at_k`). Takes correct_PN in bool.
+def summarise_samples(
+    records: Sequence[Record], problems: Sequence[Record], *, pass_at: Iterable[int], kind: str
+) -> dict[str, Any]:
+    """Compute metrics and interval of a set, and both by level.
 
     Args:
-        k: samples of which one has to be correct.
+        records: samples with their verdicts, in the order of the problems.
+        kind: the checker's, of problems that name none themselves.
+
+    Returns:
+        metrics (`compute_metrics`), interval (of avg@k; lark.comparison.inference), and levels: both by level, if any
+        problem has one.
     """
+    pass_at = tuple(pass_at)
+    # Problems that may have several right answers (lark.answers.answer_clusters).
+    several = {row["problem_id"] for row in problems if (row.get("checker") or kind) == "reasoning_gym"}
 
-    def __init__(self, k: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.k = k
+    def summarise(part: Sequence[Record]) -> dict[str, Any]:
+        metrics = compute_metrics(part, pass_at=pass_at, several_right=several)
+        return {"metrics": metrics, "interval": _compute_interval(part)}
 
-    def per_problem(self, values_PN: Tensor) -> Tensor:
-        return pass_at_k(values_PN, self.k)
-
-
-class MajorityAtK(ProblemMean):
-    """maj@k over all k = N samples of a problem (`majority_at_k`)."""
-
-    def update(self, vote_PN: Tensor, correct_PN: Tensor) -> None:  # type: ignore[override]
-        """Adds problems, given the votes and verdicts of each of their samples, both [P, N]."""
-        self.add(majority_at_k(vote_PN, correct_PN))
+    level_by_problem = {problem["problem_id"]: read_level(problem) or NO_LEVEL for problem in problems}
+    levels = sorted(set(level_by_problem.values()), key=_level_order)
+    by_level = {
+        level: summarise([record for record in records if level_by_problem[record["problem_id"]] == level])
+        for level in levels
+        if levels != [NO_LEVEL]
+    }
+    return {**summarise(records), "levels": by_level}
 
 
-def _check_shape(values_PN: Tensor) -> None:
-    assert values_PN.ndim == 2 and values_PN.shape[1] > 0, f"expected [problems, samples], got {tuple(values_PN.shape)}"
+def compute_metrics(
+    records: Sequence[Record], *, pass_at: Iterable[int] = (1,), several_right: Collection[str] = ()
+) -> dict[str, float | int]:
+    """Compute the metrics of records that are in the order of problems and samples.
+
+    several_right: ids of the problems that may have several right answers.
+
+    Returns:
+        avg@<samples>, pass@<k> for each k, maj@<samples>, boxed, stop, truncated (shares from 0 to 1), tokens (mean of
+        a sample), timeouts and oversized (checks cut off, answers too long to be checked: both count as wrong),
+        problems, and samples (per problem).
+
+    Raises:
+        LarkError: a k larger than the number of samples.
+    """
+    num_problems, num_samples = _count_problems(records)
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([record[name] for record in records]).view(num_problems, num_samples)
+
+    correct_PN = column("correct")
+    per_problem = {
+        f"avg@{num_samples}": average_at_k(correct_PN),
+        **{f"pass@{k}": pass_at_k(correct_PN, k) for k in pass_at},
+        f"maj@{num_samples}": majority_at_k(_cluster_answers(records, num_samples, several_right), correct_PN),
+        **{name: average_at_k(column(name)) for name in ("boxed", "stop", "truncated")},
+        "tokens": average_at_k(column("num_tokens")),
+    }
+    metrics: dict[str, float | int] = {name: float(x_P.sum() / num_problems) for name, x_P in per_problem.items()}
+    metrics |= {name: int(column(field).sum()) for name, field in _COUNTS.items()}
+    return metrics | {"problems": num_problems, "samples": num_samples}
+
+
+_COUNTS = {"timeouts": "timed_out", "oversized": "oversized"}
+
+
+def write_metrics(folder: Path, identity: Mapping[str, Any], by_set: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write metrics.json from the `summarise_samples` of every set."""
+    parts = {
+        part: {name: of_set[key] for name, of_set in by_set.items() if of_set[key]} for part, key in _PARTS.items()
+    }
+    write_json(folder / "metrics.json", {"identity": identity, **parts})
+
+
+def _level_order(level: str) -> tuple[bool, float, str]:
+    """Sort numbers by value, then names, then what has no level."""
+    try:
+        return level == NO_LEVEL, float(level), ""
+    except ValueError:
+        return level == NO_LEVEL, float("inf"), level
+
+
+def _cluster_answers(records: Sequence[Record], num_samples: int, several_right: Collection[str]) -> Tensor:
+    """Number the distinct answers of each problem, [P, N]."""
+    by_problem = [records[start : start + num_samples] for start in range(0, len(records), num_samples)]
+    return torch.tensor(
+        [
+            cluster_answers(
+                [record["answer"] for record in part],
+                [record["correct"] for record in part],
+                one_right=part[0]["problem_id"] not in several_right,
+            )
+            for part in by_problem
+        ]
+    )
+
+
+def _compute_interval(records: Sequence[Record]) -> dict[str, Any]:
+    """Compute the interval of avg@k, as metrics.json has it."""
+    num_problems, num_samples = _count_problems(records)
+    correct_PN = np.array([record["correct"] for record in records], np.float64).reshape(num_problems, num_samples)
+    interval = compute_mean_interval(correct_PN.mean(1))
+    return {"metric": f"avg@{num_samples}"} | {key: getattr(interval, key) for key in _INTERVAL_FIELDS}
+
+
+def _count_problems(records: Sequence[Record]) -> tuple[int, int]:
+    """Count problems, and samples a problem."""
+    num_problems = len({record["problem_id"] for record in records})
+    num_samples, rest = divmod(len(records), num_problems)
+    assert rest == 0, f"{len(records)} samples of {num_problems} problems"
+    return num_problems, num_samples

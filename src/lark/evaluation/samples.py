@@ -1,77 +1,61 @@
-"""Sample files: one line a sample, growing as samples are drawn, whole at the end.
+"""Sample files of an evaluation: they grow as samples are drawn and are put in order at the end.
 
-While an evaluation goes on, every rank appends to a file of its own, samples-<set>.rank<number>.partial, whose first
-line says what the samples depend on. Whoever goes on with it, with as many ranks or another number, takes what all of
-these files hold.
+While an evaluation goes on, every rank appends to a file of its own, samples-<set>.<identity>.rank<number>.partial; the
+identity says what the samples depend on. Whoever goes on with it, with as many ranks or another number, takes what all
+of these files hold, and what a finished evaluation of the same identity left in samples-<set>.jsonl.
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from lark.common.cache import read_json, write_text
+from lark.common.record_file import RecordFile, read_records
 from lark.generation.transformers_backend import Sample
 
-
-def partial_file(folder: Path, name: str, rank: int) -> Path:
-    """Where a rank's samples of an evaluation set grow."""
-    return folder / f"samples-{name}.rank{rank}.partial"
-
-
-def partial_files(folder: Path, name: str) -> list[Path]:
-    """Those of all ranks, also of earlier ones."""
-    begins = f"samples-{name}.rank"
-    return sorted(path for path in folder.iterdir() if path.name.startswith(begins) and path.suffix == ".partial")
+Record = dict[str, Any]
+SAMPLE_FIELDS = tuple(field.name for field in fields(Sample))
+_KEY = ("problem_id", "sample")
 
 
-def gather(files: Iterable[Path], identity: str) -> list[Sample]:
-    """The samples of `identity` in the partial files, each once; the files are left as they are."""
-    found = {(sample.problem_id, sample.sample): sample for path in files for sample in _read(path, identity)[0]}
-    return list(found.values())
+def open_samples(folder: Path, name: str, identity: str, rank: int) -> RecordFile:
+    """Open the file in which a rank's samples of an evaluation set grow."""
+    path = folder / f"samples-{name}.{identity}.rank{rank}.partial"
+    return RecordFile(path, {"set": name, "identity": identity}, key=_KEY)
 
 
-def resume(partial: Path, identity: str) -> list[Sample]:
-    """The samples of a partial file, which is cut to its unbroken lines, or begun anew if of another evaluation."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    samples, kept = _read(partial, identity)
-    if not kept:
-        if partial.exists() and partial.stat().st_size:
-            print(f"{partial} was begun with other prompts, settings or weights: starting it again")
-        partial.write_bytes(_header(identity))
-        return []
-    with open(partial, "r+b") as file:
-        file.truncate(kept)
-    print(f"going on from {partial}: {len(samples)} samples are there")
-    return samples
+def gather_samples(folder: Path, name: str, identity: str) -> dict[tuple[str, int], Record]:
+    """Read the samples of this identity that are there, without verdicts, by problem id and number."""
+    found = [row for path in find_partial_files(folder, name, identity) for row in read_records(path)]
+    evaluation = folder / "evaluation.json"
+    if evaluation.exists() and read_json(evaluation)["sets"].get(name, {}).get("samples") == identity:
+        found += read_rows(folder / f"samples-{name}.jsonl")
+    return {(row["problem_id"], row["sample"]): {field: row[field] for field in SAMPLE_FIELDS} for row in found}
 
 
-def _header(identity: str) -> bytes:
-    return json.dumps({"identity": identity}).encode() + b"\n"
+def find_partial_files(folder: Path, name: str, identity: str = "[0-9a-f]{16}") -> list[Path]:
+    """Find the growing files of a set, of all ranks, also of earlier ones."""
+    pattern = re.compile(rf"samples-{re.escape(name)}\.{identity}\.rank\d+\.partial")
+    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
 
 
-def _read(partial: Path, identity: str) -> tuple[list[Sample], int]:
-    """The samples in unbroken lines, and the bytes that these take; none of a file of another identity."""
-    lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
-    if not lines or lines[0] != _header(identity):
-        return [], 0
-    kept, samples = len(lines[0]), []
-    for line in lines[1:]:
-        if not line.endswith(b"\n"):
-            break  # cut off in the middle by a kill
-        samples.append(Sample(**json.loads(line)))
-        kept += len(line)
-    return samples, kept
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSONL, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_samples(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a samples.jsonl."""
+def read_rows(path: str | Path) -> list[Record]:
+    """Read the rows of a JSONL file, such as samples-<set>.jsonl."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def per_problem(path: str | Path) -> dict[str, list[bool]]:
-    """Whether each sample of each problem is correct, by problem id and in the order of the samples."""
+def read_verdicts(path: str | Path) -> dict[str, list[bool]]:
+    """Read whether each sample of each problem is correct, by problem id and in the order of the samples."""
     correct: dict[str, list[bool]] = {}
-    for record in sorted(read_samples(path), key=lambda record: record["sample"]):
+    for record in sorted(read_rows(path), key=lambda record: record["sample"]):
         correct.setdefault(record["problem_id"], []).append(record["correct"])
     return correct

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -14,11 +13,10 @@ from lightning.pytorch.loggers import Logger
 from lark.answers.checker import Checker
 from lark.common.cache import hold_lock, write_json
 from lark.common.log import logger
-from lark.common.ranks import Plan, barrier, is_main, world_size
+from lark.common.ranks import Plan, barrier, is_main
 from lark.diagnostics.curves import TrainingLoss
-from lark.evaluation.arm_evaluation import action_of, evaluate_arm, evaluation_identity
+from lark.evaluation.arm_evaluation import evaluate_arm, evaluation_identity, find_action, read_figures
 from lark.evaluation.evaluate import Sampling
-from lark.evaluation.summary import read_figures
 from lark.scoring.passes import GradientMatches
 from lark.tracking.logging_metrics import Tracker, log_arm
 from lark.training.arms import Arm, make_arm, make_untrained_arm, train
@@ -60,7 +58,7 @@ class ArmRunner:
         self.tracker, self.open_logger = tracker, open_logger
         self.arms, self.run, self.evaluates, self.keeps_losses = arms, run, evaluates, keeps_losses
         self.end_check = EndTokenCheck(data)
-        self.evaluation = evaluation_identity(data, problems, sampling)
+        self.evaluation = evaluation_identity(data.task, problems, sampling, seed=data.seed, dtype=data.dtype)
         self.figures: dict[str, dict[str, Any]] = {}
         """What each arm's evaluation came to, by the arm's name; on rank 0."""
 
@@ -75,7 +73,7 @@ class ArmRunner:
 
     def find_action(self, arm: Arm) -> str:
         """Find what is left to do for an arm: train | evaluate | reuse."""
-        return action_of(arm, self.evaluation, not self.evaluates)
+        return find_action(arm, self.evaluation, not self.evaluates)
 
     def run_together(self, arms: Sequence[Arm]) -> dict[str, str]:
         """Do what is left of the arms, in their order; returns what that was, by the arm's name."""
@@ -151,8 +149,6 @@ class ArmRunner:
                     sampling=self.sampling,
                     checker=self.checker,
                     device=self.data.device,
-                    rank=torch.distributed.get_rank() if world_size() > 1 else 0,
-                    world=world_size(),
                 )
             if opened is not None:
                 log_arm(opened, self.tracker, arm, self.data, action=action, taken=self.data.get_action)

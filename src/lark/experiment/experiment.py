@@ -17,10 +17,10 @@ from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.comparison.printing import print_run
 from lark.config import build, build_model_option
 from lark.diagnostics.diagnostics import Diagnosis
-from lark.evaluation.summary import settings, summarise_run
 from lark.experiment import console
 from lark.experiment.arm import ArmRunner
 from lark.experiment.statistics_file import write_statistics
+from lark.experiment.summary import settings, summarise_run
 from lark.page.pool_sample import write_sample
 from lark.page.write import write_own_page
 from lark.scoring.passes import GradientMatches, Statistics

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 from lark.answers.checker import Checker
 from lark.common.cache import check_writable, hold_lock, read_json
 from lark.common.errors import LarkError
-from lark.common.ranks import Plan, check_ranks, in_ranks, is_main, say, world_size
+from lark.common.log import announce, open_log
+from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.config import build
-from lark.evaluation.arm_evaluation import identity_of, is_evaluated, record_of_task, student_weights
-from lark.evaluation.evaluate import describe_set, evaluate
-from lark.evaluation.evaluation_table import print_figures
+from lark.evaluation.arm_evaluation import evaluation_identity, identify_weights, is_evaluated
+from lark.evaluation.evaluate import describe_set, evaluate_student
+from lark.evaluation.evaluation_table import print_metrics
 from lark.experiment.console import quiet_libraries
-from lark.generation.backends import record_of
 from lark.student.context_length import check_answer_room
 from lark.student.student import Student
 from lark.tasks.problems import read_problems
@@ -39,7 +39,7 @@ def run(config: DictConfig, folder: Path, *, group: str) -> float:
         f"lower evaluation.batch_size={config.evaluation.batch_size}, or set model.dtype=bfloat16 or "
         "evaluation.engine=vllm"
     )
-    with in_ranks(out_of_memory=remedy):
+    with in_ranks(out_of_memory=remedy), open_log(folder):
         return _run(config, folder, logs=logs, cache=cache, group=group)
 
 
@@ -48,69 +48,60 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     config = DictConfig(plain)  # every interpolation resolved
     seed_everything(config.seed, verbose=False)
     task, student, sampling, tracker = (build(config[name]) for name in ("task", "model", "evaluation", "logger"))
-    make_trainer = TrainerFactory(config.trainer, folder).make
-    trainer: Trainer = make_trainer()
+    trainer: Trainer = TrainerFactory(config.trainer, folder).make()
     check_ranks(trainer.world_size, config.trainer.name)
     arm = None if config.checkpoint is None else Path(config.checkpoint)
-    say(f"evaluation  {folder}")
-    say(f"model       {_describe_student(student, arm)}")
+    announce("evaluation", str(folder))
+    announce("model", _describe_student(student, arm))
     _check_base(student, arm)
-    problems = _problems(task, cache)
+    problems = _read_sets(task, cache)
     check_answer_room(student, task.max_new_tokens)
-    device = trainer.strategy.root_device
-    weights = student_weights(student, arm)
+    # What the metrics depend on, all of it: another identity in metrics.json is another evaluation.
+    device, chat = trainer.strategy.root_device, student.load_chat()
+    weights = identify_weights(student, arm)
     dtype = str(student.resolve_dtype(device))
-    chat = student.load_chat()
-    identity = identity_of(task, problems, sampling, seed=config.seed, dtype=dtype)
+    identity = evaluation_identity(task, problems, sampling, seed=config.seed, dtype=dtype)
     identity |= {"weights": weights, "chat": chat.prompt_identity}
-    engine = sampling.engine_of(
-        student,
-        chat,
-        trained=arm / "checkpoint" if arm is not None and student.lora is not None else None,
-        weights=weights,
-        device=device,
-    )
     plan = Plan(folder)
     with ExitStack() as held:
         if is_main():
             held.enter_context(hold_lock(folder))
         plan.share(evaluation="reuse" if is_main() and is_evaluated(folder, identity) else "run")
         if plan["evaluation"] == "reuse":
-            say("reuse       metrics.json is of these settings, problems and weights")
+            announce("reuse", "metrics.json is of these settings, problems and weights")
         else:
-            rank = _launch(trainer)
+            _launch_ranks(trainer)
             with Checker(task.checker, pattern=task.pattern) as checker:
-                evaluate(
-                    engine,
+                evaluate_student(
+                    student,
+                    chat,
+                    task,
                     problems,
                     folder,
-                    checker=checker,
+                    trained=arm / "checkpoint" if arm is not None and student.lora is not None else None,
+                    weights=weights,
                     sampling=sampling,
-                    max_new_tokens=task.max_new_tokens,
+                    checker=checker,
+                    device=device,
                     seed=config.seed,
-                    system=task.system,
                     identity=identity,
-                    record=record_of(engine, student, chat, trainer.strategy.root_device)
-                    | {"task": record_of_task(task)},
-                    rank=rank,
-                    world=world_size(),
                     label=student.name,
                 )
         if not is_main():
             return float("nan")
-        figures = read_json(folder / "metrics.json")
+        metrics = read_json(folder / "metrics.json")
     where = {"group": group, "folder": logs}
-    with open_run(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as logger:
-        logger.log_metrics(list_evaluation_metrics(figures["sets"], figures["intervals"]))
-        logger.save()
-        tracker.keep_texts(logger, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
-    print_figures(f"{task.name} · {student.name} · seed {config.seed}", figures)
-    say(f"metrics     {folder / 'metrics.json'}")
-    return next(iter(figures["intervals"].values()))["estimate"]
+    with open_run(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as run:
+        run.log_metrics(list_evaluation_metrics(metrics["sets"], metrics["intervals"]))
+        run.save()
+        tracker.keep_texts(run, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
+    print_metrics(f"{task.name} · {student.name} · seed {config.seed}", metrics)
+    announce("metrics", str(folder / "metrics.json"))
+    return next(iter(metrics["intervals"].values()))["estimate"]
 
 
-def _problems(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
-    """The task's evaluation sets, and a line on each."""
+def _read_sets(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read the task's evaluation sets, and announce each."""
     files = task.prepare_evaluation(cache)
     if not files:
         raise LarkError(f"task={task.name} has no evaluation set; set task.eval=<file>, or to {{name: file, ...}}")
@@ -120,7 +111,7 @@ def _problems(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
             f"{prompt} ({count:,})" for prompt, count in describe_set(rows, task.system)["prompts"].items()
         )
         kinds = ", ".join(dict.fromkeys(str(row.get("checker") or task.checker) for row in rows))
-        say(f"set         {name}: {len(rows):,} problems; prompts: {prompts}; checked by: {kinds}; {files[name]}")
+        announce("set", f"{name}: {len(rows):,} problems; prompts: {prompts}; checked by: {kinds}; {files[name]}")
     return problems
 
 
@@ -142,16 +133,14 @@ def _describe_student(student: Student, arm: Path | None) -> str:
     return f"{student.name}: {student.path or student.id}{adapters}{trained}"
 
 
-class _Nothing(LightningModule):
-    def configure_model(self) -> None:
-        """There is none."""
+class _EmptyModule(LightningModule):
+    """Stand in for a model: what matters is that a Trainer launches its ranks before the first pass."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing is asked of it."""
+        pass
 
 
-def _launch(trainer: Trainer) -> int:
-    """Start the other ranks, if the trainer has any, as it would before its first pass; the rank of this process."""
+def _launch_ranks(trainer: Trainer) -> None:
+    """Start the other ranks, if the trainer has any, as it would before its first pass."""
     if trainer.world_size > 1:
-        trainer.predict(_Nothing(), DataLoader([0] * trainer.world_size), return_predictions=False)  # type: ignore[arg-type]
-    return trainer.global_rank
+        trainer.predict(_EmptyModule(), DataLoader([0] * trainer.world_size), return_predictions=False)  # type: ignore[arg-type]

@@ -8,29 +8,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lark.common.cache import read_json
 from lark.comparison.inference import compute_paired_difference, compute_smallest_detectable
-from lark.evaluation.samples import per_problem
 from lark.scoring.passes import COST_COLUMNS
 from lark.training.arms import Arm, read_held_out_at_start
 from lark.training.datamodule import TrajectoryDataModule
-
-
-def read_figures(arm: Arm, sets: list[str]) -> dict[str, Any]:
-    """What an arm's evaluation left on disk: metrics by set, intervals of avg@k, both by level where a set has levels,
-    and each problem's avg@k.
-    """
-    written = read_json(arm.folder / "metrics.json") if sets else {}
-    return {
-        "metrics": written.get("sets", {}),
-        "intervals": written.get("intervals", {}),
-        "levels": written.get("levels", {}),
-        "per_problem": {
-            name: {
-                key: float(np.mean(values)) for key, values in per_problem(arm.folder / f"samples-{name}.jsonl").items()
-            }
-            for name in sets
-        },
-    }
-
 
 _ELSEWHERE = ("paths", "logger", "trainer", "stop_after", "seed", "diagnostics")
 """Settings that tell no two runs of a comparison apart, or have a place of their own in the summary."""
