@@ -47,6 +47,7 @@ class Seen:
     at: float
     path: str
     key: str | None
+    headers: dict[str, str]
     body: dict[str, Any]
     answered: bool = False
 
@@ -93,7 +94,7 @@ class ChatServer:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         authorization = handler.headers.get("Authorization")
         key = authorization.removeprefix("Bearer ") if authorization else None
-        seen = Seen(at=self.clock(), path=handler.path, key=key, body=body)
+        seen = Seen(at=self.clock(), path=handler.path, key=key, headers=dict(handler.headers), body=body)
         with self._lock:
             before = sum((s.question, s.body.get("seed")) == (seen.question, body.get("seed")) for s in self.seen)
             self.seen.append(seen)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lark.common.errors import LarkError
+from lark.common.log import open_log
 from lark.comparison.printing import make_console, make_table
 from lark.comparison.tables import format_number
-from lark.teachers.teachers import ENGINES, read_teachers
+from lark.teachers.teacher import ENGINES, read_teachers
 
 _COMMON = (
     "samples",
@@ -165,7 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(words: Sequence[str] | None = None) -> None:
     arguments = build_parser().parse_args(words)
     try:
-        sample(arguments)
+        with open_log(None):
+            sample(arguments)
     except (ValueError, OSError) as error:
         text = str(error)
         for setting, flag in _FLAGS.items():

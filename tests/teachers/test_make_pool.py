@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 from chat_server import ChatServer, Reply, Seen, chat_server, fault, said
 from generation.test_vllm_backend import STAND_IN
-from tenacity import wait_none
 
 from lark.answers.checker import Checker
 from lark.common.cache import read_json
 from lark.pool.pool import read_pool
-from lark.teachers import openai_teacher as endpoint
 from lark.teachers.make_pool import make_pool
-from lark.teachers.teachers import Teacher
+from lark.teachers.teacher import Teacher
 
 PROBLEMS = [
     {"problem_id": str(n), "problem": f"What is {n} + {n}?", "answer": str(2 * n), "level": n % 2 + 1} for n in range(5)
@@ -23,7 +21,7 @@ PROBLEMS = [
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_BACKOFF", wait_none())
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def solve(seen: Seen, before: int) -> Reply:
@@ -38,7 +36,7 @@ def teacher(server: ChatServer, name: str = "far", **settings: Any) -> Teacher:
 
 def make(output: Path, teachers: list[Teacher], problems: list[dict[str, Any]] = PROBLEMS, **settings: Any) -> Any:
     with Checker("number") as checker:
-        manifest = make_pool(problems, teachers, output, checker=checker, say=lambda _: None, **settings)
+        manifest = make_pool(problems, teachers, output, checker=checker, **settings)
     return manifest, [json.loads(line) for line in output.open()]
 
 
@@ -77,7 +75,7 @@ def test_rows_are_a_pools_in_the_order_of_problems_teachers_and_samples(tmp_path
     figures = manifest["teachers"]["z"]["figures"]
     assert (figures["trajectories"], figures["correct"], figures["boxed"], figures["rows"]) == (10, 6, 10, 10)
     assert (figures["tokens"], figures["prompt_tokens"], figures["requests"]) == (70, 110, 10)
-    assert manifest["problems"]["count"] == 5 and manifest["versions"]["httpx2"]
+    assert manifest["problems"]["count"] == 5 and manifest["versions"]["openai"]
     assert read_json(tmp_path / "pool.jsonl.manifest.json") == json.loads(json.dumps(manifest))
 
 
@@ -191,6 +189,7 @@ def test_no_row_is_no_pool(tmp_path: Path) -> None:
         make(tmp_path / "pool.jsonl", [teacher(server)], problems, keep="correct")
 
 
+@pytest.mark.slow
 def test_vllm_dies_goes_on_and_samples_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in STAND_IN.items():
         path = tmp_path / "stand_in" / name
@@ -203,7 +202,7 @@ def test_vllm_dies_goes_on_and_samples_more(tmp_path: Path, monkeypatch: pytest.
         return Teacher(name="near", model="shipped:tiny", engine="vllm", samples=samples, max_new_tokens=20)
 
     monkeypatch.setenv("DIE_AFTER", "3")
-    with pytest.raises(ValueError, match="teacher near: vLLM ended with exit code 7"):
+    with pytest.raises(ValueError, match=r"teacher near: .* exit code 7"):
         make(output, [near(2)])
     assert not output.exists()
     monkeypatch.setenv("DIE_AFTER", "-1")

@@ -10,18 +10,16 @@ import pytest
 from chat_server import ChatServer, Reply, Seen, chat_server, fault, said
 from hypothesis import given
 from hypothesis import strategies as st
-from tenacity import wait_none
 
-from lark.teachers import openai_teacher as module
 from lark.teachers.openai_teacher import Endpoint, Halt, Pace, Request, Tally, without_key
-from lark.teachers.teachers import Teacher
+from lark.teachers.teacher import Teacher
 
 KEY = "sk-0123456789abcdefghijKLMNOP"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BACKOFF", wait_none())
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("STAND_IN_KEY", KEY)
 
 
@@ -100,12 +98,13 @@ def test_a_request_says_all_that_sampling_depends_on() -> None:
 
 
 def test_body_adds_and_takes_out_fields_and_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "another's")
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "another's")
     with chat_server() as server:
         body = {"max_tokens": None, "max_completion_tokens": 9, "seed": None, "top_p": 0.5}
         (record,), _ = ask(teacher(server, key=None, body=body))
     (seen,) = server.seen
-    assert seen.key is None
+    assert seen.key is None and "another's" not in str(seen.headers)
     assert seen.body.keys() == {"model", "messages", "temperature", "top_p", "max_completion_tokens"}
     assert (seen.body["max_completion_tokens"], seen.body["top_p"], record["seed"]) == (9, 0.5, None)
 
@@ -177,13 +176,12 @@ def test_tried_again(first: Reply) -> None:
 
 
 def test_retry_after_holds_every_request_back() -> None:
-    clock = Clock()
-    pace = Pace(None, clock=clock, sleep=clock.sleep)
-    wait = Reply(status=429, body=fault("slow down"), headers={"Retry-After": "30"})
-    with chat_server(lambda seen, before: wait if seen is server.seen[0] else Reply(), clock) as server:
-        _, tally = ask(teacher(server, concurrency=1), 3, pace)
-    assert [seen.at for seen in server.seen] == [0, 30, 30, 30]
-    assert tally.waited == 30
+    wait = Reply(status=429, body=fault("slow down"), headers={"Retry-After": "0.4"})
+    with chat_server(lambda seen, before: wait if seen is server.seen[0] else Reply()) as server:
+        _, tally = ask(teacher(server, concurrency=1), 3)
+        first, *others = [seen.at for seen in server.seen]
+        assert len(others) == 3 and min(others) >= first + 0.4
+        assert tally.waited == 0.4
 
 
 def test_given_up_after_its_tries_and_not_recorded() -> None:
@@ -276,7 +274,7 @@ def test_many_who_wait_get_turns_apart_and_in_order() -> None:
     turns: list[tuple[float, int]] = []
 
     async def one(pace: Pace, number: int) -> None:
-        await pace.turn()
+        await pace.wait_for_turn()
         turns.append((clock(), number))
         if number == 1:
             assert pace.pause(10) and not pace.pause(5)

@@ -20,16 +20,22 @@ from typing import Any
 from lark.answers.checker import Checker
 from lark.common.cache import atomic_write, file_hash, hold_lock, identity_hash, write_json
 from lark.common.errors import LarkError
+from lark.common.log import announce, logger
 from lark.common.progress_line import show_progress
-from lark.common.record_file import Key, RecordFile
+from lark.common.record_file import RecordFile
 from lark.pool.rows import normalise_row
 from lark.tasks.problems import make_answer, make_prompt
+from lark.teachers.local_teacher import LocalTeacher
 from lark.teachers.openai_teacher import Endpoint, Halt, Request, Tally
-from lark.teachers.pool_rows import SAMPLING, Figures, Source, digest_of, pool_rows
-from lark.teachers.teachers import LocalTeacher, Teacher
+from lark.teachers.pool_rows import SAMPLING, Figures, Source, hash_prompt, make_rows
+from lark.teachers.teacher import Teacher
 
+Key = tuple[str, str, int]
+"""Problem, digest of its prompt, number of the sample."""
+Prompts = dict[str, list[dict[str, str]]]
+"""Messages before the trajectory, by problem."""
 _NEAR = re.compile(r"http://(localhost|127\.|\[::1\])")
-_LIBRARIES = {"transformers": ("torch", "transformers"), "vllm": ("vllm",), "endpoint": ("httpx2",)}
+_LIBRARIES = {"transformers": ("torch", "transformers"), "vllm": ("vllm",), "endpoint": ("openai",)}
 
 
 @dataclass(kw_only=True)
@@ -56,9 +62,8 @@ def make_pool(
     thinking: str = "keep",
     again: bool = False,
     source: Path | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Asks the teachers for what is not there yet, checks the answers, writes the pool; returns its manifest.
+    """Ask the teachers for what is not there yet, check the answers, write the pool; returns its manifest.
 
     Args:
         problems: rows as `read_problems` gives them; their further columns go into the pool.
@@ -80,17 +85,17 @@ def make_pool(
     if output.exists() and not (folder.exists() or manifest.exists()):
         raise LarkError(f"--output {output} is there already and was not made here; name another file")
     checker.validate([make_answer(problem, "") for problem in problems])
-    prompts = {problem["problem_id"]: _prompt(problem, system) for problem in problems}
+    prompts = {problem["problem_id"]: _make_prompt(problem, system) for problem in problems}
     with ExitStack() as stack:
-        asked = [_prepare(teacher, prompts, folder, stack, say) for teacher in teachers]
-        _ask(asked, prompts, again=again, say=say)
+        asked = [_prepare(teacher, prompts, folder, stack) for teacher in teachers]
+        _ask(asked, prompts, again=again)
         figures = [Figures() for _ in asked]
         sources = [Source(one.teacher, one.file, figure) for one, figure in zip(asked, figures, strict=True)]
         with atomic_write(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for row in pool_rows(problems, prompts, sources, checker=checker, keep=keep, thinking=thinking):
+            for row in make_rows(problems, prompts, sources, checker=checker, keep=keep, thinking=thinking):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if not sum(figure.rows for figure in figures):
-                raise LarkError(f"no trajectory is left for {output}: {_why_none(figures, keep)}")
+                raise LarkError(f"no trajectory is left for {output}: {_explain_none(figures, keep)}")
         found = {
             "rows": sum(figure.rows for figure in figures),
             "sha256": file_hash(output),
@@ -106,15 +111,17 @@ def make_pool(
                 "keep": keep,
                 "thinking": thinking,
             },
-            "teachers": {one.teacher.name: _record(one, figure) for one, figure in zip(asked, figures, strict=True)},
-            "versions": _versions(asked),
+            "teachers": {
+                one.teacher.name: _describe_teacher(one, figure) for one, figure in zip(asked, figures, strict=True)
+            },
+            "versions": _list_versions(asked),
         }
     write_json(manifest, found)
     return found
 
 
-def _prompt(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
-    """The turns before the trajectory, as a pool can have them. Raises LarkError before anything is asked."""
+def _make_prompt(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]:
+    """Make the turns before the trajectory, as a pool can have them. Raises LarkError before anything is asked."""
     turns = [{name: turn[name] for name in ("role", "content")} for turn in make_prompt(problem, system)]
     row = {**problem, "candidate_id": "0", "messages": [*turns, {"role": "assistant", "content": "."}]}
     _, errors = normalise_row({name: value for name, value in row.items() if name not in ("teacher", "correct")})
@@ -124,67 +131,53 @@ def _prompt(problem: dict[str, Any], system: str | None) -> list[dict[str, str]]
     return turns
 
 
-def _prepare(
-    teacher: Teacher,
-    prompts: dict[str, list[dict[str, str]]],
-    folder: Path,
-    stack: ExitStack,
-    say: Callable[[str], None],
-) -> _Asked:
-    """Opens the teacher's file; what it is named after changes with whatever changes its trajectories."""
+def _prepare(teacher: Teacher, prompts: Prompts, folder: Path, stack: ExitStack) -> _Asked:
+    """Open the teacher's file; what it is named after changes with whatever changes its trajectories."""
     local = None
     if teacher.url is None:
         try:
-            local = LocalTeacher(teacher, say)
+            local = LocalTeacher(teacher)
             identity = local.identity
         except ValueError as error:
             raise LarkError(f"teacher {teacher.name}: {error}") from error
     else:
         if teacher.read_key() and teacher.url.startswith("http:") and not _NEAR.match(teacher.url):
-            say(f"teacher {teacher.name}: its key goes over http, where others may read it; use https if it can")
+            logger.warning(
+                f"teacher {teacher.name}: its key goes over http, where others may read it; use https if it can"
+            )
         identity = {name: getattr(teacher, name) for name in ("url", "model", "seed", *SAMPLING)}
         identity["body"] = dict(teacher.body)
     path = folder / f"{teacher.name}-{identity_hash(identity)}.jsonl"
     stack.enter_context(hold_lock(path))
-    file = RecordFile(path, {"teacher": teacher.name, **identity})
+    file = RecordFile(path, {"teacher": teacher.name, **identity}, key=("problem_id", "prompt", "sample"))
     stack.callback(file.close)
-    keys = [(problem, digest_of(turns), n) for problem, turns in prompts.items() for n in range(teacher.samples)]
+    keys = [(problem, hash_prompt(turns), n) for problem, turns in prompts.items() for n in range(teacher.samples)]
     there = sum(key in file for key in keys)
     rate = teacher.rate if teacher.url and there < len(keys) else None
-    say(
-        f"teacher {teacher.name}: {len(prompts):,} problems x {teacher.samples} = {len(keys):,} trajectories, "
-        f"{there:,} are there" + (f", at least {(len(keys) - there) / rate:,.1f} min at its rate" if rate else "")
+    announce(
+        "teacher",
+        f"{teacher.name}: {len(prompts):,} problems x {teacher.samples} = {len(keys):,} trajectories, "
+        f"{there:,} are there" + (f", at least {(len(keys) - there) / rate:,.1f} min at its rate" if rate else ""),
     )
     return _Asked(teacher=teacher, local=local, identity=identity, file=file, keys=keys, there=there)
 
 
-def _ask(
-    asked: Sequence[_Asked],
-    prompts: dict[str, list[dict[str, str]]],
-    *,
-    again: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Endpoints all at once, as they only keep us waiting; then the models that run here, one after the other."""
+def _ask(asked: Sequence[_Asked], prompts: Prompts, *, again: bool) -> None:
+    """Ask endpoints all at once, as they only keep us waiting, then the models that run here, one after the other."""
     endpoints = [one for one in asked if one.local is None]
-    wanted = [_missing(one, again) for one in endpoints]
+    wanted = [_list_missing(one, again) for one in endpoints]
     if any(wanted):
-        asyncio.run(_ask_endpoints(endpoints, wanted, prompts, say))
+        asyncio.run(_ask_endpoints(endpoints, wanted, prompts))
     for one in asked:
-        if one.local is not None and (missing := _missing(one, again)):
+        if one.local is not None and (missing := _list_missing(one, again)):
             _ask_local(one, one.local, missing, prompts)
 
 
-def _missing(one: _Asked, again: bool) -> list[Key]:
-    return [key for key in one.keys if key not in one.file or (again and one.file.failed(key))]
+def _list_missing(one: _Asked, again: bool) -> list[Key]:
+    return [key for key in one.keys if (record := one.file.read(key)) is None or (again and "failure" in record)]
 
 
-async def _ask_endpoints(
-    asked: Sequence[_Asked],
-    wanted: Sequence[list[Key]],
-    prompts: dict[str, list[dict[str, str]]],
-    say: Callable[[str], None],
-) -> None:
+async def _ask_endpoints(asked: Sequence[_Asked], wanted: Sequence[list[Key]], prompts: Prompts) -> None:
     halt = Halt()
     endpoints = [Endpoint(one.teacher, halt=halt) for one in asked]
     total, missing = sum(len(one.keys) for one in asked), sum(map(len, wanted))
@@ -199,7 +192,7 @@ async def _ask_endpoints(
 
         outcomes = await asyncio.gather(
             *(
-                endpoint.ask_all([_request(key, prompts) for key in keys], keeping(one.file))
+                endpoint.ask_all([_make_request(key, prompts) for key in keys], keeping(one.file))
                 for endpoint, one, keys in zip(endpoints, asked, wanted, strict=True)
             ),
             return_exceptions=True,
@@ -212,24 +205,21 @@ async def _ask_endpoints(
     for one in asked:
         if lost := one.tally.lost:
             reasons = ", ".join(f"{reason} {count}x" for reason, count in lost.items())
-            say(
+            logger.warning(
                 f"teacher {one.teacher.name}: {sum(lost.values())} trajectories were not to be had ({reasons}); the "
                 "same command asks for them again"
             )
 
 
-def _request(key: Key, prompts: dict[str, list[dict[str, str]]]) -> Request:
+def _make_request(key: Key, prompts: Prompts) -> Request:
     problem, prompt, sample = key
     return Request(problem_id=problem, prompt=prompt, sample=sample, messages=prompts[problem])
 
 
-def _ask_local(
-    one: _Asked, local: LocalTeacher, missing: Sequence[Key], prompts: dict[str, list[dict[str, str]]]
-) -> None:
+def _ask_local(one: _Asked, local: LocalTeacher, missing: Sequence[Key], prompts: Prompts) -> None:
     wanted = {(problem, sample): (problem, prompt, sample) for problem, prompt, sample in missing}
     done = {(problem, sample) for problem, _, sample in one.keys if (problem, sample) not in wanted}
-    # vLLM's own folder is good for one list of prompts and number of samples only
-    folder = one.file.path.with_suffix(f".{one.teacher.samples}.vllm")
+    folder = one.file.path.with_suffix(".vllm")
     begun = time.monotonic()
     name = one.teacher.name
     with show_progress(f"sampling {name}", len(one.keys), "trajectories", initial=len(done)) as progress:
@@ -250,7 +240,7 @@ def _ask_local(
     one.tally.seconds = time.monotonic() - begun
 
 
-def _why_none(figures: Sequence[Figures], keep: str) -> str:
+def _explain_none(figures: Sequence[Figures], keep: str) -> str:
     failures = sum((figure.failures for figure in figures), Counter())
     reasons = [f"{count} {reason.replace('_', ' ')}" for reason, count in failures.items()]
     if left := sum(figure.trajectories for figure in figures):
@@ -258,8 +248,8 @@ def _why_none(figures: Sequence[Figures], keep: str) -> str:
     return ", ".join(reasons)
 
 
-def _record(one: _Asked, figure: Figures) -> dict[str, Any]:
-    """What the manifest says of a teacher. The key itself is nowhere in it, only its variable's name."""
+def _describe_teacher(one: _Asked, figure: Figures) -> dict[str, Any]:
+    """Describe a teacher for the manifest. The key itself is nowhere in it, only its variable's name."""
     teacher = {name: value for name, value in asdict(one.teacher).items() if name != "name"}
     return {
         "settings": teacher,
@@ -270,15 +260,15 @@ def _record(one: _Asked, figure: Figures) -> dict[str, Any]:
     }
 
 
-def _versions(asked: Sequence[_Asked]) -> dict[str, str]:
+def _list_versions(asked: Sequence[_Asked]) -> dict[str, str]:
     engines = {"endpoint" if one.local is None else one.teacher.engine for one in asked}
     names = [name for engine in sorted(engines) for name in _LIBRARIES[engine]]
     # vLLM may live in another Python, which keeps its own record
-    known = {name: _version(name) for name in ("lark-select", *names)}
+    known = {name: _find_version(name) for name in ("lark-select", *names)}
     return {name: found for name, found in known.items() if found is not None}
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,6 +1,12 @@
-"""An OpenAI-compatible endpoint as a teacher: requests at its pace, retried, and its key kept out of everything."""
+"""An OpenAI-compatible endpoint as a teacher: asked at its pace by openai's client, its key kept out of everything.
+
+The client makes a request again (`max_retries`, `Retry-After`, exponential back-off). Hooks on its HTTP client see every
+try: they wait for a turn, hold all requests back when the endpoint wants to be left alone, and turn bodies that are not
+an answer into the errors they are.
+"""
 
 import asyncio
+import json
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -8,17 +14,18 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient, Omit
 
 from lark.common.errors import LarkError
-from lark.teachers.teachers import Teacher, seed_of
+from lark.teachers.teacher import Teacher, derive_seed
 
-LONGEST_WAIT = 900.0
-"""Seconds; an endpoint that asks to wait longer is left for another day."""
-_SECRET = 16  # a key from this length on is taken out of trajectories too; "EMPTY" is none that need be kept
+LONGEST_WAIT = 120.0
+"""Seconds; the client waits no longer, and an endpoint that asks for more is left for another day."""
+_RETRY_COUNT = "x-stainless-retry-count"  # header in which the client says how often it has tried before
+_SECRET = 16  # a key from this length on is taken out of trajectories too; "EMPTY" need not be kept
 _PIECE = 8  # so many characters of a key are not shown either
 _SHOWN = 300
+_RETRIED = (408, 409, 425, 429)  # and 5xx
 _TOO_LONG = ("context_length", "context length", "maximum context", "too long", "too many tokens", "max_model_len")
 _FILTERED = (
     "content_filter",
@@ -29,7 +36,6 @@ _FILTERED = (
     "safety polic",
     "safety reason",
 )
-_BACKOFF = wait_random_exponential(multiplier=1, max=60)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,7 @@ class Request:
 
 
 class Pace:
-    """Turns to make a request: at most `rate` a minute, evenly spaced, none while the endpoint wants to be left alone.
+    """Give turns to make a request: at most `rate` a minute, evenly spaced, none while the endpoint is left alone.
 
     clock, sleep: of the event loop; a test has its own.
     """
@@ -60,34 +66,18 @@ class Pace:
         self._free_at = clock()
         self._line = asyncio.Lock()
 
-    async def turn(self) -> None:
+    async def wait_for_turn(self) -> None:
         async with self._line:  # who waits first goes first
             while (wait := self._free_at - self._clock()) > 0:
                 await self._sleep(wait)
             self._free_at = self._clock() + self._interval
 
     def pause(self, seconds: float) -> bool:
-        """No turn for so long; whether that is later than it would have been."""
+        """Give no turn for so long; returns whether that is later than it would have been."""
         until = self._clock() + seconds
         later = until > self._free_at
         self._free_at = max(self._free_at, until)
         return later
-
-
-class TransientError(Exception):
-    """A request that may succeed when it is made again. after: seconds the endpoint asked for, or None."""
-
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.after = after
-
-
-class _PromptError(Exception):
-    """No trajectory for this prompt, whoever asks how often."""
-
-    def __init__(self, kind: str, message: str = "") -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = kind, message
 
 
 @dataclass(kw_only=True)
@@ -110,7 +100,7 @@ class Tally:
 
 
 class Endpoint:
-    """Asks for trajectories, `concurrency` at a time.
+    """Ask for trajectories, `concurrency` at a time.
 
     Raises LarkError (one sentence, without the key) from `ask_all` for what a user has to mend: a refused key, an
     unknown model, a refused request, an endpoint that is down.
@@ -125,21 +115,23 @@ class Endpoint:
         self._lost_in_a_row = 0
 
     async def ask_all(self, requests: Sequence[Request], keep: Callable[[dict[str, Any]], None]) -> None:
-        """Asks for every trajectory; `keep` gets each record (a trajectory, or a failure of this prompt) at once."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        """Ask for every trajectory; `keep` gets each record (a trajectory, or a failure of this prompt) at once."""
         pending = deque(requests)
         begun = time.monotonic()
-        limits = httpx2.Limits(max_connections=self.teacher.concurrency)
-        async with httpx2.AsyncClient(headers=headers, timeout=None, limits=limits) as client:
+        async with self._open_client() as client:
 
             async def work() -> None:
-                while pending and not self.halt.halted:
-                    record = await self._ask(client, pending.popleft())
-                    if record is not None:
-                        keep(record)
+                try:
+                    while pending and not self.halt.halted:
+                        record = await self._ask(client, pending.popleft())
+                        if record is not None:
+                            keep(record)
+                except BaseException:
+                    self.halt.halted = True
+                    raise
 
             count = min(self.teacher.concurrency, len(pending))
-            outcomes = await asyncio.gather(*(self._halting(work()) for _ in range(count)), return_exceptions=True)
+            outcomes = await asyncio.gather(*(work() for _ in range(count)), return_exceptions=True)
         self.tally.seconds = time.monotonic() - begun
         # Those under way were let finish, as they are paid for; the first that could not go on says why.
         for outcome in outcomes:
@@ -148,54 +140,83 @@ class Endpoint:
         if sum(self.tally.lost.values()) == len(requests) > 0 and not self.halt.halted:
             raise self._down(" and ".join(self.tally.lost))
 
-    async def _halting(self, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except BaseException:
-            self.halt.halted = True
-            raise
-
-    async def _ask(self, client: httpx2.AsyncClient, request: Request) -> dict[str, Any] | None:
-        teacher, begun, tries = self.teacher, time.monotonic(), 0
-        seed = seed_of(teacher.seed, request.problem_id, request.sample)
-        record = {
-            "problem_id": request.problem_id,
-            "prompt": request.prompt,
-            "sample": request.sample,
-            "seed": seed if teacher.body.get("seed", seed) is not None else None,
-        }
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(TransientError),
-            stop=self._stops,
-            wait=_wait,
-            sleep=asyncio.sleep,
-            reraise=True,
+    def _open_client(self) -> AsyncOpenAI:
+        # The client would take what it is not given from the environment: other people's keys and organizations.
+        headers: dict[str, Any] = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
+        return AsyncOpenAI(
+            api_key=self.key or "none",
+            base_url=self.teacher.url,
+            max_retries=self.teacher.tries - 1,
+            default_headers=headers,
+            http_client=DefaultAsyncHttpxClient(
+                follow_redirects=False,  # the key goes to that URL only
+                timeout=self.teacher.timeout,
+                event_hooks={"request": [self._before_try], "response": [self._after_try]},
+            ),
         )
-        reply: dict[str, Any] = {}
+
+    async def _before_try(self, request: Any) -> None:
+        await self.pace.wait_for_turn()
+        self.tally.requests += 1
+        self.tally.retries += request.headers.get(_RETRY_COUNT, "0") != "0"
+
+    async def _after_try(self, response: Any) -> None:
+        """Make an error of an answer that is none; hold every request back as long as the endpoint asks."""
+        await response.aread()
+        data = _parse_json(response)
+        if response.status_code == 200:
+            fault = data.get("error") if isinstance(data, dict) else None
+            choices = data.get("choices") if isinstance(data, dict) else None
+            if isinstance(fault, dict):  # a router's way to pass on another's error
+                code = fault.get("code")
+                response.status_code = code if isinstance(code, int) and code >= 400 else 502
+            elif not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+                response.status_code = 502
+        if response.status_code == 425:  # too early, which the client does not know
+            response.headers["x-should-retry"] = "true"
+        if self.halt.halted or "insufficient_quota" in response.text:
+            response.headers["x-should-retry"] = "false"
+        after = _read_retry_after(response)
+        if response.status_code in (429, 503) and after is not None and after <= LONGEST_WAIT:
+            self.tally.waited += after if self.pace.pause(after) else 0.0
+
+    async def _ask(self, client: AsyncOpenAI, request: Request) -> dict[str, Any] | None:
+        teacher, begun = self.teacher, time.monotonic()
+        seed = derive_seed(teacher.seed, request.problem_id, request.sample)
+        body = {
+            "temperature": teacher.temperature,
+            "top_p": teacher.top_p,
+            "max_tokens": teacher.max_new_tokens,
+            "seed": seed,
+            **teacher.body,
+        }
+        messages: Any = list(request.messages)
+        without_authorization: Any = {"Authorization": Omit()}
         try:
-            async for attempt in retrying:
-                with attempt:
-                    await self.pace.turn()
-                    tries += 1
-                    reply = await self._post(client, self._body(request, seed))
-                    reply |= self._trajectory(reply)
-        except TransientError as again:
-            return self._lose(str(again))
-        except _PromptError as failure:
-            reply = {**reply, "failure": failure.kind, "message": failure.message}
-        finally:
-            self.tally.requests += tries
-            self.tally.retries += max(0, tries - 1)
+            answer = await client.chat.completions.with_raw_response.create(
+                model=teacher.model,
+                messages=messages,
+                extra_headers=None if self.key else without_authorization,
+                extra_body={name: value for name, value in body.items() if value is not None},
+            )
+            tries, reply = answer.retries_taken + 1, self._read_answer(json.loads(answer.text))
+        except APITimeoutError:
+            return self._lose(f"gave no answer within {teacher.timeout:g} s")
+        except APIConnectionError as error:
+            return self._lose(f"could not be reached ({type(error.__cause__).__name__})")
+        except APIStatusError as error:
+            response = error.response
+            if (reply := self._read_refusal(response)) is None:
+                return self._lose(f"answered {response.status_code}")
+            tries = int(response.request.headers.get(_RETRY_COUNT, 0)) + 1
         self._lost_in_a_row = 0
         self.tally.tokens += reply.get("num_tokens") or 0
-        reply.pop("choice", None)
+        record = {"problem_id": request.problem_id, "prompt": request.prompt, "sample": request.sample}
+        record |= {"seed": None if body["seed"] is None else seed}
         return record | reply | {"tries": tries, "seconds": round(time.monotonic() - begun, 3)}
 
-    def _stops(self, state: RetryCallState) -> bool:
-        return self.halt.halted or stop_after_attempt(self.teacher.tries)(state)
-
     def _lose(self, reason: str) -> None:
-        """Gives a trajectory up; the endpoint as well once it answers nothing any more."""
+        """Give a trajectory up; the endpoint as well once it answers nothing any more."""
         self.tally.lost[reason] = self.tally.lost.get(reason, 0) + 1
         self._lost_in_a_row += 1
         if self._lost_in_a_row >= max(3, self.teacher.concurrency) and not self.halt.halted:
@@ -207,75 +228,49 @@ class Endpoint:
             "often they were tried; give the same command again once it answers"
         )
 
-    def _body(self, request: Request, seed: int) -> dict[str, Any]:
-        teacher = self.teacher
-        body = {
-            "model": teacher.model,
-            "messages": list(request.messages),
-            "temperature": teacher.temperature,
-            "top_p": teacher.top_p,
-            "max_tokens": teacher.max_new_tokens,
-            "seed": seed,
-            **teacher.body,
+    def _read_answer(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Read model, tokens and the first choice: content, reasoning and finish_reason, or why it has no trajectory."""
+        choice, usage = data["choices"][0], data.get("usage")
+        message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
+        finish = self._clean(choice.get("finish_reason")) or None
+        content = self._clean(message.get("content"))
+        reasoning = next(
+            (text for name in ("reasoning_content", "reasoning") if (text := self._clean(message.get(name)))), None
+        )
+        refusal = self._clean(message.get("refusal"))
+        reply = {
+            "model": self._clean(data.get("model")) or None,
+            "num_tokens": _read_count(usage, "completion_tokens"),
+            "prompt_tokens": _read_count(usage, "prompt_tokens"),
         }
-        return {name: value for name, value in body.items() if value is not None}
+        if finish == "content_filter":
+            return reply | {"failure": "content_filter", "message": ""}
+        if refusal:
+            return reply | {"failure": "refused", "message": refusal[:_SHOWN]}
+        if not content.strip() and not (reasoning and finish == "length"):
+            return reply | {"failure": "empty", "message": f"finish_reason {finish}"}
+        return reply | {"content": content, "reasoning": reasoning, "finish_reason": finish}
 
-    async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-        """The first choice of the answer, with model and tokens; raises TransientError, _PromptError or ValueError."""
-        try:
-            async with asyncio.timeout(self.teacher.timeout):
-                response = await client.post(f"{self.teacher.url}/chat/completions", json=body)
-        except TimeoutError:
-            raise TransientError(f"gave no answer within {self.teacher.timeout:g} s") from None
-        except httpx2.RequestError as error:
-            raise TransientError(f"could not be reached ({type(error).__name__})") from None
-        try:
-            data = response.json()
-        except ValueError:  # broken JSON or text
-            data = None
-        status = response.status_code
-        fault = data.get("error") if isinstance(data, dict) else None
-        if status == 200 and isinstance(fault, dict):  # a router's way to pass on another's error
-            code = fault.get("code")
-            status = code if isinstance(code, int) and code >= 400 else 502
-        if status != 200:
-            self._refused(status, response, data)
-        choices = data.get("choices") if isinstance(data, dict) else None
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise TransientError("answered 200 without a choice")
-        assert isinstance(data, dict)
-        usage = data.get("usage")
-        return {
-            "choice": choices[0],
-            "model": self._text(data.get("model")) or None,
-            "num_tokens": _count(usage, "completion_tokens"),
-            "prompt_tokens": _count(usage, "prompt_tokens"),
-        }
-
-    def _refused(self, status: int, response: httpx2.Response, data: Any) -> None:
-        """Raises what an answer other than 200 calls for."""
-        message = self._message(response, data)
+    def _read_refusal(self, response: Any) -> dict[str, Any] | None:
+        """Read what an answer other than 200 calls for: None where trying again did not help, the failure where there
+        is no trajectory for this prompt, whoever asks how often. Raises LarkError for what a user has to mend.
+        """
+        status, detail, message = response.status_code, response.text.lower(), self._read_message(response)
         said = f"{status}: {message}" if message else str(status)
-        known = message.lower()
         name, key = self.teacher.name, self.teacher.key
-        spent = status == 402 or "insufficient_quota" in response.text
-        if spent:
+        if status == 402 or "insufficient_quota" in detail:
             raise LarkError(f"teacher {name}: the account has no credit left ({said}); top it up and go on")
-        if status in (408, 409, 425, 429) or status >= 500:
-            after = _retry_after(response.headers.get("retry-after"))
+        if status in _RETRIED or status >= 500:
+            after = _read_retry_after(response)
             if after is not None and after > LONGEST_WAIT:
                 raise LarkError(
                     f"teacher {name}: the endpoint asks to wait {after:,.0f} s ({said}); give the command again then"
                 )
-            if after is not None and self.pace.pause(after):
-                self.tally.waited += after
-            raise TransientError(f"answered {status}", after)
-        if status in (400, 413, 422):
-            detail = known + response.text.lower()
-            if status == 413 or any(sign in detail for sign in _TOO_LONG):
-                raise _PromptError("too_long", message)
-            if any(sign in detail for sign in _FILTERED):
-                raise _PromptError("content_filter", message)
+            return None
+        if status == 413 or (status in (400, 422) and any(sign in detail for sign in _TOO_LONG)):
+            return {"failure": "too_long", "message": message}
+        if status in (400, 422) and any(sign in detail for sign in _FILTERED):
+            return {"failure": "content_filter", "message": message}
         if status in (401, 403) and key is None:
             raise LarkError(
                 f"teacher {name}: the endpoint wants a key ({said}); name the environment variable that holds it, "
@@ -296,32 +291,19 @@ class Endpoint:
             "it or add some with body in --teachers"
         )
 
-    def _trajectory(self, reply: dict[str, Any]) -> dict[str, Any]:
-        """content, reasoning and finish_reason of a choice; raises _PromptError if there is no trajectory in it."""
-        choice = reply["choice"]
-        message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
-        finish = self._text(choice.get("finish_reason")) or None
-        content = self._text(_joined(message.get("content")))
-        reasoning = next(
-            (text for name in ("reasoning_content", "reasoning") if (text := self._text(message.get(name)))), None
-        )
-        if finish == "content_filter":
-            raise _PromptError("content_filter")
-        if self._text(message.get("refusal")):
-            raise _PromptError("refused", self._text(message["refusal"])[:_SHOWN])
-        if not content.strip() and not (reasoning and finish == "length"):
-            raise _PromptError("empty", f"finish_reason {finish}")
-        return {"content": content, "reasoning": reasoning, "finish_reason": finish}
-
-    def _message(self, response: httpx2.Response, data: Any) -> str:
-        """What the endpoint says of an error, in one line and without the key."""
+    def _read_message(self, response: Any) -> str:
+        """Read what the endpoint says of an error, in one line and without the key."""
+        data = _parse_json(response)
         fault = data.get("error", data) if isinstance(data, dict) else None
         text = fault.get("message") if isinstance(fault, dict) else fault
         text = text if isinstance(text, str) and text else response.text
         return without_key(" ".join(text.split()), self.key)[:_SHOWN]  # cut last: half a key is no longer found
 
-    def _text(self, value: Any) -> str:
-        """A text of the answer as it may be kept: without the key, and as UTF-8 can hold it."""
+    def _clean(self, value: Any) -> str:
+        """Return a text of the answer, also one that comes in parts, without the key and as UTF-8 can hold it."""
+        if isinstance(value, list):
+            parts = (part.get("text") for part in value if isinstance(part, dict))
+            value = "".join(part for part in parts if isinstance(part, str))
         if not isinstance(value, str):
             return ""
         if self.key and len(self.key) >= _SECRET:
@@ -330,7 +312,7 @@ class Endpoint:
 
 
 def without_key(text: str, key: str | None) -> str:
-    """The text with *** for the key and for every piece of 8 or more of its characters."""
+    """Put *** for the key and for every piece of 8 or more of its characters."""
     if not key:
         return text
     size = min(_PIECE, len(key))
@@ -358,10 +340,22 @@ def _count(usage: Any, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _retry_after(header: str | None) -> float | None:
-    """Seconds, from a number of seconds or a date; None where there is neither."""
-    if header is None:
+def _parse_json(response: Any) -> Any:
+    """Return the body, or None where it is not JSON."""
+    try:
+        return response.json()
+    except ValueError:
         return None
+
+
+def _read_count(usage: Any, name: str) -> int | None:
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) else None
+
+
+def _read_retry_after(response: Any) -> float | None:
+    """Read seconds, from a number of seconds or a date; None where there is neither."""
+    header = response.headers.get("retry-after", "")
     try:
         return max(0.0, float(header))
     except ValueError:
@@ -370,9 +364,3 @@ def _retry_after(header: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except ValueError:
         return None
-
-
-def _wait(state: RetryCallState) -> float:
-    """Seconds before a request is made again; where the endpoint said how long, its pace sees to that."""
-    error = state.outcome.exception() if state.outcome else None
-    return 0.0 if isinstance(error, TransientError) and error.after is not None else _BACKOFF(state)

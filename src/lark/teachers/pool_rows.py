@@ -12,7 +12,7 @@ from lark.answers.extract import find_boxed
 from lark.common.record_file import RecordFile
 from lark.pool.rows import COLUMNS
 from lark.tasks.problems import make_answer
-from lark.teachers.teachers import Teacher
+from lark.teachers.teacher import Teacher
 
 BLOCK = 64  # problems whose trajectories are checked together and in memory
 SAMPLING = ("temperature", "top_p", "max_new_tokens")
@@ -50,12 +50,12 @@ class Source(NamedTuple):
     figures: Figures
 
 
-def digest_of(messages: Any) -> str:
-    """What a prompt is known by in a teacher's file."""
+def hash_prompt(messages: Any) -> str:
+    """Hash what a prompt is known by in a teacher's file."""
     return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
 
 
-def pool_rows(
+def make_rows(
     problems: Sequence[dict[str, Any]],
     prompts: dict[str, list[dict[str, str]]],
     sources: Sequence[Source],
@@ -64,15 +64,15 @@ def pool_rows(
     keep: str,
     thinking: str,
 ) -> Iterator[dict[str, Any]]:
-    """The pool's rows, by problem, teacher and sample; counts everything into the sources' figures."""
+    """Yield the pool's rows, by problem, teacher and sample; count everything into the sources' figures."""
     for start in range(0, len(problems), BLOCK):
         found = []
         for problem in problems[start : start + BLOCK]:
-            digest = digest_of(prompts[problem["problem_id"]])
+            digest = hash_prompt(prompts[problem["problem_id"]])
             for source in sources:
                 for sample in range(source.teacher.samples):
                     record = source.file.read((problem["problem_id"], digest, sample))
-                    if (text := _count(record, source.figures, thinking)) is not None:
+                    if (text := _count_record(record, source.figures, thinking)) is not None:
                         found.append((problem, source, record, text))
         verdicts = checker.check([make_answer(problem, text) for problem, *_, text in found])
         for (problem, source, record, text), verdict in zip(found, verdicts, strict=True):
@@ -82,11 +82,11 @@ def pool_rows(
             figure.boxed += find_boxed(text) is not None
             if keep == "all" or (verdict.correct if keep == "correct" else not truncated):
                 figure.rows += 1
-                yield _row(problem, prompts[problem["problem_id"]], source.teacher, record, text, verdict.correct)
+                yield _make_row(problem, prompts[problem["problem_id"]], source.teacher, record, text, verdict.correct)
 
 
-def _count(record: dict[str, Any] | None, figure: Figures, thinking: str) -> str | None:
-    """Enters a record; the text of its trajectory, if it holds one."""
+def _count_record(record: dict[str, Any] | None, figure: Figures, thinking: str) -> str | None:
+    """Count a record; returns the text of its trajectory, if it holds one."""
     if record is None:
         figure.failures["missing"] += 1
         return None
@@ -95,7 +95,7 @@ def _count(record: dict[str, Any] | None, figure: Figures, thinking: str) -> str
     figure.retries += max(0, tries - 1)
     figure.prompt_tokens += record.get("prompt_tokens") or 0
     figure.tokens += record.get("num_tokens") or 0
-    text = None if "failure" in record else _text(record, thinking)
+    text = None if "failure" in record else _join_text(record, thinking)
     if text is None:
         figure.failures[record.get("failure", "thinking only")] += 1
         return None
@@ -107,8 +107,8 @@ def _count(record: dict[str, Any] | None, figure: Figures, thinking: str) -> str
     return text
 
 
-def _text(record: dict[str, Any], thinking: str) -> str | None:
-    """The trajectory; None where nothing is left of it."""
+def _join_text(record: dict[str, Any], thinking: str) -> str | None:
+    """Put reasoning and answer together; None where nothing is left of them."""
     content, reasoning = record["content"], record.get("reasoning")
     if thinking == "keep" and reasoning:
         end = f"\n</think>\n\n{content.lstrip()}" if content.strip() else ""  # else cut off while still thinking
@@ -116,7 +116,7 @@ def _text(record: dict[str, Any], thinking: str) -> str | None:
     return content if content.strip() else None
 
 
-def _row(
+def _make_row(
     problem: dict[str, Any],
     prompt: list[dict[str, str]],
     teacher: Teacher,
