@@ -163,7 +163,8 @@ def _check_node(name: str, node: DictConfig) -> None:
         except (ImportError, ValueError) as error:
             remedy = "correct it; if an earlier version of LARK wrote it (replay.yaml), run the command again"
             raise LarkError(f"{name}._target_={target} cannot be imported: {remedy}") from error
-        if dataclasses.is_dataclass(schema) or (inspect.isfunction(schema) and target.startswith("lark.")):
+        is_ours = inspect.isfunction(schema) and target.startswith("lark.")
+        if is_ours or (isinstance(schema, type) and dataclasses.is_dataclass(schema)):
             takes = inspect.signature(schema).parameters
             takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values())
             hints = get_type_hints(schema)

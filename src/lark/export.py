@@ -124,7 +124,8 @@ def _write_model(student: dict[str, Any], checkpoint: Path, folder: Path, dtype:
     if merge:
         loader = Student(**student)
         dtype = dtype or _read_dtype(loader)
-        model = loader.load_trained(checkpoint, torch.float32).merge_and_unload()
+        adapted: Any = loader.load_trained(checkpoint, torch.float32)
+        model = adapted.merge_and_unload()
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         if head is not embedding and not torch.equal(head, embedding):
             model.config.tie_word_embeddings = False  # a head of its own, such as modules_to_save=[lm_head] trains

@@ -19,7 +19,7 @@ from lark.diagnostics.composition import compute_quantiles
 from lark.diagnostics.exact_gradients import ExactGradients
 from lark.scoring.passes import HeadGradients
 from lark.selection.candidates import Candidates
-from lark.selection.scores.gradients import LarkExact, LarkHead, LossDrop, squared_norms
+from lark.selection.scores.gradients import LarkExact, LarkHead, LossDrop, compute_squared_norms
 from lark.selection.scores.statistics import Lark, Learnability
 from lark.selection.within_problem import (
     UNKNOWN,
@@ -106,7 +106,7 @@ def compute_proxies(candidates: Candidates, *, average: str) -> dict[str, np.nda
     found |= {"rho_length": Learnability()(candidates), "lark_length": Lark(length_exponent=1.0)(candidates)}
     if HeadGradients() in candidates.passes:
         columns = candidates.of(HeadGradients())
-        found |= {"rho_head": squared_norms(candidates, columns) / loss_N}
+        found |= {"rho_head": compute_squared_norms(candidates, columns) / loss_N}
         found |= {"lark_head": LarkHead(average=average)(candidates)}
     return found | {"minus_length": -tokens_N, "likelihood": -loss_N}
 

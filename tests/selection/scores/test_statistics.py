@@ -415,7 +415,7 @@ def test_a_filter_is_by_a_column_or_a_score():
         Between(max=1)
     with pytest.raises(ValueError, match=r"selector\.filter\.column=loss and .* are both set; set one of them"):
         Between(column="loss", score=Likelihood())
-    with pytest.raises(ValueError, match=r"selector\.filter\.score='loss' is no score"):
+    with pytest.raises(ValueError, match=r"selector\.filter\.score='loss' is not a score"):
         Between(score="loss")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"selector\.filter\.score=.* has shape \(2,\) for 1 candidates"):
         Between(score=lambda rows: np.zeros(2))(candidates(["p"]))

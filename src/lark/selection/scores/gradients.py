@@ -54,7 +54,7 @@ class LarkExact:
         return Statistics(), Gradients(parameters=self.parameters)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return _gram_gain(candidates, candidates.of(self.needs[1]), self.average)
+        return _compute_gram_gain(candidates, candidates.of(self.needs[1]), self.average)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,22 +85,22 @@ class LarkHead:
         return Statistics(), HeadGradients(sketch=self.sketch, projection_seed=self.projection_seed)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return _gram_gain(candidates, candidates.of(self.needs[1]), self.average)
+        return _compute_gram_gain(candidates, candidates.of(self.needs[1]), self.average)
 
 
-def squared_norms(candidates: Candidates, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The diagonals of the Gram matrices: each candidate's squared gradient norm, [N]."""
+def compute_squared_norms(candidates: Candidates, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the diagonals of the Gram matrices: each candidate's squared gradient norm, [N]."""
     pairs = zip(candidates.row_N.tolist(), columns["gram"], columns["gram_rows"], strict=True)
     return np.array([gram_K[np.flatnonzero(rows_K == row)[0]] for row, gram_K, rows_K in pairs])
 
 
-def _gram_gain(candidates: Candidates, columns: Mapping[str, np.ndarray], average: str) -> np.ndarray:
+def _compute_gram_gain(candidates: Candidates, columns: Mapping[str, np.ndarray], average: str) -> np.ndarray:
     """g_k = R + a_k (g~_k - R) with g~_k = (2 (G a)_k - K R L_k) / a'L, K R = a'Ga / a'L (docs/theory.md, 1.7); a_k is
     1, or T_k over the problem's mean T.
     """
     loss_N, gain_N = candidates["loss"], np.full(len(candidates), np.nan)
     for rows in candidates.groups.split():
-        gram_KK = _gram(candidates.row_N[rows], columns["gram"][rows], columns["gram_rows"][rows])
+        gram_KK = _select_gram(candidates.row_N[rows], columns["gram"][rows], columns["gram_rows"][rows])
         valid_K = (loss_N[rows] > 0) & np.isfinite(loss_N[rows]) & np.isfinite(gram_KK.diagonal())
         rows, gram_KK = rows[valid_K], gram_KK[valid_K][:, valid_K]
         if len(rows):
@@ -113,8 +113,8 @@ def _gram_gain(candidates: Candidates, columns: Mapping[str, np.ndarray], averag
     return gain_N
 
 
-def _gram(row_K: np.ndarray, gram: np.ndarray, gram_rows: np.ndarray) -> np.ndarray:
-    """The Gram matrix [K, K] of the pool rows `row_K`, whose columns may hold further rows of the problem."""
+def _select_gram(row_K: np.ndarray, gram: np.ndarray, gram_rows: np.ndarray) -> np.ndarray:
+    """Return the Gram matrix [K, K] of the pool rows `row_K`, whose columns may hold further rows of the problem."""
     assert all(np.array_equal(rows, gram_rows[0]) for rows in gram_rows)
     place = {row: i for i, row in enumerate(gram_rows[0].tolist())}
     return np.stack(list(gram))[:, [place[row] for row in row_K.tolist()]]
@@ -168,13 +168,13 @@ class GradNorm:
     def needs(self) -> tuple[Pass, ...]:
         if self.dimensions is None:
             return (Gradients(parameters=self.parameters),)
-        return (_projected(self.parameters, self.dimensions, self.projection_seed),)
+        return (_plan_projection(self.parameters, self.dimensions, self.projection_seed),)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         columns = candidates.of(self.needs[0])
         if self.dimensions is None:
             return -np.sqrt(columns["squared_norm"])
-        return -_norms(columns["vector"])
+        return -_compute_norms(columns["vector"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,11 +244,11 @@ class Grace:
 
     @property
     def needs(self) -> tuple[Pass, ...]:
-        return (_projected(self.parameters, self.dimensions, self.projection_seed),)
+        return (_plan_projection(self.parameters, self.dimensions, self.projection_seed),)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         vectors = candidates.of(self.needs[0])["vector"]
-        norm_N = _norms(vectors)
+        norm_N = _compute_norms(vectors)
         has_direction_N = np.isfinite(norm_N) & (norm_N > 0)
         teacher_N, problem_N = candidates["teacher"], candidates["problem_id"].astype(str)
         teachers = sorted({teacher for teacher in teacher_N if teacher is not None})
@@ -258,7 +258,7 @@ class Grace:
         for teacher in teachers:
             his_N = teacher_N == teacher
             rows = his_N & has_direction_N
-            score_N[his_N] = -grace(_stacked(vectors[rows], self.dimensions), problem_N[rows], seed=self.seed)
+            score_N[his_N] = -compute_grace(_stack(vectors[rows], self.dimensions), problem_N[rows], seed=self.seed)
         if np.isnan(score_N).all():
             raise LarkError(
                 f"selector grace splits each teacher's problems, but none of {len(teachers)} teachers has gradients of "
@@ -267,9 +267,9 @@ class Grace:
         return score_N
 
 
-def grace(vector_Nk: np.ndarray, problem_N: np.ndarray, *, seed: int) -> float:
-    """The GRACE value of one teacher's projected gradients, none of them zero; lower is better, NaN with fewer than two
-    problems.
+def compute_grace(vector_Nk: np.ndarray, problem_N: np.ndarray, *, seed: int) -> float:
+    """Compute the GRACE value of one teacher's projected gradients, none of them zero; lower is better, NaN with fewer
+    than two problems.
     """
     problems, problem_index_N = np.unique(problem_N, return_inverse=True)
     if len(problems) < 2:
@@ -289,17 +289,17 @@ def grace(vector_Nk: np.ndarray, problem_N: np.ndarray, *, seed: int) -> float:
     return float(np.mean(values))
 
 
-def _projected(parameters: str, dimensions: int, seed: int) -> ProjectedGradients:
+def _plan_projection(parameters: str, dimensions: int, seed: int) -> ProjectedGradients:
     return ProjectedGradients(parameters=parameters, dimensions=dimensions, projection_seed=seed)
 
 
-def _norms(vectors: np.ndarray) -> np.ndarray:
-    """Of an array a row, float64 [N]."""
+def _compute_norms(vectors: np.ndarray) -> np.ndarray:
+    """Return the norm of each row's array, float64 [N]."""
     return np.fromiter((np.linalg.norm(vector_k.astype(np.float64)) for vector_k in vectors), np.float64, len(vectors))
 
 
-def _stacked(vectors: np.ndarray, dimensions: int) -> np.ndarray:
-    """An array a row as float64 [N, k]."""
+def _stack(vectors: np.ndarray, dimensions: int) -> np.ndarray:
+    """Stack an array a row to float64 [N, k]."""
     vector_Nk = np.empty((len(vectors), dimensions))
     for i, vector_k in enumerate(vectors):
         vector_Nk[i] = vector_k

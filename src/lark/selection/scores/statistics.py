@@ -30,7 +30,8 @@ STATISTICS = (
 
 
 def needs_of_column(column: str) -> tuple[Pass, ...]:
-    """The passes that `candidates[column]` rests on: the forward pass for a statistic, none for a pool column."""
+    """Return the passes that `candidates[column]` rests on: the forward pass for a statistic, none for a pool
+    column."""
     return (Statistics(),) if column in STATISTICS else ()
 
 
@@ -49,7 +50,7 @@ class Lark:
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         loss_N, groups = candidates["loss"], candidates.groups
-        brier_N = _brier(candidates, self.length_exponent)
+        brier_N = _correct_brier(candidates, self.length_exponent)
         valid_N = np.isfinite(loss_N) & np.isfinite(brier_N) & (loss_N > 0)
         loss_sum_N = groups.spread(groups.sum(np.where(valid_N, loss_N, 0.0)))
         brier_sum_N = groups.spread(groups.sum(np.where(valid_N, brier_N, 0.0)))
@@ -71,7 +72,7 @@ class Learnability:
     needs = (Statistics(),)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return _quotient(_brier(candidates, self.length_exponent), candidates["loss"])
+        return _divide(_correct_brier(candidates, self.length_exponent), candidates["loss"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ class Rank:
         _check_clip(self.clip)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        return -_quotient(candidates[_clipped(self.clip)], candidates["num_tokens"])
+        return -_divide(candidates[_name_clipped_sum(self.clip)], candidates["num_tokens"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class RankSurprisal:
     def __call__(self, candidates: Candidates) -> np.ndarray:
         end_rank_N = candidates["end_rank"] if self.clip is None else np.minimum(candidates["end_rank"], self.clip)
         surprisal_N = candidates["sum_surprisal"] - candidates["end_surprisal"]
-        return -_quotient(candidates[_clipped(self.clip)] - end_rank_N, surprisal_N)
+        return -_divide(candidates[_name_clipped_sum(self.clip)] - end_rank_N, surprisal_N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +172,10 @@ class DropFirst:
             raise LarkError(f"selector.score.skip={self.skip} is no number of tokens; set it to ${{probe.skip}}")
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        tokens_S, steps = _steps(candidates["step_tokens"])
-        first_S = _end_to_end(candidates["step_first_surprisal"])
+        tokens_S, steps = _group_steps(candidates["step_tokens"])
+        first_S = _concatenate(candidates["step_first_surprisal"])
         left_N = candidates["num_tokens"] - steps.sum(np.minimum(tokens_S, self.skip))
-        return -_quotient(candidates["sum_surprisal"] - steps.sum(first_S), left_N)
+        return -_divide(candidates["sum_surprisal"] - steps.sum(first_S), left_N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +201,10 @@ class LocalLikelihood:
         return (Statistics(), self._windows)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        tokens_S, steps = _steps(candidates["step_tokens"])
-        surprisal_S = _end_to_end(candidates.of(self._windows)["window_surprisal"])
+        tokens_S, steps = _group_steps(candidates["step_tokens"])
+        surprisal_S = _concatenate(candidates.of(self._windows)["window_surprisal"])
         assert surprisal_S.shape == tokens_S.shape
-        return -_quotient(steps.sum(surprisal_S / tokens_S), steps.size)
+        return -_divide(steps.sum(surprisal_S / tokens_S), steps.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +225,9 @@ class InstructionDifficulty:
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         alone = candidates.of(ContentAlone())
-        tokens_S, steps = _steps(candidates["step_tokens"])
-        given_prompt_N = _quotient(steps.sum(_end_to_end(candidates["step_surprisal"])), steps.sum(tokens_S))
-        difficulty_N = np.exp(given_prompt_N - _quotient(alone["alone_surprisal"], alone["alone_tokens"]))
+        tokens_S, steps = _group_steps(candidates["step_tokens"])
+        given_prompt_N = _divide(steps.sum(_concatenate(candidates["step_surprisal"])), steps.sum(tokens_S))
+        difficulty_N = np.exp(given_prompt_N - _divide(alone["alone_surprisal"], alone["alone_tokens"]))
         return difficulty_N if self.max is None else np.where(difficulty_N < self.max, difficulty_N, np.nan)
 
 
@@ -262,27 +263,28 @@ def _check_clip(clip: int | None) -> None:
         raise LarkError(f"selector.score.clip={clip} is not kept by the statistics; set {known} or null")
 
 
-def _clipped(clip: int | None) -> str:
-    """The statistic that holds sum_t min(r_t, clip)."""
+def _name_clipped_sum(clip: int | None) -> str:
+    """Name the statistic that holds sum_t min(r_t, clip)."""
     return "sum_rank" if clip is None else f"sum_rank_{clip}"
 
 
-def _brier(candidates: Candidates, length_exponent: float) -> np.ndarray:
-    """B_k T_k^-a, [N]."""
+def _correct_brier(candidates: Candidates, length_exponent: float) -> np.ndarray:
+    """Return B_k T_k^-a, [N]."""
     return candidates["brier"] * np.maximum(candidates["num_tokens"], 1.0) ** -length_exponent
 
 
-def _quotient(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:
-    """x / y where y > 0, else NaN."""
+def _divide(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:
+    """Return x / y where y > 0, else NaN."""
     return np.divide(x_N, y_N, out=np.full(len(x_N), np.nan), where=y_N > 0)
 
 
-def _steps(tokens_N: np.ndarray) -> tuple[np.ndarray, Groups]:
-    """Tokens of every step, float64 [S], and the steps grouped by candidate, from the ragged column `step_tokens`."""
+def _group_steps(tokens_N: np.ndarray) -> tuple[np.ndarray, Groups]:
+    """Return the tokens of every step, float64 [S], and the steps grouped by candidate, from the ragged column
+    `step_tokens`."""
     size_N = np.fromiter(map(len, tokens_N), np.int64, len(tokens_N))
-    return _end_to_end(tokens_N), Groups(np.repeat(np.arange(len(size_N)), size_N), len(size_N))
+    return _concatenate(tokens_N), Groups(np.repeat(np.arange(len(size_N)), size_N), len(size_N))
 
 
-def _end_to_end(column_N: np.ndarray) -> np.ndarray:
-    """The arrays of a ragged column end to end, float64 [S]."""
+def _concatenate(column_N: np.ndarray) -> np.ndarray:
+    """Return the arrays of a ragged column end to end, float64 [S]."""
     return np.concatenate([np.zeros(0), *column_N])

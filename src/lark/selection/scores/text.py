@@ -33,7 +33,7 @@ class Correct:
     needs = ()
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        correct_N = _verdicts(candidates)
+        correct_N = _read_verdicts(candidates)
         if np.isnan(correct_N).all():
             raise LarkError(
                 "selector correct puts correct candidates before wrong ones, but no candidate is known to be either; "
@@ -64,10 +64,10 @@ class Teacher:
             raise LarkError(f"selector.score.order={self.order} names {twice} more than once; name each teacher once")
 
     def decisions(self, candidates: Candidates) -> dict[str, list[str]]:
-        """The order in force, for the selection's record."""
+        """Return the order in force, for the selection's record."""
         if self.order is not None:
             return {"order": self.order}
-        return {"order": _by_share_of_correct(candidates["teacher"].tolist(), _verdicts(candidates))}
+        return {"order": _order_by_correct(candidates["teacher"].tolist(), _read_verdicts(candidates))}
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         teachers = candidates["teacher"].tolist()
@@ -95,8 +95,10 @@ class RuleQuality:
     needs = ()
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
-        criteria_N4 = np.fromiter(map(_criteria, _texts(candidates)), np.dtype((np.float64, 4)), len(candidates))
-        return np.stack([_z(criterion_N) for criterion_N in criteria_N4.T], axis=1) @ [0.30, 0.20, 0.25, 0.25]
+        criteria_N4 = np.fromiter(
+            map(_count_criteria, _read_texts(candidates)), np.dtype((np.float64, 4)), len(candidates)
+        )
+        return np.stack([_standardise(criterion_N) for criterion_N in criteria_N4.T], axis=1) @ [0.30, 0.20, 0.25, 0.25]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ class TeacherMatched:
 
     def _is_of_donor(self, candidates: Candidates, taken_N: np.ndarray) -> np.ndarray:
         """Return which candidates come first, bool [N]: a random few of each teacher of the problem's donor."""
-        groups, teachers = candidates.groups, _teachers(candidates)
+        groups, teachers = candidates.groups, _group_teachers(candidates)
         pair_N = groups.index_N * teachers.count + teachers.index_N  # of a problem and a teacher
         taken = np.bincount(pair_N[taken_N], minlength=groups.count * teachers.count)
         id_G = np.empty(groups.count, object)
@@ -166,11 +168,11 @@ class TeacherMatched:
         givers = np.flatnonzero(groups.sum(taken_N))
         givers = givers[np.argsort(id_G[givers])]  # so that a draw means the same in every order of the rows
         unit_G = unit_hash(self.seed, id_G, np.zeros(groups.count, np.int64), salt="teacher_matched donor")
-        donor_N = groups.spread(_others(givers, unit_G))
+        donor_N = groups.spread(_draw_others(givers, unit_G))
         wanted_N = np.where(donor_N < 0, 0, taken[donor_N * teachers.count + teachers.index_N])
-        return self._places(candidates, Groups.from_ids(pair_N)) < wanted_N
+        return self._draw_places(candidates, Groups.from_ids(pair_N)) < wanted_N
 
-    def _places(self, candidates: Candidates, pairs: Groups) -> np.ndarray:
+    def _draw_places(self, candidates: Candidates, pairs: Groups) -> np.ndarray:
         """Return a random order, from 0, of the candidates that a problem has from one teacher, [N]."""
         ids = candidates["problem_id"], candidates["candidate_id"]
         unit_N = unit_hash(self.seed, *ids, salt="teacher_matched place")
@@ -178,8 +180,8 @@ class TeacherMatched:
         return ranking.scatter(ranking.position, len(unit_N))
 
 
-def _others(givers: np.ndarray, unit_G: np.ndarray) -> np.ndarray:
-    """For each group one of `givers` (groups) but never itself, by a uniform draw; -1 where there is no other."""
+def _draw_others(givers: np.ndarray, unit_G: np.ndarray) -> np.ndarray:
+    """Draw for each group one of `givers` (groups) but never itself, by a uniform draw; -1 where there is no other."""
     place_G = np.full(unit_G.size, givers.size)
     place_G[givers] = np.arange(givers.size)
     others_G = givers.size - (place_G < givers.size)
@@ -188,12 +190,12 @@ def _others(givers: np.ndarray, unit_G: np.ndarray) -> np.ndarray:
     return np.where(others_G > 0, givers[np.minimum(drawn_G, givers.size - 1)], -1)
 
 
-def _verdicts(candidates: Candidates) -> np.ndarray:
-    """1 correct, 0 wrong, NaN unknown, float64 [N]."""
+def _read_verdicts(candidates: Candidates) -> np.ndarray:
+    """Read what is known of each candidate: 1 correct, 0 wrong, NaN unknown, float64 [N]."""
     return candidates["correct"].astype(np.float64)
 
 
-def _by_share_of_correct(teachers: list[str | None], correct_N: np.ndarray) -> list[str]:
+def _order_by_correct(teachers: list[str | None], correct_N: np.ndarray) -> list[str]:
     known = [
         (name, verdict) for name, verdict in zip(teachers, correct_N.tolist(), strict=True) if not math.isnan(verdict)
     ]
@@ -207,8 +209,8 @@ def _by_share_of_correct(teachers: list[str | None], correct_N: np.ndarray) -> l
     return sorted(checked, key=lambda name: (-correct[name] / checked[name], name))
 
 
-def _texts(candidates: Candidates) -> Iterator[str]:
-    """The trajectories, read a block at a time: `candidates["text"]` would keep all of them."""
+def _read_texts(candidates: Candidates) -> Iterator[str]:
+    """Read the trajectories, a block at a time: `candidates["text"]` would keep all of them."""
     if candidates.read_column is None:
         yield from candidates["text"]  # raises, saying which columns there are
         return
@@ -219,21 +221,21 @@ def _texts(candidates: Candidates) -> Iterator[str]:
 _COUNTED = re.compile(rf"\b(?:{'|'.join(CHECKING + EXPLORING + CONNECTING)})\b")
 
 
-def _criteria(text: str) -> tuple[float, ...]:
-    """Words, and checking, exploring and connecting ones per word."""
+def _count_criteria(text: str) -> tuple[float, ...]:
+    """Count words, and checking, exploring and connecting ones per word."""
     words = len(text.split())
     found = Counter(_COUNTED.findall(text.lower()))
     return words, *(sum(found[word] for word in kind) / max(words, 1) for kind in (CHECKING, EXPLORING, CONNECTING))
 
 
-def _z(x_N: np.ndarray) -> np.ndarray:
+def _standardise(x_N: np.ndarray) -> np.ndarray:
     if len(x_N) == 0 or x_N.min() == x_N.max():  # the computed deviation of equal numbers need not be 0
         return np.zeros(len(x_N))
     return (x_N - x_N.mean()) / x_N.std()
 
 
-def _teachers(candidates: Candidates) -> Groups:
-    """The candidates by teacher. Raises LarkError if one has none."""
+def _group_teachers(candidates: Candidates) -> Groups:
+    """Group the candidates by teacher. Raises LarkError if one has none."""
     missing = sum(teacher is None for teacher in candidates["teacher"])
     if missing:
         raise LarkError(
