@@ -2,11 +2,9 @@
 
 import csv
 import json
-import logging
 import math
 
 import numpy as np
-import pytest
 
 from lark.diagnostics.write import flatten_figures, list_tables, log_bins, log_curves, log_selections, write_diagnostics
 from lark.selection.within_problem import UNKNOWN, Mean
@@ -61,36 +59,20 @@ def test_tables_hold_a_figure_a_row(tmp_path):
 # ---- the log
 
 
-def selections(share, loss, length):
-    """As much as is logged of a choice of which one teacher has `share`, and whose score goes with loss and length so."""
-    means = {"loss": Mean(mean=loss, low=0, high=1, problems=2), "length": Mean(mean=length, low=0, high=1, problems=2)}
+def test_a_choice_that_overlaps_with_no_other_is_logged(caplog):
+    caplog.set_level("INFO", logger="lark")
     weights = {"chosen": 4, "effective_sample_size": 3.0, "effective_within_problem": MEAN, "chi2_within_problem": MEAN}
-    teachers = {"a": {"share": share, "chance": 0.5}, "b": {"share": 1 - share, "chance": 0.5}}
-    selector = {"rule": "lark", "score": "lark", "teachers": teachers, "concentration": weights}
-    return {
+    teachers = {"a": {"share": 0.75, "chance": 0.5}}
+    found = {
         "problems": 2,
         "candidates": 8,
-        "correlations": {"lark": {target: {"within": mean, "pooled": UNKNOWN} for target, mean in means.items()}},
-        "selections": {"selector": selector},
-        "overlaps": [{"a": "lark", "b": "random", "mean": math.nan, "chance": math.nan, "problems": 0}],
+        "correlations": {"all": {"length": {"within": UNKNOWN, "pooled": UNKNOWN}}},
+        "selections": {"selector": {"score": "all", "teachers": teachers, "concentration": weights}},
+        "overlaps": [{"a": "all", "b": "random", "mean": math.nan, "chance": math.nan, "problems": 0}],
     }
-
-
-@pytest.mark.parametrize(
-    ("figures", "rivals"),
-    [
-        ((0.5, 0.3, math.nan), []),
-        ((0.9, 0.85, -0.3), ["teacher_matched_random", "perplexity_high"]),
-        ((0.5, -0.85, -0.9), ["likelihood", "shortest"]),
-        ((0.5, 0.3, -1.0), []),  # the rule is a sort by length
-    ],
-)
-def test_a_choice_that_a_simpler_rule_may_explain_is_warned_of(figures, rivals, caplog):
-    caplog.set_level("INFO", logger="lark")
-    log_selections(selections(*figures))
-    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warned) == bool(rivals) and all(name in line for line in warned for name in rivals)
-    assert "effective size 3 of 4 trajectories" in caplog.text
+    log_selections(found)
+    assert "unknown" in caplog.text and "effective size 3 of 4 trajectories" in caplog.text
+    assert "overlap" not in caplog.text
 
 
 def test_curves_and_bins_are_logged_without_an_evaluation_or_a_trend(caplog):

@@ -13,17 +13,6 @@ from lark.common.cache import write_json, write_text
 from lark.common.log import announce, logger
 from lark.selection.within_problem import Mean
 
-LARGE_SHARE = 0.75
-"""Share of the weight from which one teacher is worth a warning."""
-LARGE_CORRELATION = 0.8
-"""Correlation from which a score is nearly the loss, or the length; a rule that is one of them has 1."""
-_RIVALS = {
-    ("loss", 1): "perplexity_high",
-    ("loss", -1): "likelihood",
-    ("length", 1): "longest",
-    ("length", -1): "shortest",
-}
-
 
 def write_diagnostics(folder: Path, found: Mapping[str, Any]) -> None:
     """Write diagnostics.json and the tables beside it."""
@@ -107,7 +96,7 @@ def _list_means(nested: Mapping[str, Any], names: tuple[str, str, str]) -> list[
 
 
 def log_selections(found: Mapping[str, Any]) -> None:
-    """Log how scores correlate and what was chosen; warn where a choice is nearly a simpler one."""
+    """Log how scores correlate and what was chosen."""
     table = {
         score: {target: str(kinds["within"]) for target, kinds in targets.items()}
         for score, targets in found["correlations"].items()
@@ -132,23 +121,6 @@ def log_selections(found: Mapping[str, Any]) -> None:
     shown = ", ".join(f"{name} {row['mean']:.2f}" for name, row in sorted(named, key=lambda pair: -pair[1]["mean"]))
     if pairs:
         logger.info("selector: overlap (Jaccard, chance %.2f) with %s", pairs[0]["chance"], shown)
-    _warn_of_rivals(selector, found["correlations"][selector["score"]])
-
-
-def _warn_of_rivals(selector: Mapping[str, Any], correlations: Mapping[str, Mapping[str, Mean]]) -> None:
-    """Warn where a simpler rule may explain what the selector's choice does."""
-    reasons, rivals = [], []
-    top = next(iter(selector["teachers"].values()))
-    if top["share"] >= LARGE_SHARE > top["chance"]:
-        reasons.append(f"{top['share']:.0%} of {selector['rule']}'s weight is one teacher")
-        rivals.append("teacher_matched_random")
-    for target in ("loss", "length"):
-        mean = correlations[target]["within"].mean if target in correlations else math.nan
-        if LARGE_CORRELATION <= abs(mean) < 0.995:
-            reasons.append(f"{selector['rule']}'s score follows the {target} ({mean:+.2f})")
-            rivals.append(_RIVALS[target, int(math.copysign(1, mean))])
-    if reasons:
-        logger.warning("%s: compare with %s before believing a result", " and ".join(reasons), " and ".join(rivals))
 
 
 def log_fidelity(found: Mapping[str, Any]) -> None:
