@@ -491,9 +491,9 @@ def test_scores_that_are_no_numbers(first: Done, logs: Path, rules: str) -> None
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     place = tmp_path / "file" / "logs"
-    assert_sentence(lark(*SMALL, f"paths.logs={place}"), f"{place}", "cannot be written", "set paths.logs")
+    assert_sentence(lark(*SMALL, f"paths.logs={place}"), f"{place}", "set paths.logs")
     done = lark(*SMALL, f"paths.logs={tmp_path / 'logs'}", f"paths.cache={place}")
-    assert_sentence(done, f"paths.cache={place}", "cannot be written", "set paths.cache")
+    assert_sentence(done, f"paths.cache={place}", "set paths.cache")
 
 
 def test_a_trainer_says_where_not_what(logs: Path) -> None:
