@@ -11,20 +11,24 @@ from conftest import rows_of_a_pool
 from selection.scores.test_gradients import gains_by_derivative, grace_by_the_formula
 from torch import nn
 
+from lark.common.cache import is_complete
 from lark.scoring import gradient_passes
 from lark.scoring.gradient_passes import GradientsModule, LossDropsModule, choose_examples
 from lark.scoring.gradients import compute_flat_gradients, draw_signs
 from lark.scoring.passes import GradientMatches, Gradients, HeadGradients, LossDrops, ProjectedGradients
 from lark.selection.scores.gradients import Grace, GradMatch, GradNorm, LarkExact, LarkHead, LossDrop
+from lark.training.datamodule import WarmUp
 from lark.training.sft_module import SFTModule
 
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}
 
 
-def passed(data):
-    """The candidates with the columns of the passes that the rules need."""
+def passed(data, checkpoints=()):
+    """The candidates with the columns of the passes that the rules need, LESS's from the checkpoints."""
     data.prepare_data()
-    data.score()
+    for wanted in data.needs:
+        cached = is_complete(data.pass_folder(wanted))
+        data.run_pass(wanted, cached=cached, warm_up=WarmUp(checkpoints=checkpoints, cost={}))
     return data.candidates
 
 
@@ -201,7 +205,7 @@ def test_a_step_is_taken_in_float32_whatever_the_students_dtype(make_data):
         assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("parameters", ["trained", "all"])
+@pytest.mark.parametrize("parameters", ["trained", pytest.param("all", marks=pytest.mark.slow)])
 def test_layers_recompute_with_dropout_off(parameters, make_data, monkeypatch):
     calls, load = [], GradientsModule.load_student
 
@@ -310,7 +314,7 @@ def kinds(rows):
     ("lora", "settings"),
     [
         (LORA, {"subtask": "kind", "validation_problems": 3}),
-        (None, {"validation_problems": 2}),
+        pytest.param(None, {"validation_problems": 2}, marks=pytest.mark.slow),
         (LORA, {"validation_problems": 32, "dimensions": 90, "projection_seed": 4}),
     ],
 )
@@ -321,7 +325,6 @@ def test_matches_equal_the_formula(lora, settings, make_data, make_trainer, tmp_
     checkpoints = warmed_up(warm, make_trainer, tmp_path)
 
     data = make_data(kinds(rows_of_a_pool()), selector=score, student={"lora": lora}, recipe={"lr": 0.02})
-    data.warm_up = lambda *_: (checkpoints, {})
     model, together = trainable(data), []
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     monkeypatch.setattr(gradient_passes, "BUFFER_BYTES", 4 * 3 * size)  # three of a problem's four candidates
@@ -331,7 +334,7 @@ def test_matches_equal_the_formula(lora, settings, make_data, make_trainer, tmp_
         return compute_flat_gradients(student, batch, parameters)
 
     monkeypatch.setattr(gradient_passes, "compute_flat_gradients", counted)
-    rows = passed(data)
+    rows = passed(data, checkpoints)
     assert max(together) == 3 and together.count(1) >= 2 * 6, "the fourth of six problems at two checkpoints"
     examples = choose_examples(wanted, data._inputs())
     problems = set(data.trajectories.problem_id[examples])
@@ -379,8 +382,7 @@ def test_a_candidate_with_no_example_of_another_problem_has_no_match(make_data, 
     assert "1" in warm.trajectories.problem_id[warm.scored]
     checkpoints = warmed_up(warm, make_trainer, tmp_path)
     data = make_data(one, selector=GradMatch(), student={"lora": LORA})
-    data.warm_up = lambda *_: (checkpoints, {})
-    rows = passed(data)
+    rows = passed(data, checkpoints)
     np.testing.assert_array_equal(np.isnan(GradMatch()(rows)), rows["problem_id"] == "1")
 
 
@@ -414,6 +416,7 @@ def by_the_formula(score, data) -> np.ndarray:
     return score_N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "score",
     [LarkExact(), LarkHead(), LarkHead(sketch=(8, 8)), LossDrop(), GradNorm(), GradNorm(dimensions=16), Grace(seed=0)],

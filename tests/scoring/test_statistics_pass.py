@@ -146,7 +146,7 @@ def test_a_row_that_does_not_fit_by_itself_is_an_error(make_data, monkeypatch):
         scored(make_data())
 
 
-@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("compile", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_compiled_statistics_are_the_same(make_data, compile):
     if compile and find_compile_failure(torch.device("cpu")) is not None:
         with pytest.raises(ValueError, match=r"probe\.compile=true, but torch\.compile fails here .*set it to null"):
