@@ -38,12 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_lark(folder: Path, name: str, *words: object, run: str = "run") -> Runs:
-    """W&B's runs of the command, by job type (of a run that ends with its choices: by name)."""
+    """W&B's runs of the command, by job type; of a further run in the same folder by name."""
     logs = folder / name
     done = lark(*TINY, f"paths.logs={logs}", f"hydra.run.dir={logs}/{run}", "logger=offline", *words)
     assert done.code == 0, done.err
     runs = [read_wandb(path) for path in sorted(logs.glob("wandb/offline-run-*/run-*.wandb"))]
-    return {one.name if run == "choice" else one.job_type: one for one in runs if one.group == run}
+    return {one.job_type if run == "run" else one.name: one for one in runs if one.group == run}
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +184,8 @@ def test_a_run_that_ends_with_its_choice(one: Runs, folder: Path) -> None:
 
 def test_a_reused_arm_is_whole(one: Runs, folder: Path) -> None:
     again = run_lark(folder, "one", "baseline=none", run="again")
-    assert again.keys() == {"reused", "comparison"}
-    run, first = again["reused"], one["selector"]
+    assert sorted(run.job_type for run in again.values()) == ["comparison", "reused", "reused"]
+    run, first = again["selector-lark-seed0"], one["selector"]
     missing = fixed_names(first.summary) - fixed_names(run.summary)
     assert missing == {name for name in fixed_names(first.summary) if name.startswith("train/")} | {"epoch"}
     for name in ("held_out/loss", "evaluation/accuracy", "selection/tokens", "cost/forward_tokens"):
