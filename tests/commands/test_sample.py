@@ -66,6 +66,7 @@ def test_the_embedded_student_makes_a_pool_that_a_run_selects_from(
     assert {row["meta"]["teacher"] for row in selection} <= {"tiny", "far"} and selection
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_nothing_is_lost_or_asked_twice(
     task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_killed_and_resumed_nothing_is_lost_or_asked_twice(
     assert len(rows_of(pool)) == 24
 
 
+@pytest.mark.slow
 def test_a_local_teacher_killed_and_resumed_makes_the_same_pool(task: Path, tmp_path: Path) -> None:
     def words(pool: Path) -> list[str]:
         return [
@@ -114,6 +116,7 @@ def test_a_local_teacher_killed_and_resumed_makes_the_same_pool(task: Path, tmp_
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [200, 401, 400, 500])
 def test_the_key_is_neither_written_nor_printed(task: Path, tmp_path: Path, status: int) -> None:
     body = said(f"The key is {KEY}.") if status == 200 else fault(f"Incorrect API key provided: Bearer {KEY}")

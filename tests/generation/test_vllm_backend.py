@@ -10,6 +10,8 @@ from tiny_student import byte_tokenizer
 from lark.common.errors import LarkError
 from lark.generation.vllm_backend import derive_vllm_seed, find_vllm_source, generate_with_vllm
 
+pytestmark = pytest.mark.slow
+
 # Samples are the seed's digits; one that runs into `max_tokens` is cut off, any other ends with the stop token. Later
 # requests end first. DIE_AFTER=n: the process dies after n of them, in the middle of a line.
 STAND_IN = {
