@@ -2,7 +2,8 @@
 
     python benchmarks/long_row.py [--tokens 32768] [--vocabulary 151936] [--hidden 128] [--layers 2]
 
-The student is random, small but for its vocabulary. Its statistics are measured as in a run (lark.scoring.statistics_pass.StatisticsModule);
+The student is random, small but for its vocabulary. Its statistics are measured as in a run
+(lark.scoring.statistics_pass.StatisticsModule);
 dense float32 logits of the same trajectory, which nothing here makes, would alone take tokens x vocabulary x 4 bytes.
 The last line is JSON: peak_bytes (of the whole process), dense_logits_bytes, seconds.
 """

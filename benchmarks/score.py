@@ -5,7 +5,8 @@
 
 In one process, after a warm-up, with the same dtype and threads, on all candidates of the first `--problems` problems:
 
-ours    the pass that a run makes (lark.scoring.statistics_pass.StatisticsModule under a Trainer): every statistic, in shards on disk
+ours    the pass that a run makes (lark.scoring.statistics_pass.StatisticsModule under a Trainer): every statistic, in
+        shards on disk
 plain   one trajectory a forward pass through the whole model, full logits, cross-entropy over the whole vocabulary
         and the Brier score from the 50 largest logits, as LARK's released code computes them
 limit   the linear layers and the head alone, for the tokens that are distinct once beginnings are shared, at the

@@ -12,7 +12,8 @@ hf          transformers.Trainer, padded micro-batches of 8 trajectories; exactl
 hf_grouped  the same with train_sampling_strategy=group_by_length and the fastest micro-batch of 1, 2, 4, 8, 16
 trl         trl.SFTTrainer with packing (bfd: no trajectory is cut), packed rows of 512, 1024 or 2048 tokens, whichever
             is fastest (of the longest trajectory's length at least)
-ours        lark.training.sft_module.SFTModule fed by TrajectoryDataModule, by Recipe's defaults but weights 1 and average=token
+ours        lark.training.sft_module.SFTModule fed by TrajectoryDataModule, by Recipe's defaults but weights 1 and
+            average=token
 
 Ratios above 1 mean that ours is faster, or leaner. In float32 the losses of hf and ours must agree to 1e-4 on the first
 steps, else the script ends with status 1. The limit is that of the matrix products alone, for tokens that are distinct

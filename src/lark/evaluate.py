@@ -71,7 +71,7 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
 
     Raises LarkError if it is not a trained arm, or the command line asks for another student.
     """
-    from lark.export import read_arm
+    from lark.training.arms import read_arm
 
     arm = Path(config.checkpoint)
     arm = arm.parent if arm.name == "checkpoint" else arm

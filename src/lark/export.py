@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lark.common.cache import is_complete, read_json, write_json
+from lark.common.cache import read_json, write_json
 from lark.common.errors import LarkError
 from lark.common.log import announce, logger, open_log
 
 DTYPES = ("float32", "bfloat16", "float16")
-_ARMS = ("selector", "baseline")
 
 
 def export(
@@ -33,6 +32,8 @@ def export(
     Raises LarkError if there is no trained arm, `out` is in use, or the base's weights are missing or others.
     """
     arm, out = Path(arm), Path(out)
+    from lark.training.arms import read_arm
+
     trained = read_arm(arm)
     student, checkpoint = trained["student"], arm / "checkpoint"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -65,21 +66,6 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     announce("export", f"{out}: {weights}")
-
-
-def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
-    """Read trained.json of the arm that `setting` (such as "checkpoint=") names. Raises LarkError that says what to
-    name instead.
-    """
-    if not is_complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
-        if inside := [str(arm / name) for name in _ARMS if is_complete(arm / name, "trained.json")]:
-            raise LarkError(f"{setting}{arm} is a run, not an arm; name {' or '.join(inside)}")
-        what = "is the student before training" if is_complete(arm, "metrics.json") else "holds no trained arm"
-        raise LarkError(f"{setting}{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms")
-    trained = read_json(arm / "trained.json")
-    if "student" not in trained:
-        raise LarkError(f"{arm}/trained.json does not say which student it is, as older ones; train the arm again")
-    return trained
 
 
 def _locate_base(student: dict[str, Any], base: str | None) -> dict[str, Any]:

@@ -107,8 +107,8 @@ def measure_gaps(candidates: Candidates, selection: Selection, policy: Policy, *
 
 
 def bin_difficulty(value_G: np.ndarray, *, bins: int = DIFFICULTY_BINS) -> np.ndarray:
-    """Bin problems by their difficulty, 0 the easiest, -1 where it is not known; equal difficulties share a bin, so that
-    bins are of equal size only where few are.
+    """Bin problems by their difficulty, 0 the easiest, -1 where it is not known; equal difficulties share a bin, so
+    that bins are of equal size only where few are.
     """
     known_G = np.isfinite(value_G)
     bin_G = np.full(len(value_G), -1)

@@ -22,8 +22,8 @@ Curve = Sequence[Mapping[str, Any]]
 
 
 def find_steps_to(loss: float, curve: Curve) -> float:
-    """Find the optimizer step at which the curve, linear between its points, first comes down to `loss` (nats/token); NaN
-    if it never does.
+    """Find the optimizer step at which the curve, linear between its points, first comes down to `loss` (nats/token);
+    NaN if it never does.
     """
     step, value = _list_points(curve)
     below = np.flatnonzero(value <= loss)
@@ -37,7 +37,8 @@ def find_steps_to(loss: float, curve: Curve) -> float:
 
 
 def compare_with_baseline(curve: Curve, baseline: Curve) -> dict[str, float]:
-    """Compare two curves. area_ratio: mean held-out loss over training (`comparison.compute_curve_mean`) relative to the baseline's, below 1 =
+    """Compare two curves. area_ratio: mean held-out loss over training (`comparison.compute_curve_mean`) relative to
+    the baseline's, below 1 =
     faster; final_ratio: the same of the losses at the end; steps_to_baseline: optimizer steps to the baseline's final
     held-out loss (NaN: never), and steps_ratio, that over the steps the baseline took; points: of the curve. One seed:
     its variance is not estimated.
@@ -103,7 +104,8 @@ class TrainingLoss(Callback):
 
 
 def measure_own_loss(folder: Path, *, share: float = 0.1) -> dict[str, float]:
-    """Measure L(t) / L(0) of an arm's own training loss: the mean over the last tenth of its optimizer steps over that of the
+    """Measure L(t) / L(0) of an arm's own training loss: the mean over the last tenth of its optimizer steps over that
+    of the
     first (nats/token both). Arms train on different data: not comparable between them. Empty if it was not recorded.
     """
     path = folder / OWN_LOSS

@@ -34,13 +34,12 @@ from lark.diagnostics.write import (
     write_diagnostics,
     write_table,
 )
-from lark.scoring.passes import check_parameters
+from lark.scoring.passes import check_average, check_parameters
 from lark.selection.candidates import Candidates
 from lark.selection.selection import Selection
 from lark.student.distributed import Parallelism
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
-from lark.training.recipe import check_average
 
 LEVELS = ("none", "cheap", "full")
 
@@ -109,8 +108,8 @@ class Diagnosis:
             measured = measure_sample(data, wanted, claim, problems=settings.problems)
             if measured is None:
                 logger.warning(
-                    "diagnostics=full compares no score with the truth: no problem has more candidates than the budget; "
-                    "lower budget"
+                    "diagnostics=full compares no score with the truth: no problem has more candidates than "
+                    "the budget; lower budget"
                 )
             elif is_main():
                 self.found["fidelity"] = self._summarise_fidelity(wanted, *measured)

@@ -46,7 +46,8 @@ def summarise_fidelity(
     resamples: int,
     tolerance: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summarise a sample whose candidates have the columns of the exact pass; return the figures, and a row a candidate.
+    """Summarise a sample whose candidates have the columns of the exact pass; return the figures, and a row a
+    candidate.
 
     own_scores: by name, [N], scores to compare besides the proxies; those that equal one are left out. groups_P: the
     exact pass's groups of parameters. average: trajectory | token, the loss whose exact gain is measured. tolerance:

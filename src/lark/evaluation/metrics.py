@@ -26,7 +26,9 @@ _PARTS = {"sets": "metrics", "intervals": "interval", "levels": "levels"}
 
 
 def average_at_k(correct_PN: Tensor) -> Tensor:
-    """Compute the share of each problem's k = N samples that are correct, [P] in float64 (RSR, arXiv 2601.14249: Acc@4)."""
+    """Compute the share of each problem's k = N samples that are correct, [P] in float64 (RSR, arXiv 2601.14249:
+    Acc@4).
+    """
     return correct_PN.to(torch.float64).mean(dim=1)
 
 

@@ -33,8 +33,8 @@ class ArmRunner:
     """Trains, evaluates or reuses arms, and logs them. All ranks call its methods; rank 0 decides, locks and logs.
 
     plan: how ranks learn what rank 0 decided. problems: of each evaluation set. arms: the folder of all arms. run: the
-    run's folder. evaluates: false leaves arms trained, without an evaluation. keeps_losses: whether an arm's own training
-    loss is kept, for the diagnostics.
+    run's folder. evaluates: false leaves arms trained, without an evaluation. keeps_losses: whether an arm's own
+    training loss is kept, for the diagnostics.
     """
 
     def __init__(

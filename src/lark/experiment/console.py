@@ -132,8 +132,8 @@ def announce_training(
     tokens = recipe.batch_size * selection.record["tokens"] / len(selection.row)
     logger.info(
         f"recipe: {recipe.batch_size} trajectories (about {tokens:,.0f} trained tokens) a step, lr {recipe.lr:g}, "
-        f"{data.precision}, {'all parameters' if data.student.lora is None else 'LoRA'}, average over {recipe.average}; "
-        f"sampled in {data.dtype.removeprefix('torch.')}"
+        f"{data.precision}, {'all parameters' if data.student.lora is None else 'LoRA'}, average over "
+        f"{recipe.average}; sampled in {data.dtype.removeprefix('torch.')}"
     )
 
 

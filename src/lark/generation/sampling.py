@@ -29,7 +29,8 @@ def make_noise(seed: int, problem_id: str, sample: int, count: int) -> np.ndarra
 
 
 def draw_tokens(logits_RV: Tensor, noise_R: Tensor | None, temperature: float, top_p: float) -> Tensor:
-    """Draw the next tokens [R]: by inverse distribution function, in the order of the vocabulary, from a given number a row.
+    """Draw the next tokens [R]: by inverse distribution function, in the order of the vocabulary, from a given number
+    a row.
 
     A row's token depends on that row alone. The nucleus is the smallest set of most likely tokens that holds `top_p`
     of the probability (after temperature); of equally likely tokens at its border those of lower id belong to it.
@@ -72,7 +73,9 @@ def draw_tokens(logits_RV: Tensor, noise_R: Tensor | None, temperature: float, t
 
 
 def _draw_among_candidates(scaled_RV: Tensor, noise_R: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor]:
-    """Draw tokens [R] from what of the nucleus is among the `count` most likely tokens; tell whether that is all of it."""
+    """Draw tokens [R] from what of the nucleus is among the `count` most likely tokens; tell whether that is all of
+    it.
+    """
     size, precise = scaled_RV.shape[1], _choose_dtype(scaled_RV)
     if count < size:
         ids_RK = scaled_RV.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
@@ -103,5 +106,7 @@ def _invert_distribution(mass_RK: Tensor, noise_R: Tensor) -> Tensor:
 
 
 def _choose_dtype(x: Tensor) -> torch.dtype:
-    """Choose float64, whose sums over a large vocabulary keep the borders between tokens apart; Apple's GPUs lack it."""
+    """Choose float64, whose sums over a large vocabulary keep the borders between tokens apart; Apple's GPUs lack
+    it.
+    """
     return torch.float32 if x.device.type == "mps" else torch.float64

@@ -136,8 +136,8 @@ def project_gradients(gradient_Md: Tensor, parameters: Parameters, *, dimensions
     """gradient_Md @ signs_dk / sqrt(k), float32 [M, k], whose inner products are unbiased estimates of the gradients'.
 
     2 M d k floating-point operations. The [d, k] matrix never exists: its signs are drawn SIGNS at a time, once for all
-    M rows, and depend on seed, parameter name, element and `dimensions` alone, neither on M nor on the device. (Rademacher projection: Achlioptas 2003;
-    for gradients as in TRAK, arXiv 2303.14186, and LESS, arXiv 2402.04333.)
+    M rows, and depend on seed, parameter name, element and `dimensions` alone, neither on M nor on the device.
+    (Rademacher projection: Achlioptas 2003; for gradients as in TRAK, arXiv 2303.14186, and LESS, arXiv 2402.04333.)
     """
     projected_Mk = gradient_Md.new_zeros(len(gradient_Md), dimensions)
     block = max(1, SIGNS // dimensions // SIGN_ROWS) * SIGN_ROWS

@@ -137,7 +137,9 @@ class PassModule(LightningModule):
         return student.resolve_dtype(device)
 
     def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        """Compute the columns of a unit, one dict a row with its number under "row"; arrays become lists in the file."""
+        """Compute the columns of a unit, one dict a row with its number under "row"; arrays become lists in the
+        file.
+        """
         raise NotImplementedError
 
     def plan_units(self) -> list[np.ndarray]:
@@ -273,7 +275,9 @@ class PassModule(LightningModule):
             self.buffer = []
 
     def _measure_within_memory(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        """Measure a unit; where memory runs out, again with half as many tokens at a time, as all units from then on."""
+        """Measure a unit; where memory runs out, again with half as many tokens at a time, as all units from then
+        on.
+        """
         if self.tokens_reduced and self.SPLITS and len(pieces := self.plan_batches(rows)) > 1:
             return [row for piece in pieces for row in self._measure_within_memory(piece)]
         try:

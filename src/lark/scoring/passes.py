@@ -16,6 +16,8 @@ from lark.common.errors import LarkError
 if TYPE_CHECKING:
     from lark.scoring.pass_module import PassModule
 
+AVERAGES = ("trajectory", "token")
+"""Over what the loss of an optimizer step is a mean (`sft.average`)."""
 PARAMETERS = ("trained", "all")
 COST_COLUMNS = ("forward_tokens", "backward_tokens", "computed_tokens", "seconds")
 """Each row's cost while a pass runs; the manifest holds their sums."""
@@ -190,3 +192,10 @@ def check_parameters(value: str, setting: str) -> None:
     count = value.removeprefix("last:")
     if value not in PARAMETERS and not (value.startswith("last:") and count.isdigit() and int(count) >= 1):
         raise LarkError(f"{setting}={value!r} is unknown; set it to {', '.join(PARAMETERS)} or last:<layers>")
+
+
+def check_average(average: str, setting: str) -> None:
+    """Check what a loss is averaged over. Raises LarkError, which names `setting`."""
+    if average not in AVERAGES:
+        follows = "" if setting == "sft.average" else " (it follows sft.average)"
+        raise LarkError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}{follows}")

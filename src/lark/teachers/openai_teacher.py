@@ -1,6 +1,7 @@
 """An OpenAI-compatible endpoint as a teacher: asked at its pace by openai's client, its key kept out of everything.
 
-The client makes a request again (`max_retries`, `Retry-After`, exponential back-off). Hooks on its HTTP client see every
+The client makes a request again (`max_retries`, `Retry-After`, exponential back-off). Hooks on its HTTP client see
+every
 try: they wait for a turn, hold all requests back when the endpoint wants to be left alone, and turn bodies that are not
 an answer into the errors they are.
 """
@@ -229,7 +230,9 @@ class Endpoint:
         )
 
     def _read_answer(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Read model, tokens and the first choice: content, reasoning and finish_reason, or why it has no trajectory."""
+        """Read model, tokens and the first choice: content, reasoning and finish_reason, or why it has no
+        trajectory.
+        """
         choice, usage = data["choices"][0], data.get("usage")
         message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
         finish = self._clean(choice.get("finish_reason")) or None

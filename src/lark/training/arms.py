@@ -21,6 +21,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lark.common.cache import identity_hash, is_complete, read_json, write_json
+from lark.common.errors import LarkError
 from lark.common.log import logger
 from lark.common.ranks import Plan, barrier, is_main
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
@@ -207,3 +208,18 @@ def read_held_out_at_start(arms: Sequence[Arm]) -> dict[str, float]:
         if arm.selection is not None and arm.is_trained and (curve := read_json(arm.folder / "trained.json")["curve"]):
             return curve[0]
     return {}
+
+
+def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
+    """Read trained.json of the arm that `setting` (such as "checkpoint=") names. Raises LarkError that says what to
+    name instead.
+    """
+    if not is_complete(arm, "trained.json") or not (arm / "checkpoint").is_dir():
+        if inside := [str(arm / name) for name in ("selector", "baseline") if is_complete(arm / name, "trained.json")]:
+            raise LarkError(f"{setting}{arm} is a run, not an arm; name {' or '.join(inside)}")
+        what = "is the student before training" if is_complete(arm, "metrics.json") else "holds no trained arm"
+        raise LarkError(f"{setting}{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms")
+    trained = read_json(arm / "trained.json")
+    if "student" not in trained:
+        raise LarkError(f"{arm}/trained.json does not say which student it is, as older ones; train the arm again")
+    return trained

@@ -58,7 +58,9 @@ class Step:
 
 
 class StepStream(IterableDataset):
-    """Gives a Trainer the steps that `iterate` yields. As it is iterable, no Trainer divides it among the ranks again."""
+    """Gives a Trainer the steps that `iterate` yields. As it is iterable, no Trainer divides it among the ranks
+    again.
+    """
 
     def __init__(self, iterate: Callable[[], Iterator[Step]]):
         self.iterate = iterate
@@ -119,7 +121,8 @@ def _make_step(
 
 
 def compute_held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.ndarray]:
-    """Find the held-out rows [R] that fit, and compute coefficients [C, R] whose sums of coefficient * surprisal are the held-out
+    """Find the held-out rows [R] that fit, and compute coefficients [C, R] whose sums of coefficient * surprisal are
+    the held-out
     losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over their
     correct candidates (zeros when none is known to be correct).
     """

@@ -22,8 +22,8 @@ WINDOW = 5  # optimizer steps that rates are taken over
 
 
 class CheckpointSaver(Callback):
-    """Replaces `path` every `every` optimizer steps and before obeying a signal; where validation follows the step (every
-    `validate_every` steps; None: never), after that.
+    """Replaces `path` every `every` optimizer steps and before obeying a signal; where validation follows the step
+    (every `validate_every` steps; None: never), after that.
 
     So a checkpoint holds the held-out point of its step. Lightning's ModelCheckpoint saves ahead of validation, which a
     resumed training then skips; and on an exception, which a signal may raise in the middle of a step.
@@ -56,8 +56,8 @@ class CheckpointSaver(Callback):
             replace_checkpoint(trainer, self.path)
         if is_asked:
             logger.warning(
-                f"stopped by {signals.get_signal_name()} after optimizer step {trainer.global_step}; the same command goes on from "
-                f"{self.path}"
+                f"stopped by {signals.get_signal_name()} after optimizer step {trainer.global_step}; the same "
+                f"command goes on from {self.path}"
             )
             signals.exit_now()
 
@@ -96,8 +96,8 @@ def _remove(path: Path) -> None:
 
 
 class TrainingProgress(ProgressLine):
-    """Shows optimizer steps in a progress line, and logs rates and memory; the line is rank 0's, rates are of all ranks:
-    that of rank 0 times their number.
+    """Shows optimizer steps in a progress line, and logs rates and memory; the line is rank 0's, rates are of all
+    ranks: that of rank 0 times their number.
     """
 
     def __init__(self, label: str):

@@ -134,8 +134,8 @@ class TrajectoryDataModule(LightningDataModule):
         hidden = {name for extra in first for name in json.loads(extra)} & {*STATISTICS, "num_tokens"}
         if hidden:
             logger.warning(
-                f"rules cannot read the pool's columns {', '.join(sorted(hidden))}, as the student's statistics have the "
-                "same names; rename them to use them"
+                f"rules cannot read the pool's columns {', '.join(sorted(hidden))}, as the student's statistics have "
+                "the same names; rename them to use them"
             )
         positions = read_max_positions(self.student)
         if beyond := int((self.trajectories.length[self.trajectories.fits] > positions).sum()):
@@ -202,7 +202,9 @@ class TrajectoryDataModule(LightningDataModule):
         )
 
     def pass_identity(self, wanted: Pass, inputs: PassInputs | None = None) -> dict[str, Any]:
-        """Name all that a pass's columns depend on, over all that is scored or over other `inputs` from the same pool."""
+        """Name all that a pass's columns depend on, over all that is scored or over other `inputs` from the same
+        pool.
+        """
         identity = identify_pass(wanted, inputs or self._inputs(), self.device)
         if isinstance(wanted, GradientMatches):
             identity["warm_up"] = self.identify_training(self.recipe.for_epochs(wanted.epochs))

@@ -1,7 +1,8 @@
 """Whether a student can learn to stop: is its end token trained, and can the head give it probability?
 
 LoRA leaves the head as it is. A token that pre-training never used has a row in it that is all but a copy of the other
-unused tokens' rows (Land and Bartolo, arXiv 2405.05417), and shares their probability whatever the layers below compute.
+unused tokens' rows (Land and Bartolo, arXiv 2405.05417), and shares their probability whatever the layers below
+compute.
 How unlikely the token is before training says nothing of that: a word that is merely out of place is less likely still,
 and is learned in a few steps.
 
@@ -36,7 +37,9 @@ _ITERATIONS = 40  # of L-BFGS; some 20 suffice
 
 
 class EndTokenCheck(Callback):
-    """Warns, once a run, where the end token cannot be learned, and leaves what it found in each arm's end_token.json."""
+    """Warns, once a run, where the end token cannot be learned, and leaves what it found in each arm's
+    end_token.json.
+    """
 
     def __init__(self, data: TrajectoryDataModule):
         self.data = data

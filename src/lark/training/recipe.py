@@ -5,18 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lark.common.errors import LarkError
+from lark.scoring.passes import check_average
 
 _NO_RESULT = ("checkpoint_every", "epochs", "steps", "spike", "micro_batch_tokens")
 """Settings of a recipe that change no student, or do so by the number of steps alone."""
-
-AVERAGES = ("trajectory", "token")
-
-
-def check_average(average: str, setting: str) -> None:
-    """Check what a loss is averaged over. Raises LarkError, which names `setting`."""
-    if average not in AVERAGES:
-        follows = "" if setting == "sft.average" else " (it follows sft.average)"
-        raise LarkError(f"{setting}={average!r} is unknown; set it to {' or '.join(AVERAGES)}{follows}")
 
 
 @dataclass(frozen=True, kw_only=True)

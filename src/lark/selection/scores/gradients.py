@@ -22,10 +22,10 @@ from lark.scoring.passes import (
     Pass,
     ProjectedGradients,
     Statistics,
+    check_average,
     check_parameters,
 )
 from lark.selection.candidates import Candidates
-from lark.training.recipe import check_average
 
 SPLITS = 10
 SMOOTHING = 1e-3  # share of the mean in each eigenvalue
