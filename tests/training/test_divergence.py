@@ -30,7 +30,7 @@ def test_what_is_no_number_stops_from_the_first_step_on(loss, norm):
 
 def test_a_small_loss_is_no_spike():
     losses = Losses(spike=3.0, recent=[0.001] * WINDOW)
-    assert losses.find_reason_to_stop(0.4, 1.0) is None and losses.reason_to_stop(0.6, 1.0) is not None
+    assert losses.find_reason_to_stop(0.4, 1.0) is None and losses.find_reason_to_stop(0.6, 1.0) is not None
 
 
 def test_without_a_spike_only_numbers_count():

@@ -41,7 +41,7 @@ def sft(data, tmp_path, *, steps=4):
 def gradients(data, tmp_path, *, step=0, weights=None):
     """The whole gradient of one optimizer step as it accumulates over the micro-batches, and the number of these."""
     module = sft(data, tmp_path)
-    module.open(torch.float32)
+    module.load_student(torch.float32)
     if weights is not None:
         selection = data.selections["selector"]
         data.selections["selector"] = type(selection)(**{**vars(selection), "weight": weights})
@@ -102,7 +102,7 @@ def test_with_equal_weights_the_loss_is_the_models_own(ready, tmp_path):
     data = ready(recipe={"average": "token", "weighted": False})
     model = data.student.load_trainable(torch.float32)
     module = sft(data, tmp_path)
-    module.open(torch.float32)
+    module.load_student(torch.float32)
     batch = data.step(0)
     rows, encoded = batch.rows, batch.encoded
     padded = collate(encoded, rows.tolist())
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(lora, ready, tmp_
         data = ready(student={"gradient_checkpointing": on, "lora": lora}, recipe={"micro_batch_tokens": 10_000})
         module = sft(data, tmp_path)
         torch.manual_seed(0)
-        module.open(torch.float32)
+        module.load_student(torch.float32)
         calls = []
         for part in module.student_model.modules():
             if isinstance(part, nn.Module) and type(part).__name__ == "Qwen3MLP":
