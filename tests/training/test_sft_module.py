@@ -267,7 +267,7 @@ def test_clipping_bounds_the_step(make_data, make_trainer, tmp_path):
 
     class Norms(SFTModule):
         def on_before_optimizer_step(self, optimizer):
-            norms.append(flat_gradient(self._trained()).norm().item())
+            norms.append(flat_gradient(self._list_trained()).norm().item())
 
     fit(make_data(recipe={"clip": 1e-3}), make_trainer(max_steps=2), tmp_path, steps=2, kind=Norms)
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
