@@ -122,9 +122,8 @@ def _make_step(
 
 def compute_held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.ndarray]:
     """Find the held-out rows [R] that fit, and compute coefficients [C, R] whose sums of coefficient * surprisal are
-    the held-out
-    losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over their
-    correct candidates (zeros when none is known to be correct).
+    the held-out losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over
+    their correct candidates (zeros when none is known to be correct).
     """
     row = np.flatnonzero(pool.fits & pool.is_held_out)
     sets = [np.ones(len(row), bool), pool.correct[row] == 1]
