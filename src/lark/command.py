@@ -33,7 +33,7 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
         print("lark: interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever reads the output (head) has seen enough; nothing is left to be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except Exception as error:  # Hydra's: jobs answer for themselves
         sentence = configuration.to_sentence(error)
