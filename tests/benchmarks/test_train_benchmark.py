@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STEPS, SIZE = 2, 8
 WORDS = ["--problems", "6", "--steps", str(STEPS), "--batch-size", str(SIZE), "--try-steps", "1"]
 
