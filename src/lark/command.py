@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lark import config as configuration
@@ -39,7 +40,7 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
         sentence = configuration.to_sentence(error)
         if sentence is None or (FULL_ERROR and not child):  # a child inherits what was set above
             raise
-        if isinstance(error, OSError) and not child:
+        if isinstance(error, OSError) and not isinstance(error, HydraException) and not child:
             sentence += "; set paths.logs (or hydra.run.dir) to a folder you may write to"
         sys.exit(f"lark: {sentence}")
     finally:
