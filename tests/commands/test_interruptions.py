@@ -31,7 +31,7 @@ def start(logs: Path) -> subprocess.Popen[str]:
 
 def table(out: str) -> list[str]:
     """The comparison, without the lines that name folders."""
-    lines = out[out.index("before") :].splitlines()
+    lines = out[out.index("before training") :].splitlines()
     return [line for line in lines if "/" not in line]
 
 

@@ -165,8 +165,14 @@ class Parallelism:
         """Put a divided student's state dict together on the CPU of rank 0 (empty elsewhere); None: it is whole. All
         ranks take part.
         """
+        if not self.is_divided:
+            return None
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options) if self.is_divided else None
+        state = get_model_state_dict(model, options=options)
+        # Gathered, a tied weight is there under each of its names, and they no longer share memory: keep the first.
+        again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        again -= {name for name, _ in model.named_parameters()}
+        return {name: value for name, value in state.items() if name not in again}
 
     @property
     def _mesh(self) -> DeviceMesh:
