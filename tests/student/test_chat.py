@@ -310,6 +310,16 @@ def test_the_identity_tells_templates_spans_and_splitters_apart():
     assert chats[0].identity == before == chat_for("chatml").identity
 
 
+def test_the_identity_knows_the_roles_of_special_tokens():
+    """Only tokenizer_config.json says which token ends a text; a template may name it by its role."""
+    chat = chat_for("chatml")
+    before = chat.identity
+    other = next(token for token in chat.tokenizer.get_vocab() if token != chat.tokenizer.eos_token)
+    changed = chat_for("chatml")
+    changed.tokenizer.eos_token = other
+    assert changed.identity["tokenizer"] != before["tokenizer"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_end_token_ends_the_assistants_turns_and_changes_nothing_else(family):
     chat = chat_for(family)
