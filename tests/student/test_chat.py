@@ -1,3 +1,4 @@
+import copy
 from functools import cache
 from itertools import pairwise
 
@@ -315,7 +316,7 @@ def test_the_identity_knows_the_roles_of_special_tokens():
     chat = chat_for("chatml")
     before = chat.identity
     other = next(token for token in chat.tokenizer.get_vocab() if token != chat.tokenizer.eos_token)
-    changed = chat_for("chatml")
+    changed = Chat(tokenizer=copy.deepcopy(chat.tokenizer), template=chat.template)
     changed.tokenizer.eos_token = other
     assert changed.identity["tokenizer"] != before["tokenizer"]
 
