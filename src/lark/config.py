@@ -31,7 +31,7 @@ VALUES: dict[str, Any] = {
     "match": Literal["trajectories", "tokens"],
     "paths": dict,
 }
-"""What the settings of a run as a whole take; Annotated[int, n] is a whole number of at least n."""
+"""Types of run-wide settings; Annotated[int, n] is a whole number of at least n."""
 
 SWEEP_VARIABLE = "LARK_SWEEP"
 WORDS = {

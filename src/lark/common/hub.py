@@ -15,7 +15,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class HubError(LarkError):
-    """What the hub refused, and what to do about it."""
+    """Says what the hub refused and what to do about it."""
 
 
 def is_hub_id(source: str | Path) -> bool:

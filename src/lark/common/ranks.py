@@ -115,7 +115,7 @@ def _of_torchrun() -> bool:
 
 
 def _of_srun() -> bool:
-    """Whether SLURM started this process as one of several. Jobs of these two names are shells, for Lightning too."""
+    """Tell if SLURM started this process as one of several. Jobs of these two names are shells, for Lightning too."""
     several = int(os.environ.get("SLURM_NTASKS", "1")) > 1
     return several and not _of_torchrun() and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 

@@ -24,7 +24,7 @@ _FIGURES = {
     },
     "sets": {"*": {"metrics": None}},
 }
-"""What is reported of a finished run's summary; * stands for every key there is."""
+"""Keys that are reported of a finished run's summary; * stands for every key there is."""
 
 
 def read_summaries(folders: Sequence[Path]) -> list[dict[str, Any]]:

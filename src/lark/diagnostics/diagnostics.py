@@ -46,7 +46,7 @@ LEVELS = ("none", "cheap", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics:
-    """How much is measured about scores and selections; what follows `resamples` is for `full` alone."""
+    """Measures scores and selections; what follows `resamples` is for `full` alone."""
 
     name: str = "cheap"
     """none | cheap | full"""

@@ -60,7 +60,7 @@ class ArmRunner:
         self.end_check = EndTokenCheck(data)
         self.evaluation = evaluation_identity(data.task, problems, sampling, seed=data.seed, dtype=data.dtype)
         self.figures: dict[str, dict[str, Any]] = {}
-        """What each arm's evaluation came to, by the arm's name; on rank 0."""
+        """Return what each arm's evaluation came to, by the arm's name; on rank 0."""
 
     def make_before(self) -> Arm:
         """Make the arm of the student before training."""

@@ -1,4 +1,4 @@
-"""What a run shows on the console: one line a stage, warnings, and where things are. Details go to run.log."""
+"""Writes what a run shows on the console: one line a stage, warnings, and where things are. Details go to run.log."""
 
 import logging
 import os

@@ -26,7 +26,7 @@ def fold_text(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """What evaluation sets and a pool have in common."""
+    """Holds what evaluation sets and a pool have in common."""
 
     evaluation: dict[str, list[str]]
     """Evaluation set -> ids of its problems that the pool has, in the set's order."""

@@ -90,7 +90,7 @@ class ScoringSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PassInputs:
-    """What a pass works on."""
+    """Holds what a pass works on."""
 
     student: Student
     settings: ScoringSettings

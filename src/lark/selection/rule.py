@@ -53,7 +53,7 @@ class Between:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How to choose. Higher score = first."""
+    """Chooses: filter, score, policy. Higher score = first."""
 
     name: str
     score: Score | str

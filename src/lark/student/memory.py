@@ -1,4 +1,4 @@
-"""How many tokens a pass takes at a time: from free memory, and less once it did run out."""
+"""Choose how many tokens a pass takes at a time: from free memory, and less once it did run out."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What accompanies a training: checkpoints that an interrupted one goes on from, and its progress."""
+"""Accompanies a training: checkpoints that an interrupted one goes on from, and its progress."""
 
 import shutil
 import time

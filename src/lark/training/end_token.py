@@ -1,4 +1,4 @@
-"""Whether a student can learn to stop: is its end token trained, and can the head give it probability?
+"""Checks that a student can learn to stop: is its end token trained, and can the head give it probability?
 
 LoRA leaves the head as it is. A token that pre-training never used has a row in it that is all but a copy of the other
 unused tokens' rows (Land and Bartolo, arXiv 2405.05417), and shares their probability whatever the layers below

@@ -13,7 +13,7 @@ _NO_RESULT = ("checkpoint_every", "epochs", "steps", "spike", "micro_batch_token
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a student is trained; the same for every arm and independent of the number of devices.
+    """Describes how a student is trained; the same for every arm and independent of the number of devices.
 
     steps: optimizer steps; null = as many as `epochs` passes over the selector's choice take.
     batch_size: trajectories of a step's global batch.
