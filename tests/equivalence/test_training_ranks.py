@@ -77,7 +77,8 @@ def train(folder: Path, results: Path, words: dict[str, Any], *, devices: int = 
     kept = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in module.student_model.parameters())
     if trainer.is_global_zero:
         weights = module.student_model.state_dict() if state is None else state
-        torch.save(dict(weights), results / "weights.pt")
+        names = [name for name, _ in module.student_model.named_parameters()]  # a tied weight once
+        torch.save({name: weights[name] for name in names}, results / "weights.pt")
         save_student(module.student_model, data.trajectories.chat, results / "student", state=state)
         facts = {"curve": module.curve, "totals": module.totals, "kept": kept, "budget": module.budget}
         (results / "facts.json").write_text(json.dumps(facts))
