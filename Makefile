@@ -10,7 +10,7 @@ APT := DEBIAN_FRONTEND=noninteractive apt-get -y -o Acquire::http::Timeout=30
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check docs clean
+.PHONY: help run test test-all check docs vllm clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -30,11 +30,18 @@ check: $(VENV)/.dev  ## Lint, format, layers and types
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+vllm: .vllm/.done  ## Install vLLM into .vllm, an environment of its own, for evaluation.engine=vllm
+
+.vllm/.done:
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip --disable-pip-version-check install --quiet 'vllm>=0.33'
+	@touch $@
+
 docs: $(VENV)/.dev  ## Build the documentation into site/, which is read from the disk; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## Remove the virtual environment, caches and build output (logs/ stays)
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .vllm build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.torch: constraints.txt
@@ -52,7 +59,7 @@ $(VENV)/.run: $(VENV)/.torch pyproject.toml
 # Chromium, in which the pages are tested, is in no Python index: on Debian, root gets it from apt. Elsewhere it is for
 # the user to install, and without one those tests are skipped by name.
 $(VENV)/.browser: $(VENV)/.run
-	@if PYTHONPATH=tests $(BIN)/python -c 'import sys, browser; sys.exit(browser.chromium() is None)'; then touch $@; \
+	@if PYTHONPATH=tests/helpers $(BIN)/python -c 'import sys, browser; sys.exit(browser.chromium() is None)'; then touch $@; \
 	elif [ "$$(id -u)" = 0 ] && grep -qs '^ID=debian' /etc/os-release; then \
 		echo "Installing Chromium from Debian, in which the pages are tested"; \
 		($(APT) update && $(APT) install --no-install-recommends chromium fonts-dejavu-core) >$(VENV)/browser.log 2>&1 \

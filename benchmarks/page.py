@@ -23,7 +23,7 @@ from sweeps import RULES, write_sweep
 from lark.comparison.summaries import read_summaries
 from lark.page.write import NAME, PLOTLY, write_page
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 browser = importlib.import_module("browser")
 
 MEGABYTES, SECONDS = 3.0, 2.0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +24,7 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
     job: `job(config, folder, group=...)`, what a further rank that Lightning launched does at once.
     """
     child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
+    check_flags(sys.argv[1:])
     sys.argv = configuration.resolve_config_path(sys.argv)
     os.environ[configuration.SWEEP_VARIABLE] = configuration.hash_command(sys.argv)
     os.environ.setdefault("TQDM_DISABLE", "1")  # of libraries; ours say themselves where they are shown
@@ -45,6 +47,15 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
         sys.exit(f"lark: {sentence}")
     finally:
         os.environ.pop(configuration.SWEEP_VARIABLE, None)
+
+
+def check_flags(words: list[str]) -> None:
+    """Exit with a sentence where a setting is written as an option: argparse would answer with a page of usage."""
+    for flag in get_args_parser().parse_known_args(words)[1]:
+        if flag.startswith("-"):
+            name, _, value = flag.lstrip("-").partition("=")
+            value = value or "".join(words[words.index(flag) + 1 :][:1]) or "<value>"
+            sys.exit(f"lark: {flag} is not an option; settings are name=value: {name}={value}")
 
 
 def write_replay(config: DictConfig, folder: Path) -> None:

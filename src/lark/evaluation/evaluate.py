@@ -57,7 +57,7 @@ class Sampling:
     engine: str = "transformers"
     """transformers | vllm (a process of its own; not bit-reproducible)."""
     vllm_python: str | None = None
-    """The interpreter that has vLLM; None: the one that LARK_VLLM_PYTHON names, else this one."""
+    """The interpreter that has vLLM; None: that of LARK_VLLM_PYTHON or of `make vllm`, else this one."""
     vllm_gpus: int | None = None
     """GPUs over which vLLM divides the student; None: all."""
     vllm_memory: float = 0.9

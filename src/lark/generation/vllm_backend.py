@@ -24,9 +24,19 @@ from lark.student.student import Student
 
 PYTHON = "LARK_VLLM_PYTHON"
 """Environment variable: the Python that has vLLM, where no setting names it."""
-REMEDY = "pip install -e '.[vllm]' in the checkout, or name a Python that has it in evaluation.vllm_python"
+REMEDY = "make vllm in the checkout installs it, or name a Python that has it in evaluation.vllm_python"
 _POLL_SECONDS = 0.2
 _LAST_LINES = 15
+
+
+def find_vllm_python() -> str:
+    """Find the Python that has vLLM: the one that LARK_VLLM_PYTHON names, else that of `make vllm` (below the current
+    folder or the checkout), else this one.
+    """
+    if named := os.environ.get(PYTHON):
+        return named
+    made = (folder / ".vllm" / "bin" / "python" for folder in (Path.cwd(), Path(__file__).parents[3]))
+    return next((str(python) for python in made if python.is_file()), sys.executable)
 
 
 def find_vllm_source(student: Student, checkpoint: str | Path | None = None) -> dict[str, Any]:
@@ -90,7 +100,7 @@ def generate_with_vllm(
         tensor_parallel_size: GPUs a model is divided over; None: all that are visible. vLLM wants it to divide the
             number of attention heads.
         gpu_memory_utilization: share of each GPU's memory that vLLM takes.
-        python: interpreter that has vLLM; None: the one named by LARK_VLLM_PYTHON, else this one.
+        python: interpreter that has vLLM; None: `find_vllm_python()`.
 
     Further arguments are those of `generate_samples`.
 
@@ -103,7 +113,7 @@ def generate_with_vllm(
     wanted = [(i, n) for i, key in enumerate(keys) for n in range(samples) if (key, n) not in done]
     if not wanted:
         return
-    folder, python = Path(folder), python or os.environ.get(PYTHON) or sys.executable
+    folder, python = Path(folder), python or find_vllm_python()
     settings = {
         "engine": {
             "model": model,

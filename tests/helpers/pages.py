@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from lark import config as configuration
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def text_of(page: str) -> str:

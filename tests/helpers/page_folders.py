@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RULES = ("lark", "random", "longest")
 HOSTILE = (
     "<script>window.hurt = 1</script>",
