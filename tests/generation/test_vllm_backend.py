@@ -8,7 +8,7 @@ import pytest
 from tiny_student import byte_tokenizer
 
 from lark.common.errors import LarkError
-from lark.generation.vllm_backend import derive_vllm_seed, find_vllm_source, generate_with_vllm
+from lark.generation.vllm_backend import derive_vllm_seed, find_vllm_python, find_vllm_source, generate_with_vllm
 
 pytestmark = pytest.mark.slow
 
@@ -187,13 +187,22 @@ def test_an_adapter_goes_to_vllm_with_its_rank(stand_in, draw, tmp_path):
 def test_no_vllm_is_one_sentence_with_the_remedy(draw, monkeypatch, tmp_path):
     (tmp_path / "vllm.py").write_text("raise ImportError('no vllm here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"cannot import \(ImportError: no vllm here\): pip install -e '\.\[vllm\]' in the checkout"
-    ):
+    with pytest.raises(LarkError, match=r"evaluation.engine=vllm .* \(ImportError: no vllm here\)"):
         list(draw())
     monkeypatch.setenv("LARK_VLLM_PYTHON", "/nowhere/python")
-    with pytest.raises(ValueError, match=r"evaluation\.vllm_python=/nowhere/python cannot be started"):
+    with pytest.raises(LarkError, match=r"evaluation\.vllm_python=/nowhere/python cannot be started"):
         list(draw())
+
+
+def test_the_python_of_make_vllm_is_found(monkeypatch, tmp_path):
+    monkeypatch.delenv("LARK_VLLM_PYTHON", raising=False)
+    monkeypatch.chdir(tmp_path)
+    python = tmp_path / ".vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert find_vllm_python() == str(python)
+    monkeypatch.setenv("LARK_VLLM_PYTHON", "/other/python")
+    assert find_vllm_python() == "/other/python"
 
 
 def test_a_reader_that_leaves_ends_the_process(stand_in, draw):
