@@ -15,6 +15,8 @@ DEFECTS = [  # overrides; what the one sentence has to hold
     (["seed=-1"], ["seed=-1", "0 or more"]),
     (["seed=1.5"], ["seed=1.5"]),
     (["budget=-1"], ["budget=-1", "1 or more"]),
+    (["filter=[correct]"], ["filter=['correct']", "text or a group of settings or null"]),
+    (["filter=corect"], ["corect", "did you mean correct?", "filter"]),
     (["budget=x"], ["budget=x", "1 or more"]),
     (["sft.xyzzy=1"], ["sft.xyzzy is not a setting; --cfg job"]),
     (["sft.stesp=1"], ["sft.stesp is not a setting", "did you mean sft.steps?"]),

@@ -79,8 +79,9 @@ def test_every_rule_can_be_the_baseline() -> None:
 
 @pytest.mark.parametrize("name", configuration.list_options("selector"))
 def test_baseline_is_the_selector_of_its_name(name: str) -> None:
-    config = composed(f"selector={name}", f"baseline={name}")
+    config = composed(f"selector={name}", f"baseline={name}", "filter=correct")
     assert config.baseline == config.selector
+    assert config.selector.filter == "correct"
 
 
 def test_hub_models_name_their_weights_and_override_the_learning_rate() -> None:

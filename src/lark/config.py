@@ -28,6 +28,7 @@ VALUES: dict[str, Any] = {
     "stop_after": Literal["statistics", "selection", "training", None],
     "verbose": bool,
     "budget": Annotated[int, 1],
+    "filter": str | dict | None,
     "match": Literal["trajectories", "tokens"],
     "paths": dict,
 }

@@ -19,6 +19,7 @@ def test_filters_of_every_kind(tmp_path, monkeypatch):
     number_N = np.array([math.nan if x is None else x for x in rows["quality"]])
     filters = {
         "correct": rows["correct"] == 1,
+        "not_wrong": (rows["correct"] == 1) | np.isnan(rows["correct"]),
         "my_filter_in_cwd:short": rows["num_tokens"] < 200,
         Between(column="num_tokens", min=100, max=300): (rows["num_tokens"] >= 100) & (rows["num_tokens"] <= 300),
         Between(column="quality", min=0.5): number_N >= 0.5,

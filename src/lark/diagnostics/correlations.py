@@ -59,12 +59,20 @@ def describe_choice(data: TrajectoryDataModule, *, resamples: int) -> dict[str, 
     groups = candidates.groups
     rules = {role: data.rules[role] for role in data.selections if role in data.rules}
     stock = list_stock_scores(data)
-    scores = {name: score(candidates) for name, score in stock.items()}
+    keep_N = data.rules["selector"].compute_mask(candidates)  # the other rules choose from what the selector may
+    survivors = candidates.where(keep_N)
+
+    def compute(score: Score) -> np.ndarray:
+        score_N = np.full(len(candidates), np.nan)
+        score_N[keep_N] = score(survivors)
+        return score_N
+
+    scores = {name: compute(score) for name, score in stock.items()}
     if has_statistics:
-        scores["rho"] = Learnability(length_exponent=0.0)(candidates)
+        scores["rho"] = compute(Learnability(length_exponent=0.0))
     titles: dict[str, str] = {}
     for role, rule in rules.items():  # a stock score under its own name is there once
-        is_stock = stock.get(rule.name) == rule.score and rule.filter is None
+        is_stock = stock.get(rule.name) == rule.score and rule.filter == data.rules["selector"].filter
         is_taken = rule.name in titles.values() or (rule.name in scores and not is_stock)
         titles[role] = f"{rule.name} ({role})" if is_taken else rule.name
         scores[titles[role]] = data.selections[role].score_N

@@ -48,8 +48,10 @@ def announce_selections(data: TrajectoryDataModule) -> None:
             f"{data.rules[name].name} {len(selection.row):,} trajectories{effective}: {_describe_teachers(record)}"
         )
         logger.info("%s: %s", name, _describe_selection(name, selection, data))
-    announce("selected", " · ".join(shown))
     selector = data.selections["selector"]
+    if left_out := selector.record["counts"]["dropped_by_filter"]:
+        shown.append(f"{left_out:,} left out beforehand (filter={selector.record['filter']})")
+    announce("selected", " · ".join(shown))
     _warn_of_confounds(data.rules["selector"].name, selector.record)
     if (budget := data.rules["selector"].policy.budget) is not None and _takes_all(selector):
         several = budget > 1 and data.candidates.groups.size.max() > 1

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from lark.selection.own_functions import import_function, locate_errors, to_numb
 from lark.selection.policies import Policy
 from lark.selection.policy_weights import get_prior_column
 from lark.selection.scores.statistics import Score, needs_of_column
+
+NOT_WRONG = "not_wrong"
+"""Name of the filter that leaves out what is known to be wrong; a candidate of unknown verdict passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,9 @@ class Rule:
     policy: Policy
     """Turns the scores of one problem's candidates into weights; top_b takes its place when the rule is a baseline."""
     filter: Callable[[Candidates], np.ndarray] | str | None = None
-    """null, a boolean column of the pool (`correct`), a Between, or `module:function` giving a mask. It acts before
-    scoring, so scores that depend on the other candidates are computed on the survivors."""
+    """null, `not_wrong`, a boolean column of the pool (`correct`), a Between, or `module:function` giving a mask.
+
+    It acts before scoring, so scores that depend on the other candidates are computed on the survivors."""
 
     def __post_init__(self) -> None:
         if isinstance(self.score, str):
@@ -72,7 +77,9 @@ class Rule:
         if not callable(self.score):
             raise LarkError(f"selector.score={self.score!r} is not a score; set a score or module:function")
         if not (self.filter is None or isinstance(self.filter, str) or callable(self.filter)):
-            raise LarkError(f"selector.filter={self.filter!r} is not a filter; set null, a column or module:function")
+            raise LarkError(
+                f"selector.filter={self.filter!r} is not a filter; set null, not_wrong, a column or module:function"
+            )
 
     @property
     def needs(self) -> tuple[Pass, ...]:
@@ -88,13 +95,15 @@ class Rule:
         filtered = self.filter if isinstance(self.filter, str) else getattr(self.filter, "column", None)
         scores = (self.score, getattr(self.filter, "score", None))
         of_scores = [getattr(score, name, None) for score in scores for name in ("column", "subtask")]
-        named = [get_prior_column(self.policy.prior), filtered, *of_scores]
+        named = [get_prior_column(self.policy.prior), None if filtered == NOT_WRONG else filtered, *of_scores]
         return [name for name in named if name is not None and name != "num_tokens" and not needs_of_column(name)]
 
     def compute_mask(self, candidates: Candidates) -> np.ndarray:
         """Return which candidates the filter lets through, bool [N]; a missing value does not pass."""
         if self.filter is None:
             return np.ones(len(candidates), bool)
+        if self.filter == NOT_WRONG:
+            return to_numbers(candidates["correct"], len(candidates), "correct") != 0  # NaN, which is unknown, passes
         what = f"the filter of selector {self.name}"
         with locate_errors(self.filter, what):
             values = candidates[self.filter] if isinstance(self.filter, str) else self.filter(candidates)
@@ -117,6 +126,18 @@ class Rule:
         if np.isposinf(score_N).any():
             raise LarkError(f"{what} is +inf for some rows; return finite numbers or NaN")
         return score_N
+
+
+def describe_part(part: Any) -> str:
+    """Describe a part of a rule: a column, `module:function`, or a class with its settings."""
+    if isinstance(part, str):
+        return part
+    if is_dataclass(part):
+        given = ((field.name, getattr(part, field.name)) for field in fields(part) if field.init)
+        shown = ", ".join(f"{name}={describe_part(value) if callable(value) else value}" for name, value in given)
+        return f"{type(part).__qualname__}({shown})"
+    named = part if hasattr(part, "__qualname__") else type(part)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lark.common.groups import Groups, tie_hash
 from lark.selection.candidates import Candidates
 from lark.selection.matching import take_tokens, take_top
 from lark.selection.policy_weights import compute_prior, compute_weights
-from lark.selection.rule import Rule
+from lark.selection.rule import Rule, describe_part
 from lark.selection.within_problem import compute_spearman
 
 
@@ -96,7 +96,7 @@ def select(
     if len(chosen_N) == 0:
         raise LarkError(
             f"selector {rule.name} chose nothing of {len(candidates)} candidates ({counts['dropped_by_filter']} "
-            f"filtered, {counts['dropped_without_score']} without a score); loosen selector.filter or check the scores"
+            f"filtered, {counts['dropped_without_score']} without a score); loosen filter or check the scores"
         )
 
     # The record.
@@ -112,6 +112,7 @@ def select(
     decide = getattr(rule.score, "decisions", None)  # what a score chose by itself, such as an order of teachers
     record = {
         "rule": rule.name,
+        "filter": None if rule.filter is None else describe_part(rule.filter),
         "decisions": decide(survivors) if decide and len(survivors) else {},
         "matched": is_matched,
         "policy": details,

@@ -157,9 +157,7 @@ class TrajectoryDataModule(LightningDataModule):
                 try:
                     self.trajectories.column(column, self.scored[:1])
                 except ValueError as error:
-                    remedy = (
-                        f"add it to the pool, or name another in {name}.score, {name}.filter or {name}.policy.prior"
-                    )
+                    remedy = f"add it to the pool, or name another in filter, {name}.score or {name}.policy.prior"
                     text = (
                         f"{name}={rule.name} reads the column {column}, but {error}{did_you_mean(column, STATISTICS)}"
                     )

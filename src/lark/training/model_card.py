@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from lark.common.cache import read_json, write_text
+from lark.selection.rule import describe_part
 
 if TYPE_CHECKING:
     from lark.training.arms import Arm
@@ -53,8 +54,8 @@ def collect_facts(arm: "Arm", data: "TrajectoryDataModule", run: str | Path | No
     rule = data.rules.get(arm.name)
     return {
         "rule": arm.rule,
-        "score": None if rule is None else _describe_part(rule.score),
-        "filter": None if rule is None or rule.filter is None else _describe_part(rule.filter),
+        "score": None if rule is None else describe_part(rule.score),
+        "filter": None if rule is None or rule.filter is None else describe_part(rule.filter),
         "student": settings,
         "task": data.task.name,
         "run": None if run is None else str(Path(run).absolute()),
@@ -65,18 +66,6 @@ def collect_facts(arm: "Arm", data: "TrajectoryDataModule", run: str | Path | No
 def _make_absolute(path: str | None) -> str | None:
     """Make the path of an existing file absolute; `shipped:tiny`, `chatml` and such stay as they are."""
     return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
-
-
-def _describe_part(part: Any) -> str:
-    """Describe a part of a rule: a column, `module:function`, or a class with its settings."""
-    if isinstance(part, str):
-        return part
-    if dataclasses.is_dataclass(part):
-        given = ((field.name, getattr(part, field.name)) for field in dataclasses.fields(part) if field.init)
-        shown = ", ".join(f"{name}={_describe_part(value) if callable(value) else value}" for name, value in given)
-        return f"{type(part).__qualname__}({shown})"
-    named = part if hasattr(part, "__qualname__") else type(part)
-    return f"{named.__module__}:{named.__qualname__}"
 
 
 def write_card(folder: Path, trained: Mapping[str, Any], arm_folder: Path, **how: Any) -> None:

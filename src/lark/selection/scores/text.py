@@ -151,8 +151,8 @@ class TeacherMatched:
         taken_N = np.isin(candidates.row_N, candidates.reference_selection.row)
         if not taken_N.any():
             raise LarkError(
-                "baseline.filter lets none of the selector's choice through, so there are no teachers to copy; set "
-                "baseline.filter to the selector's, or to null"
+                "baseline.filter lets none of the selector's choice through, so there are no teachers to copy; leave "
+                "it out, as filter=... is for both"
             )
         ids = candidates["problem_id"], candidates["candidate_id"]
         order_N = unit_hash(self.seed, *ids, salt="teacher_matched order")
