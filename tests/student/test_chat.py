@@ -297,28 +297,27 @@ def test_templates_are_found_by_name_by_path_or_in_the_tokenizer(tmp_path):
     assert load_template("own", tokenizer) == "of its own"
 
 
-def test_the_identity_tells_templates_spans_and_splitters_apart():
+def test_the_identity_tells_templates_and_spans_apart():
     chats = [
         chat_for("chatml"),
         chat_for("llama3"),
         chat_for("chatml", template=load_template("llama3", tokenizer_for("chatml"))),
         chat_for("chatml", span="authors"),
-        chat_for("chatml", step_splitter="blank_lines"),
     ]
-    assert len({tuple(chat.identity.items()) for chat in chats}) == len(chats)
-    before = chats[0].identity
+    assert len({tuple(chat.span_identity.items()) for chat in chats}) == len(chats)
+    before = chats[0].span_identity
     chats[0].encode([turns("<|im_end|>", "<|im_end|>")])
-    assert chats[0].identity == before == chat_for("chatml").identity
+    assert chats[0].span_identity == before == chat_for("chatml").span_identity
 
 
 def test_the_identity_knows_the_roles_of_special_tokens():
     """Only tokenizer_config.json says which token ends a text; a template may name it by its role."""
     chat = chat_for("chatml")
-    before = chat.identity
+    before = chat.span_identity
     other = next(token for token in chat.tokenizer.get_vocab() if token != chat.tokenizer.eos_token)
     changed = Chat(tokenizer=copy.deepcopy(chat.tokenizer), template=chat.template)
     changed.tokenizer.eos_token = other
-    assert changed.identity["tokenizer"] != before["tokenizer"]
+    assert changed.span_identity["tokenizer"] != before["tokenizer"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -340,7 +339,7 @@ def test_another_end_token_ends_the_assistants_turns_and_changes_nothing_else(fa
 
 def test_an_end_token_is_in_the_identity_only_if_it_changes_the_template():
     chat = chat_for("chatml")
-    assert "end_token" not in chat.identity and chat.replace_end_token("<|im_end|>") == chat
+    assert "end_token" not in chat.span_identity and chat.replace_end_token("<|im_end|>") == chat
     assert chat.replace_end_token("<|im_start|>").span_identity["end_token"] == "<|im_start|>"
 
 

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 FORMULAS = {
-    "pool": 2,  # rows as they are read, checked and normalised (lark.pool)
+    "pool": 3,  # rows as they are read, checked and normalised (lark.pool)
     "arithmetic": 1,  # the embedded task's problems and teachers
     "reasoning_gym": 1,  # how its problems become rows
     "imported": 1,  # how pools of others become rows
@@ -17,7 +17,7 @@ FORMULAS = {
     "tokens": 1,  # rendering, spans and steps (lark.student.chat)
     "verdicts": 1,  # whether an answer is right (lark.answers)
     "forward": 2,  # hidden states, and how rows share a forward pass
-    "training": 2,  # batches, loss, optimizer, held-out loss
+    "training": 3,  # batches, loss, optimizer, held-out loss
     "samples": 2,  # prompts, noise and decoding
     "metrics": 1,  # what samples and verdicts come to
 }

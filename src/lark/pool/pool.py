@@ -21,6 +21,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lark.common.cache import atomic_write, build_once, check_writable, identity_hash
 from lark.common.errors import LarkError
@@ -57,12 +58,14 @@ class PoolError(LarkError):
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Checked rows in file order, memory-mapped."""
+    """Checked rows in order of their ids, whatever order the files have, memory-mapped."""
 
     rows: datasets.Dataset
     """Columns as in `SCHEMA`; reading a row touches only its part of the file."""
     fingerprint: str
-    """16 hex digits over the content of the rows in order, whatever their files are called and written in."""
+    """16 hex digits over the content of the rows, whatever their order and what their files are called."""
+    text_fingerprint: str
+    """The same over ids and messages alone, all that a student sees: a new teacher's name or column changes nothing."""
     dropped: dict[str, int]
     """Reason -> rows dropped for it; a row counts once, under its first fault ("empty file" counts files)."""
     faults: list[Fault]
@@ -104,13 +107,16 @@ def read_pool(
 
     def write(folder: Path) -> dict[str, Any]:
         with atomic_write(folder / "pool.arrow") as path:
-            return _write_rows(files, path, on_error=on_error, limit=limit, headline=f"task.pool={shown}")
+            facts = _write_rows(files, path, on_error=on_error, limit=limit, headline=f"task.pool={shown}")
+            _sort_rows(path)
+            return facts
 
     folder = check_writable(cache, "paths.cache") / "pools" / identity_hash(identity)
     manifest = build_once(folder, identity, write)
     return Pool(
         rows=datasets.Dataset.from_file(str(folder / "pool.arrow")),
         fingerprint=manifest["fingerprint"],
+        text_fingerprint=manifest["text_fingerprint"],
         dropped=manifest["dropped"],
         faults=[Fault(**fault) for fault in manifest["faults"]],
     )
@@ -181,14 +187,14 @@ def read_extra_column(rows: datasets.Dataset, name: str) -> np.ndarray:
 
 def _write_rows(files: dict[str, Path], path: Path, *, on_error: str, limit: int | None, headline: str) -> dict:
     """Write the valid rows as an Arrow stream; returns what the manifest says of them. Raises PoolError."""
-    report, digest, count = _Report(), hashlib.sha256(), 0
+    report, contents, texts, count = _Report(), _UnorderedHash(), _UnorderedHash(), 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         batch, size = [], 0
         for row in _read_valid_rows(files, limit, report):
-            content = json.dumps([row[name] for name in FIELDS], ensure_ascii=False).encode()
-            digest.update(content + b"\n")
+            content = contents.add([row[name] for name in FIELDS])
+            texts.add([row[name] for name in ("problem_id", "candidate_id", "messages")])
             batch.append(row)
-            count, size = count + 1, size + len(content)
+            count, size = count + 1, size + content
             if len(batch) >= BATCH_ROWS or size >= BATCH_BYTES:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
                 batch, size = [], 0
@@ -203,10 +209,47 @@ def _write_rows(files: dict[str, Path], path: Path, *, on_error: str, limit: int
         raise PoolError(f"{headline} and no valid row: correct the rows or set task.pool to others", report.faults)
     return {
         "rows": count,
-        "fingerprint": digest.hexdigest()[:16],
+        "fingerprint": contents.hexdigest(),
+        "text_fingerprint": texts.hexdigest(),
         "dropped": dict(report.dropped),
         "faults": [asdict(fault) for fault in report.faults],
     }
+
+
+class _UnorderedHash:
+    """Hashes rows whatever their order: by the sum of their digests."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def add(self, content: Any) -> int:
+        """Add a row and return its size in bytes."""
+        encoded = json.dumps(content, ensure_ascii=False).encode()
+        self.total += int.from_bytes(hashlib.sha256(encoded).digest())
+        return len(encoded)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(str(self.total).encode()).hexdigest()[:16]
+
+
+def _sort_rows(path: Path) -> None:
+    """Put the rows of a stream into the order of their ids, shorter ids first, so that 2 comes before 10.
+
+    Nothing that is computed from a pool can then depend on the order of its files. Rows are moved a batch at a time.
+    """
+    rows = datasets.Dataset.from_file(str(path)).with_format("arrow")
+    keys: dict[str, pa.ChunkedArray] = {}
+    for name in ("problem_id", "candidate_id"):
+        ids = read_arrow_column(rows, name)
+        keys |= {f"{name}_length": pc.utf8_length(ids), name: ids}  # type: ignore[attr-defined]
+    order = pc.sort_indices(pa.table(keys), sort_keys=[(name, "ascending") for name in keys]).to_numpy()  # type: ignore[attr-defined]
+    if np.array_equal(order, np.arange(len(order))):
+        return
+    size = max(1, min(BATCH_ROWS, BATCH_BYTES * len(order) // path.stat().st_size))
+    with atomic_write(path) as sorted_path, pa.ipc.new_stream(str(sorted_path), SCHEMA) as writer:
+        for start in range(0, len(order), size):
+            batch: Any = rows[order[start : start + size].tolist()]
+            writer.write_table(batch.cast(SCHEMA).combine_chunks())
 
 
 @dataclass

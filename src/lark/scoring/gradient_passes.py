@@ -8,6 +8,7 @@ dimensions of a projection, or d without one.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +218,13 @@ def choose_examples(wanted: GradientMatches, inputs: PassInputs) -> np.ndarray:
     return rows[np.isin(inputs.pool.problem_id[rows].astype(str), chosen)]
 
 
+def list_subtasks(wanted: GradientMatches, inputs: PassInputs, examples: np.ndarray) -> list[str]:
+    """Name the sub-task of each validation example."""
+    if wanted.subtask is None:
+        return [""] * len(examples)
+    return [str(value) for value in inputs.pool.column(wanted.subtask, examples)]
+
+
 class GradientMatchesModule(GradientModule):
     """Every rank adds up the validation examples' unit gradients of every checkpoint by itself, before its first unit.
 
@@ -236,18 +244,17 @@ class GradientMatchesModule(GradientModule):
         assert isinstance(wanted, GradientMatches)
         self.checkpoints: list[Checkpoint] = []
         self.examples = choose_examples(wanted, inputs)
-        task = np.zeros(len(self.examples), np.int64)
-        if wanted.subtask is not None:
-            names = [str(value) for value in inputs.pool.column(wanted.subtask, self.examples)]
-            task = np.unique(names, return_inverse=True)[1]
+        task = np.unique(list_subtasks(wanted, inputs, self.examples), return_inverse=True)[1]
         self.task_of = dict(zip(self.examples.tolist(), task.tolist(), strict=True))
         self.count_J = torch.bincount(torch.from_numpy(task)).double()
 
     @classmethod
     def identity(cls, wanted: Pass, inputs: PassInputs) -> dict[str, Any]:
         assert isinstance(wanted, GradientMatches)
-        examples = hashlib.sha256(choose_examples(wanted, inputs).tobytes()).hexdigest()
-        return super().identity(wanted, inputs) | {"seed": inputs.seed, "validation_examples": examples}
+        examples = choose_examples(wanted, inputs)
+        chosen = [examples.tolist(), list_subtasks(wanted, inputs, examples)]
+        digest = hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
+        return super().identity(wanted, inputs) | {"seed": inputs.seed, "validation_examples": digest}
 
     def on_predict_start(self) -> None:
         super().on_predict_start()

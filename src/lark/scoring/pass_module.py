@@ -312,17 +312,15 @@ def _describe(done: str, disabled_reason: str | None) -> str:
 def identify_pass(wanted: Pass, inputs: PassInputs, device: torch.device) -> dict[str, Any]:
     """Return all that the columns of a pass depend on, but for a warm-up arm's recipe."""
     module = wanted.load_module()
-    identity = {
+    return {
         "student": inputs.student.identity(),
         "dtype": str(module.resolve_dtype(inputs.student, device)),
         "attention": inputs.student.attention,
         **inputs.pool.identity,
+        "rows": hashlib.sha256(inputs.rows.tobytes()).hexdigest(),
         **module.identity(wanted, inputs),
         "versions": formula_versions("tokens", "forward", libraries=STUDENT_LIBRARIES) | {"pass": module.VERSION},
     }
-    if not np.array_equal(inputs.rows, inputs.pool.scored):  # of a sample, or where another student drops rows too
-        identity["rows"] = hashlib.sha256(inputs.rows.tobytes()).hexdigest()
-    return identity
 
 
 def run_pass(

@@ -78,11 +78,6 @@ class Chat:
             )
 
     @property
-    def identity(self) -> dict[str, str]:
-        """Identify what tokens, spans and steps depend on besides the rows."""
-        return {**self.span_identity, "step_splitter": self.step_splitter}
-
-    @property
     def prompt_identity(self) -> dict[str, str]:
         """Identify what the tokens of a prompt depend on."""
         return {name: value for name, value in self.span_identity.items() if name != "span"}

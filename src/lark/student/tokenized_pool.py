@@ -49,7 +49,7 @@ class TokenizedPool:
         self.task, self.chat, self.cache = task, chat, cache
         source, self.evaluation_files = task.prepare_pool(cache), task.prepare_evaluation(cache)
         pool = read_pool(source, cache=cache, on_error=task.on_error, limit=task.limit)  # type: ignore[arg-type]
-        self.rows, self.fingerprint = pool.rows, pool.fingerprint
+        self.rows, self.fingerprint, self.text_fingerprint = pool.rows, pool.fingerprint, pool.text_fingerprint
         self.problem_id = read_text_column(self.rows, "problem_id")
         self.candidate_id = read_text_column(self.rows, "candidate_id")
         self.overlaps, self.in_sets, self.repeated = self._compare_with_sets()
@@ -59,6 +59,7 @@ class TokenizedPool:
         self.span_tokens = self.length - np.maximum(self._number("prompt_tokens"), 1)
         self.truncated = int((self.length < self._number("full_length")).sum())
         self.fits = (self.length <= task.max_length) & (self.span_tokens > 0)
+        self._check_length()
         self.is_held_out = mask_held_out(self.problem_id, task.held_out)
         self.dropped = {
             **Counter(task.count_dropped(cache)) + Counter(pool.dropped),
@@ -119,25 +120,25 @@ class TokenizedPool:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Settings that a pass over these rows depends on, besides the student and, for steps, the step splitter."""
-        return {
-            "pool": self.fingerprint,
-            "held_out": self.task.held_out,
-            "max_length": self.task.max_length,
-            "overlong": self.task.overlong,
-            **self.chat.span_identity,
-            **({"left_out": identity_hash({"problems": self.left_out})} if self.left_out else {}),
-        }
+        """Name what the tokens of these rows depend on, where steps begin aside."""
+        return {"pool": self.text_fingerprint, "cut_to": self._cut, **self.chat.span_identity}
+
+    @property
+    def _cut(self) -> int | None:
+        """Tokens that longer rows are cut to; None: they are not."""
+        return self.task.max_length if self.task.overlong == "truncate" else None
+
+    def find_held_out(self) -> np.ndarray:
+        """Find the held-out rows that fit."""
+        return np.flatnonzero(self.fits & self.is_held_out)
 
     # ---- tokens
 
     def _tokenise_pool(self) -> datasets.Dataset:
-        cut = self.task.max_length if self.task.overlong != "drop" else None
         identity = {
-            "pool": self.fingerprint,
-            "overlong": [self.task.overlong, cut],
+            **self.identity,
+            "step_splitter": self.chat.step_splitter,
             **formula_versions("tokens", libraries=("transformers", "tokenizers")),
-            **self.chat.identity,
         }
         return compute_table(
             self.cache / "tokens", identity, len(self.rows), _TOKENS, lambda: nullcontext(self._tokenise), "tokenising"
@@ -157,16 +158,8 @@ class TokenizedPool:
 
     def _tokenise_batch(self, batch: list[dict[str, Any]]) -> pa.RecordBatch:
         rows = self.chat.encode([row["messages"] for row in batch])
-        limit = self.task.max_length
-        too_long = [i for i, row in enumerate(rows) if len(row.input_ids) > limit]
-        if too_long and self.task.overlong == "error":
-            first = too_long[0]
-            raise LarkError(
-                f"{batch[first]['source']}: {len(rows[first].input_ids)} tokens, more than task.max_length={limit}; "
-                "raise it, or set task.overlong=drop or truncate"
-            )
         full_length = [len(row.input_ids) for row in rows]
-        if self.task.overlong == "truncate":
+        if (limit := self._cut) is not None:
             rows = [truncate_trajectory(row, limit) if len(row.input_ids) > limit else row for row in rows]
         columns = {
             "input_ids": [row.input_ids for row in rows],
@@ -177,6 +170,16 @@ class TokenizedPool:
             "full_length": full_length,
         }
         return pa.RecordBatch.from_pydict(columns, schema=_TOKENS)
+
+    def _check_length(self) -> None:
+        """Raises LarkError for task.overlong=error where a row is too long."""
+        too_long = np.flatnonzero(self.length > self.task.max_length)
+        if self.task.overlong == "error" and len(too_long):
+            first = int(too_long[0])
+            raise LarkError(
+                f"{self.rows[first]['source']}: {self.length[first]} tokens, more than task.max_length="
+                f"{self.task.max_length}; raise it, or set task.overlong=drop or truncate"
+            )
 
     def _number(self, name: str) -> np.ndarray:
         return read_arrow_column(self.tokens, name).to_numpy().astype(np.int64)
@@ -273,7 +276,7 @@ class TokenizedPool:
             name: [file_hash(file) for file in find_files(path, setting="task.eval").values()]
             for name, path in self.evaluation_files.items()
         }
-        identity = {"pool": self.fingerprint, "sets": contents, "eval_limit": limit, **formula_versions("overlap")}
+        identity = {"pool": self.text_fingerprint, "sets": contents, "eval_limit": limit, **formula_versions("overlap")}
 
         def compare(_: Path) -> dict[str, Any]:
             sets = {name: read_problems(file, limit=limit) for name, file in self.evaluation_files.items()}

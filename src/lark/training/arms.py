@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -84,16 +85,15 @@ def make_arm(
 
     arms: the folder of all arms. kept: checkpoints that are kept on the way.
     """
-    selection, student = data.selections[name], data.student
-    verdicts = hashlib.sha256(data.trajectories.correct[data.trajectories.is_held_out].tobytes()).hexdigest()
+    selection, student, pool = data.selections[name], data.student, data.trajectories
+    held_out = pool.find_held_out()
     identity: dict[str, Any] = {
         "student": student.identity() | {"lora": student.lora, "dtype": data.dtype, "attention": student.attention},
-        "chat": data.trajectories.chat.span_identity,
-        "max_length": [data.task.max_length, data.task.overlong],
-        "held_out": [data.trajectories.fingerprint, data.task.held_out, verdicts],
+        "tokens": pool.identity,
+        "rows": _hash_array(selection.row),
+        "weights": _hash_array(selection.weight) if recipe.weighted else None,
+        "held_out": [_hash_array(held_out), _hash_array(pool.correct[held_out])],
         "versions": formula_versions("training", "tokens", "forward", libraries=STUDENT_LIBRARIES),
-        "rows": hashlib.sha256(selection.row.tobytes()).hexdigest(),
-        "weights": hashlib.sha256(selection.weight.tobytes()).hexdigest(),
         "steps": steps,
         "seed": data.seed,
         "kept": kept,
@@ -101,6 +101,10 @@ def make_arm(
     }
     folder = arms / identity_hash(identity)
     return Arm(name=name, rule=rule, selection=selection, recipe=recipe, steps=steps, identity=identity, folder=folder)
+
+
+def _hash_array(values: np.ndarray) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Path) -> None:

@@ -125,7 +125,7 @@ def compute_held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.n
     the held-out losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over
     their correct candidates (zeros when none is known to be correct).
     """
-    row = np.flatnonzero(pool.fits & pool.is_held_out)
+    row = pool.find_held_out()
     sets = [np.ones(len(row), bool), pool.correct[row] == 1]
     means = [compute_problem_mean_coefficients(pool.problem_id[row], mask) for mask in sets]
     return row, np.array(means) / pool.span_tokens[row]

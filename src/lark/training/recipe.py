@@ -7,7 +7,7 @@ from typing import Any
 from lark.common.errors import LarkError
 from lark.scoring.passes import check_average
 
-_NO_RESULT = ("checkpoint_every", "epochs", "steps", "spike", "micro_batch_tokens")
+_NO_RESULT = ("checkpoint_every", "epochs", "steps", "spike", "micro_batch_tokens", "validations")
 """Settings of a recipe that change no student, or do so by the number of steps alone."""
 
 
