@@ -26,7 +26,7 @@ from lark.scoring.gradients import (
     project_gradients,
     read_adam_moments,
 )
-from lark.student.batching import collate
+from lark.student.batching import lay_out_row
 from lark.student.chat import TokenizedTrajectory
 from lark.student.token_statistics import Head
 
@@ -40,7 +40,7 @@ def trajectory(length, prompt_tokens, *, seed):
 
 
 ROWS = [trajectory(20, 7, seed=0), trajectory(33, 12, seed=1), trajectory(9, 0, seed=2)]
-BATCH = [collate([row], [i]) for i, row in enumerate(ROWS)]
+BATCH = [lay_out_row(row, i) for i, row in enumerate(ROWS)]
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_head_gram_of_a_student_is_that_of_its_untied_head(model):
     hidden, target = [], []
     for micro in BATCH:
         with torch.no_grad():
-            hidden.append(gradients.compute_hidden_states(model, micro.input_ids_RL, None)[micro.predict_N])
+            hidden.append(gradients.compute_hidden_states(model, micro.input_ids_1X)[micro.predict_N])
         target.append(micro.target_N)
     counts = [len(t) for t in target]
     ours = compute_head_gram(torch.cat(hidden), torch.cat(target), counts, gradients.get_head(model))

@@ -1,5 +1,7 @@
 """Prefix trees: each distinct beginning once, and hidden states as of sequences computed by themselves."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lark.student.attention import PADDING, build_prefix_tree, enable_prefix_sharing
+from lark.student.attention import _attend_path, build_prefix_tree, enable_packed_rows
 from lark.student.student import compute_hidden_states
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)
@@ -23,18 +25,40 @@ def test_every_distinct_beginning_is_one_node(rows):
     assert all((np.diff(path) > 0).all() for path in paths), "ancestors first"
 
 
-@given(sequences)
-def test_groups_hold_every_row_and_each_node_takes_one_result(rows):
-    ids_X, _, tree, paths = build_prefix_tree(rows)
-    found = sorted(row.tolist() for group in tree.groups for row in group.node_RL)
-    widest = max(map(len, found))
-    assert sorted(path.tolist() + [0] * (widest - len(path)) for path in paths) == sorted(
-        row + [0] * (widest - len(row)) for row in found
-    )
-    assert sum(group.node_RL.numel() for group in tree.groups) <= (1 + PADDING) * sum(map(len, rows))
-    taken = torch.cat([group.node_RL.view(-1)[group.taken_M] for group in tree.groups])
-    into = torch.cat([group.into_M for group in tree.groups])
-    assert torch.equal(taken, into) and sorted(into.tolist()) == list(range(len(ids_X)))
+@given(sequences, st.booleans())
+def test_queries_are_what_is_new_on_a_path_and_keys_the_whole_path(rows, share):
+    ids_X, _, tree, paths = build_prefix_tree(rows, share=share)
+    nodes = torch.arange(len(ids_X)) if tree.node_K is None else tree.node_K
+    found = [nodes[start:stop].tolist() for start, stop in pairwise(tree.cu_k.tolist())]
+    assert all(keys in [path.tolist() for path in paths] for keys in found)
+    borders = list(pairwise(tree.cu_q.tolist()))
+    for keys, (start, stop) in zip(found, borders, strict=True):
+        assert keys[len(keys) - (stop - start) :] == list(range(start, stop)), "every node is a query once"
+    assert borders[-1][1] == len(ids_X) and tree.cu_q.dtype == tree.cu_k.dtype == torch.int32
+    assert tree.longest_q == max(stop - start for start, stop in borders) == max(tree.own_P)
+    assert tree.longest_k == max(map(len, found))
+    assert [own + shared for own, shared in zip(tree.own_P, tree.shared_P, strict=True)] == list(map(len, found))
+
+
+def test_little_that_is_shared_is_not_gathered():
+    rows = [[1, 2, *range(10, 60)], [1, 2, *range(60, 110)]]
+    ids_X, _, tree, _ = build_prefix_tree(rows)
+    assert tree.node_K is None and len(ids_X) == 104
+
+
+@pytest.mark.parametrize("window", [None, 3, 8])
+@pytest.mark.parametrize(("shared", "own"), [(0, 9), (4, 5), (13, 2), (3, 600)])
+def test_a_path_against_dense_attention(shared, own, window):
+    """Aligned at the lower right, in float64; the last case is too long for a mask."""
+    torch.manual_seed(0)
+    keys, groups = shared + own, 2
+    query, key, value = (torch.randn(1, n, size, 8).double() for n, size in ((4, own), (2, keys), (2, keys)))
+    k, v = (x.repeat_interleave(groups, 1) for x in (key, value))
+    place_q, place_k = shared + torch.arange(own)[:, None], torch.arange(keys)[None]
+    seen = (place_k <= place_q) & (place_k > place_q - (window or keys))
+    scores = (query @ k.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
+    ours = _attend_path(query, key, value, window, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ours, scores.softmax(3) @ v, rtol=1e-12, atol=1e-12)
 
 
 SIZES = {
@@ -88,25 +112,13 @@ def test_nodes_have_the_hidden_states_of_separate_sequences(architecture, settin
     assert len(ids_X) == 20 + 30 + 7 + 22 + 3
     with torch.inference_mode():
         expected = alone(model, rows)
-        assert enable_prefix_sharing(model, "sdpa") is None
+        assert enable_packed_rows(model, "sdpa") is None
         nodes_XD = compute_hidden_states(model, ids_X[None], depths_X[None], tree)
         for row, path, states in zip(rows, paths, expected, strict=True):
             torch.testing.assert_close(nodes_XD[torch.from_numpy(path)], states, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(
                 compute_hidden_states(model, torch.tensor([row]), None), states, rtol=1e-5, atol=1e-5
             )
-
-
-def test_padded_rows_without_a_tree_see_no_padding():
-    model, rows = random_student("mistral", sliding_window=WINDOW), some_rows()[:2]
-    with torch.inference_mode():
-        expected = alone(model, rows)
-        assert enable_prefix_sharing(model, "sdpa") is None
-        padded_RL = torch.zeros(2, len(rows[0]), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            padded_RL[i, : len(row)] = torch.tensor(row)
-        states = compute_hidden_states(model, padded_RL, None).view(2, len(rows[0]), -1)
-        torch.testing.assert_close(states[1, : len(rows[1])], expected[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +135,7 @@ def test_a_student_that_cannot_share_is_left_as_it_was(architecture, attention, 
         "qwen2_moe": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "num_experts": 4},
     }
     model = random_student(architecture, attention, **settings.get(architecture, {}))
-    assert reason in (enable_prefix_sharing(model, attention) or "")
+    assert reason in (enable_packed_rows(model, attention) or "")
     assert model.config._attn_implementation == attention
 
 
@@ -141,5 +153,5 @@ class Averaging(torch.nn.Module):
 def test_hidden_mixing_between_neighbours_is_found_by_trying():
     model = random_student("llama")
     model.model.layers[1].mlp = Averaging(model.model.layers[1].mlp)
-    assert "hidden states would differ" in (enable_prefix_sharing(model, "sdpa") or "")
+    assert "hidden states would differ" in (enable_packed_rows(model, "sdpa") or "")
     assert model.config._attn_implementation == "sdpa"

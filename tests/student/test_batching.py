@@ -1,4 +1,4 @@
-"""The step sampler, micro-batches, collate and coefficients against plain loops."""
+"""The step sampler, micro-batches, packed rows and coefficients against plain loops."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lark.student.batching import (
-    collate,
-    collate_prefix_tree,
     compute_loss_coefficients,
     draw_step_rows,
+    lay_out_row,
+    pack_rows,
+    plan_alone,
     plan_packed,
-    plan_padded,
     plan_prefix_units,
     take_rank_rows,
 )
@@ -57,16 +57,15 @@ def test_ranks_partition_the_batch_and_get_equal_work(lengths, world, data):
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS, budget=st.integers(1, 150), packed=st.booleans())
-def test_micro_batches_cover_each_row_once_within_the_budget(lengths, budget, packed):
-    cuts = (plan_packed if packed else plan_padded)(lengths, budget=budget)
+@given(lengths=LENGTHS, budget=st.integers(1, 150))
+def test_micro_batches_cover_each_row_once_within_the_budget(lengths, budget):
+    cuts = plan_packed(lengths, budget=budget)
     assert sorted(np.concatenate(cuts)) == list(range(len(lengths)))
-    for cut in cuts:
-        cost = lengths[cut].sum() if packed else len(cut) * lengths[cut].max()
-        assert cost <= budget or len(cut) == 1
-    if packed:  # any two bins together overflow, or one of them would not have been opened
-        bins = sorted(int(lengths[cut].sum()) for cut in cuts)
-        assert len(bins) < 2 or bins[0] + bins[1] > budget
+    assert all(lengths[cut].sum() <= budget or len(cut) == 1 for cut in cuts)
+    # any two bins together overflow, or one of them would not have been opened
+    bins = sorted(int(lengths[cut].sum()) for cut in cuts)
+    assert len(bins) < 2 or bins[0] + bins[1] > budget
+    assert sorted(np.concatenate(plan_alone(lengths))) == list(range(len(lengths)))
 
 
 @settings(deadline=None)
@@ -90,54 +89,51 @@ def test_prefix_units_cover_each_row_once_within_the_budget(problems, budget, se
         assert sum(bool((problem[cut] == i).any()) for cut in cuts) == 1
 
 
-def test_collate_shared_against_collate():
+@pytest.mark.parametrize("share", [True, False])
+def test_packed_rows_against_a_plain_loop(share):
     rng = np.random.default_rng(0)
     first, second = (rng.integers(1, 1000, 9).tolist() for _ in range(2))
     tails = [rng.integers(1, 1000, length).tolist() for length in (4, 6, 3)]
-    rows = [first + tails[0], second + tails[1], first + tails[2], first + tails[0]]
-    encoded_rows = [
-        TokenizedTrajectory(input_ids=ids, prompt_tokens=9, end_of_turn=len(ids) - 10, steps=[0]) for ids in rows
+    rows = [first + tails[0], second + tails[1], first + tails[2], first + tails[0], second[:1]]
+    prompts = [9, 0, 8, 5, 0]  # the very first token is predicted by nothing
+    numbers = [7, 8, 9, 4, 5]
+    packed = pack_rows(
+        [
+            TokenizedTrajectory(input_ids=ids, prompt_tokens=prompt, end_of_turn=len(ids) - prompt - 1, steps=[0])
+            for ids, prompt in zip(rows, prompts, strict=True)
+        ],
+        numbers,
+        share=share,
+    )
+    assert packed.rows == tuple(numbers) and packed.position_ids_1X is not None
+    assert packed.tokens == (9 + 9 + 4 + 6 + 3 if share else sum(map(len, rows)))
+    expected = [
+        (ids[t - 1], ids[t], ids[t], i, t - prompt, t - 1)
+        for i, (ids, prompt) in enumerate(zip(rows, prompts, strict=True))
+        for t in range(max(prompt, 1), len(ids))
     ]
-    apart, shared = collate(encoded_rows, [7, 8, 9, 4]), collate_prefix_tree(encoded_rows, [7, 8, 9, 4])
-    assert shared.tree is not None and shared.tokens == 9 + 9 + 4 + 6 + 3
-    assert shared.rows == apart.rows
-    for name in ("target_N", "row_N", "position_N"):
-        assert torch.equal(getattr(shared, name), getattr(apart, name)), name
-    flat = shared.input_ids_RL.view(-1)
-    assert torch.equal(flat[shared.observed_N], shared.target_N)
-    assert torch.equal(flat[shared.predict_N], apart.input_ids_RL.view(-1)[apart.predict_N])
-    assert shared.position_ids_RL is not None
-    depths = shared.position_ids_RL.view(-1)
-    assert torch.equal(depths[shared.observed_N], shared.position_N + 9)
-    assert torch.equal(depths[shared.predict_N], shared.position_N + 8)
+    ids_X, depths_X = packed.input_ids_1X[0], packed.position_ids_1X[0]
+    columns = (
+        ids_X[packed.predict_N],
+        packed.target_N,
+        ids_X[packed.observed_N],
+        packed.row_N,
+        packed.position_N,
+        depths_X[packed.predict_N],
+    )
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
 
 
-def test_rows_that_share_little_are_padded():
-    rng = np.random.default_rng(0)
-    assert collate_prefix_tree([encoded(rng, 40, 3), encoded(rng, 40, 3)], [0, 1]).tree is None
+def test_a_row_laid_out_alone_is_that_row_packed():
+    row = encoded(np.random.default_rng(0), 7, 3)
+    alone, packed = lay_out_row(row, 5), pack_rows([row], [5])
+    assert alone.tree is None and alone.position_ids_1X is None and alone.rows == packed.rows
+    for name in ("input_ids_1X", "predict_N", "target_N", "observed_N", "row_N", "position_N"):
+        assert torch.equal(getattr(alone, name), getattr(packed, name)), name
 
 
 def test_no_rows_are_no_micro_batches():
-    for plan in (plan_packed, plan_padded):
-        assert plan(np.zeros(0, np.int64), budget=10) == []
-
-
-def test_collate_against_a_plain_loop():
-    rng = np.random.default_rng(0)
-    rows = [encoded(rng, length, prompt) for length, prompt in ((7, 3), (4, 1), (9, 8), (5, 0))]
-    batch = collate(rows, [70, 71, 72, 73])
-    assert batch.rows == (70, 71, 72, 73)
-    width = 9
-    assert batch.position_ids_RL is None
-    assert batch.input_ids_RL.tolist() == [row.input_ids + [0] * (width - len(row.input_ids)) for row in rows]
-    seen = []
-    for i, row in enumerate(rows):
-        start = i * width
-        first = max(row.prompt_tokens, 1)  # the very first token is predicted by nothing
-        seen += [(start + t - 1, row.input_ids[t], i, t - row.prompt_tokens) for t in range(first, len(row.input_ids))]
-    columns = (batch.predict_N, batch.target_N, batch.row_N, batch.position_N)
-    assert list(zip(*(column.tolist() for column in columns), strict=True)) == seen
-    assert batch.tokens == 36
+    assert plan_packed(np.zeros(0, np.int64), budget=10) == plan_alone(np.zeros(0, np.int64)) == []
 
 
 @given(
@@ -175,6 +171,6 @@ def test_bad_settings_name_themselves():
 
 
 def test_moving_keeps_everything_but_the_device():
-    batch = collate([encoded(np.random.default_rng(0), 5, 2)], [9])
-    moved = batch.to(torch.device("meta"))
-    assert moved.rows == (9,) and moved.target_N.device.type == "meta" and moved.position_ids_RL is None
+    moved = pack_rows([encoded(np.random.default_rng(0), 5, 2)], [9]).to(torch.device("meta"))
+    assert moved.rows == (9,) and moved.target_N.device.type == "meta" and moved.tree is not None
+    assert moved.tree.cu_q.device.type == "meta" and moved.tree.own_P == (5,)

@@ -266,7 +266,7 @@ def test_what_is_said_at_the_end(attention, trained):
     text = describe_training(facts)
     share = f"{facts['row_tokens'] / sum(computed):.0%}"
     tokens = rf".* tokens of trajectories in {sum(computed):,} computed \({share}\)"
-    layout = "packed" if attention == "sdpa" else r"padded rows \(model\.attention=eager takes whole rows\)"
+    layout = "packed" if attention == "sdpa" else r"one row at a time \(model\.attention=eager takes whole rows\)"
     pattern = rf"{layout}; micro-batches of 300 tokens; {tokens}; "
     assert re.match(pattern + r"\d+ trained tokens/s; \d\.\d\d GB$", text), text
     assert (sum(computed) < facts["row_tokens"]) == (attention == "sdpa")  # prompts begin alike

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lark.student import token_statistics as stats
-from lark.student.batching import collate
 from lark.student.token_statistics import Head, compute_weighted_surprisal
 from lark.training.recipe import Recipe
 from lark.training.sft_module import SFTModule
@@ -104,12 +103,13 @@ def test_with_equal_weights_the_loss_is_the_models_own(ready, tmp_path):
     module = sft(data, tmp_path)
     module.load_student(torch.float32)
     batch = data.step(0)
-    rows, encoded = batch.rows, batch.encoded
-    padded = collate(encoded, rows.tolist())
-    labels = torch.full_like(padded.input_ids_RL, -100)
-    for i, row in enumerate(encoded):
-        labels[i, row.prompt_tokens : len(row.input_ids)] = torch.tensor(row.input_ids[row.prompt_tokens :])
-    expected = model(input_ids=padded.input_ids_RL, labels=labels).loss
+    width = max(map(len, (row.input_ids for row in batch.encoded)))
+    ids, labels = torch.zeros(6, width, dtype=torch.int64), torch.full((6, width), -100)
+    for i, row in enumerate(batch.encoded):
+        end, prompt = len(row.input_ids), row.prompt_tokens
+        ids[i, :end] = torch.tensor(row.input_ids)
+        labels[i, prompt:end] = ids[i, prompt:end]
+    expected = model(input_ids=ids, labels=labels).loss
     ours = sum(module.loss(*micro_batch).sum() for micro_batch in module.micro_batches(batch))
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
@@ -354,20 +354,18 @@ def test_out_of_memory_inside_a_step_halves_the_micro_batches_and_changes_nothin
                 raise torch.OutOfMemoryError("out of memory")
             return value
 
-    def trained(most, attention):
+    def trained(most):
         Small.most = most
-        data = make_data(recipe={"micro_batch_tokens": 1000}, student={"attention": attention})
+        data = make_data(recipe={"micro_batch_tokens": 1000})
         return fit(data, make_trainer(max_steps=3), tmp_path, steps=3, kind=Small)
 
-    # Half of what the first step's six rows took: 6 x 96 padded, then 3 x 96; 537 packed, less what they share.
-    for attention, halvings, budget in (("eager", 2, 144), ("sdpa", 1, 537 // 2)):
-        plain, split = trained(10**6, attention), trained(250, attention)
-        assert (plain.totals["halvings"], plain.budget) == (0, 1000)
-        assert (split.totals["halvings"], split.budget) == (halvings, budget)
-        for a, b in zip(plain.parameters(), split.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    plain, split = trained(10**6), trained(250)
+    assert (plain.totals["halvings"], plain.budget) == (0, 1000)
+    assert (split.totals["halvings"], split.budget) == (1, 537 // 2)  # half of the first step's tokens
+    for a, b in zip(plain.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match=r"a trajectory of \d+ tokens alone .*model\.gradient_checkpointing"):
-        trained(20, "sdpa")
+        trained(20)
 
 
 def test_rounding_the_weights_that_are_trained_is_refused(make_data, tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from lark.scoring.pass_module import PassInputs, PassModule
 from lark.scoring.passes import LocalWindows, Pass
-from lark.student.batching import collate, collate_prefix_tree, plan_consecutive, plan_padded
+from lark.student.batching import lay_out_row, pack_rows, plan_alone, plan_consecutive
 from lark.student.chat import TokenizedTrajectory
 from lark.student.context_length import find_rope_border
 from lark.student.student import get_head
@@ -141,13 +141,18 @@ def compute_surprisals(module: PassModule, sequences: Sequence[TokenizedTrajecto
     """
     surprisals: list[np.ndarray] = [np.zeros(0)] * len(sequences)
     lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
-    head, shared = get_head(module.student_model), not module.sharing_disabled_reason
-    long = lengths > find_rope_border(module.student_model)
-    others = np.flatnonzero(~long)
-    plan = plan_consecutive if shared else plan_padded
-    batches = [others[piece] for piece in plan(lengths[others], budget=module.batch_tokens)]
-    for piece in [*np.flatnonzero(long)[:, None], *batches]:
-        micro = (collate_prefix_tree if shared else collate)([sequences[i] for i in piece], piece.tolist())
+    head, share = get_head(module.student_model), module.inputs.settings.share
+    if module.unpacked_reason:
+        batches = plan_alone(lengths)
+    else:
+        long = lengths > find_rope_border(module.student_model)
+        others = np.flatnonzero(~long)
+        batches = list(np.flatnonzero(long)[:, None])
+        batches += [others[piece] for piece in plan_consecutive(lengths[others], budget=module.batch_tokens)]
+    for piece in batches:
+        of_piece, numbers = [sequences[i] for i in piece], piece.tolist()
+        packed = module.unpacked_reason is None
+        micro = pack_rows(of_piece, numbers, share=share) if packed else lay_out_row(*of_piece, *numbers)
         micro = micro.to(head.weight_VD.device)
         surprisal_N = compute_token_statistics(
             module.compute_hidden(micro)[micro.predict_N], micro.target_N, head

@@ -36,7 +36,7 @@ from lark.scoring.gradients import (
 )
 from lark.scoring.pass_module import PassInputs, PassModule
 from lark.scoring.passes import GradientMatches, HeadGradients, LossDrops, Pass, ProjectedGradients
-from lark.student.batching import MicroBatch, collate
+from lark.student.batching import MicroBatch, lay_out_row
 from lark.student.student import Student, get_head
 from lark.student.tokenized_pool import TokenizedPool
 
@@ -92,7 +92,7 @@ class GradientModule(PassModule):
     def collate_each(self, rows: np.ndarray) -> list[MicroBatch]:
         """Make a micro-batch of each row, on the student's device."""
         tokenized = self.inputs.pool.read_tokens(rows)
-        return [collate([one], [row]).to(self.device) for one, row in zip(tokenized, rows.tolist(), strict=True)]
+        return [lay_out_row(one, row).to(self.device) for one, row in zip(tokenized, rows.tolist(), strict=True)]
 
 
 def _cost(micro: MicroBatch, *, forwards: int = 1, backwards: int = 1) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class HeadGradientsModule(PassModule):
     wanted: HeadGradients
 
     def plan_units(self) -> list[np.ndarray]:
-        _ = self.batch_tokens, self.sharing_disabled_reason  # ranks agree on them, also those without a unit
+        _ = self.batch_tokens, self.unpacked_reason  # ranks agree on them, also those without a unit
         return plan_problem_units(self.inputs.pool, self.inputs.rows)
 
     def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ def compute_gradient(model: nn.Module, micro: MicroBatch, parameters: Parameters
     assert len(micro.rows) == 1
     tokens = len(micro.target_N)
     with torch.enable_grad():
-        hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
+        hidden_XD = compute_hidden_states(model, micro.input_ids_1X, micro.position_ids_1X)
         mean_1N = torch.full((1, tokens), 1 / tokens, device=hidden_XD.device)
         loss = compute_weighted_surprisal(hidden_XD[micro.predict_N], micro.target_N, mean_1N, get_head(model))[0]
         tensors = [p for _, p in parameters]
@@ -83,7 +83,7 @@ def compute_flat_gradients(model: nn.Module, batch: Sequence[MicroBatch], parame
 @torch.no_grad()
 def compute_mean_surprisal(model: nn.Module, micro: MicroBatch) -> float:
     """L (nats/token) of the one trajectory in `micro`, its tokens added up in float64."""
-    hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL)
+    hidden_XD = compute_hidden_states(model, micro.input_ids_1X, micro.position_ids_1X)
     tokens = compute_token_statistics(hidden_XD[micro.predict_N], micro.target_N, get_head(model))
     return tokens.surprisal_N.cpu().double().mean().item()
 

@@ -28,8 +28,8 @@ from lark.common.table_cache import list_parts, merge_parts, read_row_numbers, w
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
 from lark.scoring.passes import COST_COLUMNS, Pass
 from lark.scoring.progress import total_progress
-from lark.student.attention import enable_prefix_sharing
-from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_padded, plan_prefix_units
+from lark.student.attention import enable_packed_rows
+from lark.student.batching import MicroBatch, lay_out_row, pack_rows, plan_alone, plan_prefix_units
 from lark.student.chat import SPANS, STEPS
 from lark.student.context_length import find_rope_border
 from lark.student.distributed import Parallelism
@@ -56,7 +56,7 @@ class ScoringSettings:
     skip: int = 2
     """First tokens of a step that are summed apart."""
     batch_tokens: int | None = None
-    """Tokens of one forward pass, padding included; null = as many as memory holds, or serve a CPU best."""
+    """Tokens of one forward pass; null = as many as memory holds, or serve a CPU best."""
     shard_rows: int = 512
     """Rows a file, lost at most by a kill."""
     share: bool = True
@@ -158,17 +158,19 @@ class PassModule(LightningModule):
         """Tokens of one forward pass; the same on every rank, as units are cut by them."""
         asked = self.inputs.settings.batch_tokens
         own = estimate_scoring_tokens(self.student_model, self.device) if asked is None else asked
-        return self.trainer.strategy.broadcast(own)
+        return self.parallelism.find_least(own)
 
     @cached_property
-    def sharing_disabled_reason(self) -> str | None:
-        """None if rows that begin alike share that part's computation (which changes the student's attention), else why
-        not; the same on every rank.
+    def unpacked_reason(self) -> str | None:
+        """None if the student takes packed rows (which changes its attention), else why one row goes alone; the same on
+        every rank, where any of them refuses.
         """
-        if not self.inputs.settings.share:
-            return "probe.share=false"
-        attention = self.inputs.student.attention
-        return self.trainer.strategy.broadcast(enable_prefix_sharing(self.student_model, attention))
+        return self.parallelism.find_refusal(enable_packed_rows(self.student_model, self.inputs.student.attention))
+
+    @property
+    def sharing_disabled_reason(self) -> str | None:
+        """None if rows that begin alike share that part's computation, else why not."""
+        return self.unpacked_reason if self.inputs.settings.share else "probe.share=false"
 
     @cached_property
     def compile_disabled_reason(self) -> str | None:
@@ -193,7 +195,7 @@ class PassModule(LightningModule):
         chosen: dict[str, Any] = {}
         if "batch_tokens" in known:
             chosen["tokens at a time"] = self.batch_tokens
-        if "sharing_disabled_reason" in known:
+        if "unpacked_reason" in known:
             chosen["prompts"] = _describe("shared", self.sharing_disabled_reason)
         if "compile_disabled_reason" in known:
             chosen["statistics"] = _describe("compiled", self.compile_disabled_reason)
@@ -206,24 +208,25 @@ class PassModule(LightningModule):
     def plan_batches(self, rows: np.ndarray) -> list[np.ndarray]:
         """Divide `rows` into pieces of `batch_tokens`."""
         pool, border = self.inputs.pool, find_rope_border(self.student_model)
+        if self.unpacked_reason:
+            return [rows[piece] for piece in plan_alone(pool.length[rows])]
         long = pool.length[rows] > border  # beyond it positions are scaled by the longest row: such rows go alone
         alone, rows = [np.array([row]) for row in rows[long].tolist()], rows[~long]
-        if self.sharing_disabled_reason:
-            pieces = plan_padded(pool.length[rows], budget=self.batch_tokens)
-        else:
-            ids, lengths, spans = pool.problem_id[rows], pool.length[rows], pool.span_tokens[rows]
-            pieces = plan_prefix_units(ids, lengths, spans, budget=self.batch_tokens)
-        return alone + [rows[piece] for piece in pieces if len(piece)]
+        ids, lengths, spans = pool.problem_id[rows], pool.length[rows], pool.span_tokens[rows]
+        counted = spans if self.inputs.settings.share else lengths
+        return alone + [rows[piece] for piece in plan_prefix_units(ids, lengths, counted, budget=self.batch_tokens)]
 
     def collate(self, rows: np.ndarray) -> MicroBatch:
         """Lay rows out as one micro-batch on the student's device."""
-        lay_out = collate if self.sharing_disabled_reason else collate_prefix_tree
-        return lay_out(self.inputs.pool.read_tokens(rows), rows.tolist()).to(self.device)
+        tokenized = self.inputs.pool.read_tokens(rows)
+        if self.unpacked_reason:
+            return lay_out_row(*tokenized, *rows.tolist()).to(self.device)
+        return pack_rows(tokenized, rows.tolist(), share=self.inputs.settings.share).to(self.device)
 
     def compute_hidden(self, micro: MicroBatch) -> torch.Tensor:
         """Compute the last hidden states [X, D] of a micro-batch, whose tokens are counted."""
         self.computed_tokens += micro.tokens
-        return compute_hidden_states(self.student_model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
+        return compute_hidden_states(self.student_model, micro.input_ids_1X, micro.position_ids_1X, micro.tree)
 
     # ---- Lightning's hooks
 
@@ -234,7 +237,7 @@ class PassModule(LightningModule):
                 self.parallelism.check_gradients(self.wanted.name)
             self.student_model = self.load_student(self.trainer.strategy.root_device)
             if self.parallelism.is_divided:
-                _ = self.sharing_disabled_reason  # tried while the student is whole: divided, no forward pass may fail
+                _ = self.unpacked_reason  # tried while the student is whole: divided, no forward pass may fail
                 self.parallelism.divide_layers(self.student_model)
 
     def predict_dataloader(self) -> DataLoader:
@@ -329,7 +332,7 @@ def run_pass(
     """Run the pass over every row under `trainer` and complete the cache folder (rank 0 merges).
 
     The manifest says what it cost: tokens through the student forwards and backwards; those that were computed (shared
-    ones once, padding too); device-seconds at work (model loading and waiting not counted); those of an interrupted
+    ones once); device-seconds at work (model loading and waiting not counted); those of an interrupted
     pass included, and what had to be done `before`. And it says what the pass chose by itself, and how fast it was.
     """
     module.folder.mkdir(parents=True, exist_ok=True)

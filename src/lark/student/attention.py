@@ -1,116 +1,201 @@
-"""Sequences that begin alike, computed as one tree of tokens: what several share goes through the student once.
+"""One packed row of tokens, in which sequences that begin alike are one tree, and its attention.
 
 The candidates of a problem share their prompt. In a causal model a token's hidden state depends on what precedes it
 alone, so the sequences of a micro-batch are paths in a tree whose nodes are their distinct beginnings. The student's
-linear layers see every node once, in one row without padding; only attention, a small part of the work, is computed
-sequence by sequence: queries, keys and values are gathered into padded rows, and each node takes its result from one
-of the rows that it is on. So attention needs no mask but the causal one, and costs what it costs without sharing.
+linear layers see every node once, in one row [1, X] without padding. Attention is that of variable-length sequences:
+the queries of a path are the nodes that are new on it, its keys are all its nodes, and the causal mask is aligned at
+the lower right. Without shared beginnings queries and keys are the same tokens, and nothing is gathered.
 
-Shapes: X nodes, R sequences of a group, L tokens of its longest, H heads, G key-value heads, E head size.
+Shapes: X nodes, P paths, K nodes of all paths one after another, q and k queries and keys of one path, H heads, G
+key-value heads, E head size.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-TREE_ATTENTION = "prefix_tree_sdpa"  # its name among transformers' implementations
-PADDING = 0.15  # of a group's attention at most; more groups mean more and smaller calls
-GROUP_TOKENS = 32768  # of a group at most: what is gathered at a time, however much longer sequences are than the tree
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """Sequences of similar length, right-padded: `node_RL` are their nodes (node 0 in the padding). `taken_M` are the
-    places of the flattened [R * L] whose result goes to the nodes `into_M`.
-    """
-
-    node_RL: Tensor
-    taken_M: Tensor
-    into_M: Tensor
+TREE_ATTENTION = "prefix_tree"  # its name among transformers' implementations
+TRIAL_ATTENTION = "prefix_tree_trial"
+LEAST_SAVING = 0.05  # of the tokens, for which gathering the keys pays
+MASKED_QUERIES = 512  # of a path at most for which a mask costs no more than the half of the square that it spares
+MASK_PLACES = 2**22  # of a mask at most: the backward pass keeps it
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTree:
-    """Nodes of one row of tokens, ancestors first, on the paths of sequences."""
+    """Paths of one packed row, whose new nodes lie one path after another.
 
-    groups: tuple[Group, ...]
+    `cu_q` and `cu_k` (int32 [P + 1]) are the borders of the paths' queries and keys, and `longest_q` and `longest_k`
+    the most of one path; `node_K` are the nodes whose keys those are (None: every path's own, in their order).
+    `own_P` and `shared_P` count the nodes new on each path and those before them, for loops on the host.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    longest_q: int
+    longest_k: int
+    node_K: Tensor | None
+    own_P: tuple[int, ...]
+    shared_P: tuple[int, ...]
 
     def to(self, device: torch.device) -> "PrefixTree":
         """Copy to `device`."""
-        return PrefixTree(
-            groups=tuple(Group(**{k: v.to(device, non_blocking=True) for k, v in vars(g).items()}) for g in self.groups)
-        )
+        return replace(self, **{k: move(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
-def build_prefix_tree(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, PrefixTree, list[np.ndarray]]:
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to `device`; to a GPU by way of pinned memory, so that nobody waits."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def build_prefix_tree(
+    sequences: Sequence[Sequence[int] | np.ndarray], *, share: bool = True
+) -> tuple[Tensor, Tensor, PrefixTree, list[np.ndarray]]:
     """Build the tree of sequences: token ids and positions (depths) of its nodes [X], the tree, and the nodes of each
-    sequence's tokens.
+    sequence's tokens. Without `share`, or where it would spare little, every sequence is a path of its own.
     """
-    paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(sequences)
-    ids, depths, nodes = [], [], 0
-    previous, path = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    # In lexicographic order a sequence shares most with the one before it.
-    for i in sorted(range(len(sequences)), key=lambda i: list(sequences[i])):
-        own = np.asarray(sequences[i], np.int64)
-        shorter = min(len(own), len(previous))
-        different = np.flatnonzero(own[:shorter] != previous[:shorter])
-        shared = int(different[0]) if len(different) else shorter
-        path = np.concatenate([path[:shared], np.arange(nodes, nodes + len(own) - shared)])
-        ids.append(own[shared:])
-        depths.append(np.arange(shared, len(own)))
-        nodes += len(own) - shared
-        paths[i], previous = path, own
-    ids_X, depths_X = torch.from_numpy(np.concatenate(ids)), torch.from_numpy(np.concatenate(depths))
-    return ids_X, depths_X, PrefixTree(groups=tuple(_build_groups(paths, nodes))), paths
+    rows = [np.asarray(sequence, np.int64) for sequence in sequences]
+    shared, order = _count_shared(rows)
+    lengths = np.array([len(row) for row in rows])
+    if not share or shared.sum() < LEAST_SAVING * lengths.sum():
+        shared[:] = 0
+    own = lengths - shared
+    ends = np.cumsum(own[order])
+    paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(rows)
+    path = np.zeros(0, np.int64)
+    for i, end in zip(order.tolist(), ends.tolist(), strict=True):
+        paths[i] = path = np.concatenate([path[: shared[i]], np.arange(end - own[i], end)])
+    ids_X = np.concatenate([rows[i][shared[i] :] for i in order])
+    depths_X = np.concatenate([np.arange(shared[i], lengths[i]) for i in order])
+    new = order[own[order] > 0]  # a sequence that another begins with adds nothing
+    tree = PrefixTree(
+        cu_q=_cumulate(own[new]),
+        cu_k=_cumulate(lengths[new]),
+        longest_q=int(own[new].max()),
+        longest_k=int(lengths[new].max()),
+        node_K=torch.from_numpy(np.concatenate([paths[i] for i in new])) if shared[new].any() else None,
+        own_P=tuple(own[new].tolist()),
+        shared_P=tuple(shared[new].tolist()),
+    )
+    return torch.from_numpy(ids_X), torch.from_numpy(depths_X), tree, paths
 
 
-def plan_group_sizes(lengths: np.ndarray) -> list[int]:
-    """Plan how many sequences of `lengths` [R] (tokens), the longest first, each group takes."""
-    sizes, start, ordered = [], 0, -np.sort(-lengths)
-    for stop in range(1, len(ordered) + 1):
-        padded = (stop + 1 - start) * ordered[start]
-        most = min(GROUP_TOKENS, (1 + PADDING) * ordered[start : stop + 1].sum())
-        if stop == len(ordered) or padded > most:
-            sizes.append(stop - start)
-            start = stop
-    return sizes
+def _count_shared(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Count what each row begins with that the one before it has too, in the order returned with it: lexicographic, in
+    which a row shares most with the one before it.
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())
+    shared, previous = np.zeros(len(rows), np.int64), np.zeros(0, np.int64)
+    for i in order:
+        shorter = min(len(rows[i]), len(previous))
+        different = np.flatnonzero(rows[i][:shorter] != previous[:shorter])
+        shared[i] = different[0] if len(different) else shorter
+        previous = rows[i]
+    return shared, np.array(order)
 
 
-def _build_groups(paths: list[np.ndarray], nodes: int) -> list[Group]:
-    lengths = np.array([len(path) for path in paths])
-    order = np.argsort(-lengths, kind="stable")
-    seen = np.zeros(nodes, bool)
-    groups, start = [], 0
-    for size in plan_group_sizes(lengths):
-        group = [paths[i] for i in order[start : start + size].tolist()]
-        node_RL = np.zeros((len(group), len(group[0])), np.int64)
-        new_RL = np.zeros(node_RL.shape, bool)
-        for row, path in enumerate(group):
-            node_RL[row, : len(path)] = path
-            new_RL[row, : len(path)] = ~seen[path]
-            seen[path] = True
-        taken_M = np.flatnonzero(new_RL)
-        groups.append(
-            Group(
-                node_RL=torch.from_numpy(node_RL),
-                taken_M=torch.from_numpy(taken_M),
-                into_M=torch.from_numpy(node_RL.reshape(-1)[taken_M]),
-            )
-        )
-        start += size
-    return groups
+def _cumulate(counts: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.append(0, np.cumsum(counts)).astype(np.int32))
 
 
-def enable_prefix_sharing(model: Any, implementation: str) -> str | None:
-    """Make the student's attention understand prefix trees: from here on `compute_hidden_states` takes them, and
-    sequences without one are right-padded rows. Returns None, or why this student cannot (it is left as it was).
+# ---- attention
+
+
+def _attend_tree(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    prefix_tree: PrefixTree | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend as transformers asks: query [1, H, X, E], key and value [1, G, X, E] -> [1, X, H, E].
+
+    Without a tree: rows [R, H, L, E] -> [R, L, H, E], each causal by itself.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions make float32 of them
+    tree = prefix_tree
+    if tree is not None and tree.node_K is not None:
+        key, value = _gather(key, tree.node_K), _gather(value, tree.node_K)
+    if tree is not None and dropout == 0.0 and _has_kernel(query, value):
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        borders = (tree.cu_q, tree.cu_k, tree.longest_q, tree.longest_k)
+        return varlen_attn(*rows, *borders, scale=scaling, window_size=window, enable_gqa=True)[None], None  # type: ignore[union-attr]
+    if query.device.type == "cuda" and query.shape[1] > key.shape[1]:  # no kernel for groups of heads in float32
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    settings = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] > key.shape[1]}
+    if tree is None:
+        return _attend_path(query, key, value, sliding_window, **settings).transpose(1, 2), None
+    lengths = [own + shared for own, shared in zip(tree.own_P, tree.shared_P, strict=True)]
+    pieces = zip(query.split(tree.own_P, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outputs = [_attend_path(*piece, sliding_window, **settings).transpose(1, 2) for piece in pieces]
+    return torch.cat(outputs, 1), None
+
+
+def _gather(x: Tensor, node_K: Tensor) -> Tensor:
+    """Gather the nodes of all paths: [1, G, X, E] -> [1, G, K, E]."""
+    x_XD = x[0].transpose(0, 1).flatten(1)  # one piece of memory a node
+    return x_XD.index_select(0, node_K).view(len(node_K), x.shape[1], -1).transpose(0, 1)[None]
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Tell whether flash attention takes such heads (on the meta device, as on a GPU)."""
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
+    fits = query.shape[3] == value.shape[3] <= 256 and query.shape[3] % 8 == 0
+    return fits and query.device.type in ("cuda", "meta") and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _attend_path(query: Tensor, key: Tensor, value: Tensor, window: int | None, **settings: Any) -> Tensor:
+    """Attend causally by sdpa from the last q of k tokens, [R, H, q, E], to all of them, [R, G, k, E].
+
+    Where `window` tokens are looked back only, as many queries at a time, so that a mask has at most window x
+    (2 window) places, however long the path.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    shared = keys - queries
+    if window is None or keys <= window:
+        if not shared:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
+        if queries <= max(MASKED_QUERIES, shared) and queries * keys <= MASK_PLACES:
+            mask_qk = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril_(shared)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_qk, **settings)
+        # the kernel's mask is aligned at the upper left: put queries that nobody reads before the others
+        padded = F.pad(query, (0, 0, shared, 0))
+        return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **settings)[:, :, shared:]
+    blocks = []
+    for start in range(0, queries, window):
+        stop, first = min(start + window, queries), max(shared + start - window + 1, 0)
+        place_q = torch.arange(shared + start, shared + stop, device=query.device)[:, None]
+        place_k = torch.arange(first, shared + stop, device=query.device)[None]
+        mask_qk = (place_k <= place_q) & (place_k > place_q - window)
+        part = (query[:, :, start:stop], key[:, :, first : shared + stop], value[:, :, first : shared + stop])
+        blocks.append(F.scaled_dot_product_attention(*part, attn_mask=mask_qk, **settings))
+    return torch.cat(blocks, 2)
+
+
+AttentionInterface.register(TREE_ATTENTION, _attend_tree)
+
+
+# ---- whether a student takes packed rows
+
+
+def enable_packed_rows(model: Any, implementation: str) -> str | None:
+    """Make the student's attention understand prefix trees: from here on `compute_hidden_states` takes them. Returns
+    None, or why this student cannot (it is left as it was, and takes one row a forward pass).
 
     Whether it can is tried: an attention of another kind, or a layer that mixes tokens without attention, gives other
     hidden states. (Layers with a convolution are refused without trying.)
@@ -119,15 +204,18 @@ def enable_prefix_sharing(model: Any, implementation: str) -> str | None:
         return f"model.attention={implementation} takes whole rows"
     if any(isinstance(module, torch.nn.Conv1d) for module in model.get_decoder().modules()):
         return f"{type(model).__name__} does not mix tokens by attention alone"
-    windows = set[int]()
-    inner = partial(_attend_in_window, ALL_ATTENTION_FUNCTIONS[implementation])
-    AttentionInterface.register(TREE_ATTENTION, partial(_attend_tree, inner, windows))
+    windows = set[int | None]()
+
+    def attend(*inputs: Any, sliding_window: int | None = None, **keywords: Any) -> tuple[Tensor, None]:
+        windows.add(sliding_window)
+        return _attend_tree(*inputs, sliding_window=sliding_window, **keywords)
+
     with torch.inference_mode():
         rows, padded = _compute_trial_rows(model)
-        model.set_attn_implementation(TREE_ATTENTION)
+        AttentionInterface.register(TRIAL_ATTENTION, attend)
+        model.set_attn_implementation(TRIAL_ATTENTION)
         reason = _try_tree(model, rows, padded) or _find_hidden_window(model.config.get_text_config(), windows)
-    if reason is not None:
-        model.set_attn_implementation(implementation)
+    model.set_attn_implementation(implementation if reason else TREE_ATTENTION)
     return reason
 
 
@@ -163,7 +251,7 @@ def _try_tree(model: Any, rows: list[Tensor], padded_RLD: Tensor) -> str | None:
     return None if same else f"its hidden states would differ by {difference:.2g}"
 
 
-def _find_hidden_window(config: Any, told: set[int]) -> str | None:
+def _find_hidden_window(config: Any, told: set[int | None]) -> str | None:
     """Say why attention would not look back a window only, where the mask alone says so, which is not made here."""
     types = getattr(config, "layer_types", None)
     if types is not None and not any(kind.startswith(("sliding", "chunked")) for kind in types):
@@ -171,59 +259,3 @@ def _find_hidden_window(config: Any, told: set[int]) -> str | None:
     found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     hidden = [window for window in found if window is not None and window not in told]
     return f"its attention is not told of its window of {hidden[0]} tokens" if hidden else None
-
-
-def _attend_tree(
-    inner: Callable[..., Tensor],
-    windows: set[int],
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    prefix_tree: PrefixTree | None = None,
-    **keywords: Any,
-) -> tuple[Tensor, None]:
-    """Attend as transformers asks: query [1, H, X, E], key and value [1, G, X, E] -> [1, X, H, E].
-
-    Without a tree: rows [R, H, L, E] -> [R, L, H, E], as always. `windows` learns which ones it is told of.
-    """
-    if (window := keywords.get("sliding_window")) is not None:
-        windows.add(window)
-    if prefix_tree is None:
-        return inner(module, query, key, value, **keywords), None
-    result_XHE: Tensor | None = None
-    for group in prefix_tree.groups:
-        output_RLHE = inner(module, *(_gather(x, group.node_RL) for x in (query, key, value)), **keywords)
-        if result_XHE is None:  # autocast may have made it of another dtype than the queries
-            result_XHE = output_RLHE.new_empty(query.shape[2], query.shape[1], value.shape[3])
-        result_XHE[group.into_M] = output_RLHE.flatten(0, 1).index_select(0, group.taken_M)
-    assert result_XHE is not None
-    return result_XHE[None], None
-
-
-def _gather(x: Tensor, node_RL: Tensor) -> Tensor:
-    """Gather a group's rows: [1, H, X, E] -> [R, H, L, E]."""
-    x_XD = x[0].transpose(0, 1).flatten(1)  # one piece of memory a node
-    return x_XD.index_select(0, node_RL.view(-1)).view(*node_RL.shape, x.shape[1], -1).transpose(1, 2)
-
-
-def _attend_in_window(
-    attend: Callable[..., Any], module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, **keywords: Any
-) -> Tensor:
-    """Attend causally by sdpa. In a layer that looks back `sliding_window` tokens only, as many queries at a time, so
-    that a mask has at most window x (2 window) places, however long the row.
-    """
-    window, length = keywords.get("sliding_window"), query.shape[2]
-    if window is None or length <= window:
-        return attend(module, query, key, value, None, **keywords)[0]
-    blocks = []
-    for start in range(0, length, window):
-        stop, first = min(start + window, length), max(start - window + 1, 0)
-        place_Q = torch.arange(start, stop, device=query.device)[:, None]
-        place_K = torch.arange(first, stop, device=query.device)[None]
-        mask_QK = (place_K <= place_Q) & (place_K > place_Q - window)
-        part = (query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop])
-        blocks.append(attend(module, *part, mask_QK[None, None], **keywords)[0])
-    return torch.cat(blocks, 1)

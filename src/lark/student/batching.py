@@ -1,6 +1,6 @@
-"""Rows to batches: the step sampler, plans of micro-batches, collate. A pure function of (rows, seed, step).
+"""Rows to batches: the step sampler, plans of micro-batches, packed rows. A pure function of (rows, seed, step).
 
-Shapes: R rows of a padded micro-batch (or 1 packed row), L its length, N trained tokens.
+Shapes: X tokens of a packed row, N trained ones among them.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,21 @@ from torch import Tensor
 
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
-from lark.student.attention import PrefixTree, build_prefix_tree
+from lark.student.attention import PrefixTree, build_prefix_tree, move
 from lark.student.chat import TokenizedTrajectory
-
-LEAST_SAVING = 0.05  # of the computed tokens, for which a prefix tree's gathering pays
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Rows laid out for one forward pass, and the tokens that count.
+    """Trajectories laid out as one row for one forward pass, and the tokens that count.
 
-    `input_ids_RL` is right-padded (causal attention never looks right, so no mask is needed), or one packed row of the
-    nodes of a `tree` with their `position_ids_RL`. `predict_N` indexes the flattened [R * L] hidden states that predict
-    `target_N`, `observed_N` those that have seen it; `row_N` and `position_N` say which row of the micro-batch, and
-    which place in its span, that is.
+    `tree` says which tokens belong to which trajectory; None: there is one trajectory, for any student's attention.
+    `predict_N` indexes the hidden states [X] that predict `target_N`, `observed_N` those that have seen it; `row_N` and
+    `position_N` say which trajectory of the micro-batch, and which place in its span, that is.
     """
 
-    input_ids_RL: Tensor
-    position_ids_RL: Tensor | None
+    input_ids_1X: Tensor
+    position_ids_1X: Tensor | None
     predict_N: Tensor
     target_N: Tensor
     observed_N: Tensor
@@ -40,46 +37,36 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Count the tokens computed, padding included; those that rows share once."""
-        return self.input_ids_RL.numel()
+        """Count the tokens computed; those that trajectories share once."""
+        return self.input_ids_1X.numel()
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy to `device`."""
-        moved = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v.to(device)
-            for k, v in vars(self).items()
-            if isinstance(v, Tensor | PrefixTree)
-        }
-        return replace(self, **moved)
+        moved = {name: move(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved, tree=None if self.tree is None else self.tree.to(device))
 
 
-def collate(encoded: Sequence[TokenizedTrajectory], rows: Sequence[int]) -> MicroBatch:
-    """Lay out `encoded`, whose ids are `rows`, as right-padded rows."""
-    width = max(len(row.input_ids) for row in encoded)
-    input_ids_RL = torch.zeros(len(encoded), width, dtype=torch.int64)
-    for i, row in enumerate(encoded):
-        input_ids_RL[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
-    paths = [i * width + np.arange(len(row.input_ids)) for i, row in enumerate(encoded)]
-    return _lay_out(encoded, rows, paths, input_ids_RL)
+def pack_rows(encoded: Sequence[TokenizedTrajectory], rows: Sequence[int], *, share: bool = True) -> MicroBatch:
+    """Lay out `encoded`, whose ids are `rows`, as one packed row; what they begin alike with is there once."""
+    ids_X, depths_X, tree, paths = build_prefix_tree([row.input_ids for row in encoded], share=share)
+    return _lay_out(encoded, rows, paths, ids_X, depths_X, tree)
 
 
-def collate_prefix_tree(encoded: Sequence[TokenizedTrajectory], rows: Sequence[int]) -> MicroBatch:
-    """Lay out `encoded` as one prefix tree, unless right-padded rows come to nearly as few tokens."""
-    ids_X, depths_X, tree, paths = build_prefix_tree([row.input_ids for row in encoded])
-    if len(ids_X) > (1 - LEAST_SAVING) * len(encoded) * max(len(path) for path in paths):
-        return collate(encoded, rows)
-    return _lay_out(encoded, rows, paths, ids_X[None], depths_X[None], tree)
+def lay_out_row(row: TokenizedTrajectory, number: int) -> MicroBatch:
+    """Lay out one trajectory, whose id is `number`, for any student's attention."""
+    ids_X, path = torch.tensor(row.input_ids, dtype=torch.int64), np.arange(len(row.input_ids))
+    return _lay_out([row], [number], [path], ids_X, None, None)
 
 
 def _lay_out(
     encoded: Sequence[TokenizedTrajectory],
     rows: Sequence[int],
     paths: Sequence[np.ndarray],
-    input_ids_RL: Tensor,
-    position_ids_RL: Tensor | None = None,
-    tree: PrefixTree | None = None,
+    ids_X: Tensor,
+    depths_X: Tensor | None,
+    tree: PrefixTree | None,
 ) -> MicroBatch:
-    """Find the scored tokens of rows whose tokens stand at `paths` of the flattened ids."""
+    """Find the scored tokens of trajectories whose tokens stand at `paths` of the row."""
     firsts = [max(row.prompt_tokens, 1) for row in encoded]  # nothing predicts the very first token
     observed = [path[first:] for path, first in zip(paths, firsts, strict=True)]
     observed_N = torch.from_numpy(np.concatenate(observed))
@@ -87,10 +74,10 @@ def _lay_out(
         np.arange(first, len(row.input_ids)) - row.prompt_tokens for row, first in zip(encoded, firsts, strict=True)
     ]
     return MicroBatch(
-        input_ids_RL=input_ids_RL,
-        position_ids_RL=position_ids_RL,
+        input_ids_1X=ids_X[None],
+        position_ids_1X=None if depths_X is None else depths_X[None],
         predict_N=torch.from_numpy(np.concatenate([p[first - 1 : -1] for p, first in zip(paths, firsts, strict=True)])),
-        target_N=input_ids_RL.view(-1)[observed_N],
+        target_N=ids_X[observed_N],
         observed_N=observed_N,
         row_N=torch.from_numpy(np.repeat(np.arange(len(encoded)), [len(span) for span in observed])),
         position_N=torch.from_numpy(np.concatenate(positions)),
@@ -120,17 +107,9 @@ def take_rank_rows(batch: np.ndarray, lengths: np.ndarray, *, rank: int, world: 
     return batch[np.argsort(-lengths[batch], kind="stable")][rank::world]
 
 
-def plan_padded(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:
-    """Plan micro-batches of right-padded rows of similar length, each of at most `budget` tokens, padding included (a
-    longer row goes alone). Returns indices into `lengths`.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    parts, start = [], 0
-    for i in range(1, len(order) + 1):
-        if i == len(order) or (i + 1 - start) * lengths[order[start]] > budget:
-            parts.append(order[start:i])
-            start = i
-    return parts
+def plan_alone(lengths: np.ndarray) -> list[np.ndarray]:
+    """Plan micro-batches of one row each, the longest first. Returns indices into `lengths`."""
+    return list(np.argsort(-lengths, kind="stable")[:, None])
 
 
 def plan_packed(lengths: np.ndarray, *, budget: int) -> list[np.ndarray]:

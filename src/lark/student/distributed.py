@@ -161,6 +161,14 @@ class Parallelism:
             dist.all_gather_object(gathered, found)
         return gathered
 
+    def find_least(self, count: int) -> int:
+        """Find the least of all ranks' `count`."""
+        return min(self.gather_objects(count))
+
+    def find_refusal(self, reason: str | None) -> str | None:
+        """Find a reason that any rank gives, the first one's; None where no rank gives one."""
+        return next((found for found in self.gather_objects(reason) if found is not None), None)
+
     def collect_state(self, model: nn.Module) -> dict[str, Any] | None:
         """Put a divided student's state dict together on the CPU of rank 0 (empty elsewhere); None: it is whole. All
         ranks take part.

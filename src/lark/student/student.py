@@ -48,7 +48,7 @@ class Student:
     dtype: str = "auto"
     """auto | float32 | bfloat16 | float16. auto is float32 on a CPU and bfloat16 on an accelerator."""
     attention: str = "sdpa"
-    """The transformers attention implementation. Only sdpa shares prompts and packs rows; others take whole rows."""
+    """The transformers attention implementation. sdpa shares prompts and packs rows; others take one row at a time."""
     template: str = "chatml"
     """chatml | llama3 | own | a Jinja file."""
     end_token: str | None = None
@@ -338,16 +338,16 @@ def get_head(model: Any) -> Head:
 
 
 def compute_hidden_states(
-    model: Any, input_ids_RL: torch.Tensor, position_ids_RL: torch.Tensor | None, tree: PrefixTree | None = None
+    model: Any, input_ids_1X: torch.Tensor, position_ids_1X: torch.Tensor | None = None, tree: PrefixTree | None = None
 ) -> torch.Tensor:
-    """Compute last hidden states [R * L, D] of right-padded rows, which need no attention mask, or of the nodes of a
-    prefix tree (once `lark.student.attention.enable_prefix_sharing` has made the student understand one).
+    """Compute last hidden states [X, D] of one row, which needs no attention mask, or of the nodes of a prefix tree
+    (once `lark.student.attention.enable_packed_rows` has made the student understand one).
     """
     decoder: Any = get_base_model(model).get_decoder()
-    # Ranks take rank 0's word for it; one whose own trial failed would let every document see the others.
+    # Ranks agree on it; a student that takes no tree would let every trajectory see the others.
     assert tree is None or decoder.config._attn_implementation == TREE_ATTENTION, "a student that takes no prefix tree"
-    shared = {} if tree is None else {"prefix_tree": tree}
-    output = decoder(input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False, **shared)
+    packed = {} if tree is None else {"prefix_tree": tree}
+    output = decoder(input_ids=input_ids_1X, position_ids=position_ids_1X, use_cache=False, **packed)
     return output.last_hidden_state.flatten(0, 1)
 
 

@@ -168,7 +168,7 @@ def collect_training_facts(trainer: Trainer, module: Any) -> dict[str, Any]:
 
 def describe_training(facts: Mapping[str, Any]) -> str:
     """Describe what `collect_training_facts` gave, for the log."""
-    layout = f"padded rows ({facts['unpacked_reason']})" if facts["unpacked_reason"] else "packed"
+    layout = f"one row at a time ({facts['unpacked_reason']})" if facts["unpacked_reason"] else "packed"
     halved = f" (halved {facts['halvings']} times for want of memory)" if facts["halvings"] else ""
     text = (
         f"{layout}; micro-batches of {facts['micro_batch_tokens']:,} tokens{halved}; {facts['row_tokens']:,} tokens of "

@@ -21,7 +21,7 @@ class Recipe:
     warmup: share of the steps.  schedule: cosine | constant (after the warm-up).
     weight_decay, betas: AdamW's.  clip: largest gradient norm.
     average: trajectory (sum_k q_k L_k) | token.  weighted: false trains the same rows with weights 1.
-    micro_batch_tokens: tokens of one forward-backward pass, padding included; null = as memory allows. Where memory
+    micro_batch_tokens: tokens of one forward-backward pass; null = as memory allows. Where memory
         does run out, it is halved and the step is done again.
     spike: a step whose loss exceeds this many times the median of the steps before it stops training; null = none does.
     validations: held-out evaluations over the run.  checkpoint_every: optimizer steps.

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lark.common.cache import write_text
 from lark.common.errors import LarkError
-from lark.student.attention import enable_prefix_sharing
-from lark.student.batching import MicroBatch, collate, collate_prefix_tree, plan_packed, plan_padded
+from lark.student.attention import enable_packed_rows
+from lark.student.batching import MicroBatch, lay_out_row, pack_rows, plan_alone, plan_packed
 from lark.student.chat import TokenizedTrajectory
 from lark.student.distributed import Parallelism, clip_gradients
 from lark.student.memory import estimate_training_tokens, is_out_of_memory, release_memory
@@ -35,6 +35,7 @@ from lark.training.divergence import DivergedError, Losses
 from lark.training.recipe import Recipe
 
 PRECISIONS = ("32-true", "bf16-mixed")
+NOTHING = TokenizedTrajectory(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])
 NAMED = 10  # trajectories that a message about a loss names
 
 
@@ -52,7 +53,7 @@ class SFTModule(LightningModule):
         self.student_model: Any = None
         self.parallelism = Parallelism()
         self.unpacked_reason: str | None = None
-        """Why a micro-batch is padded rows; None: it is one packed row."""
+        """Why a micro-batch is one row; None: it is several, packed."""
         self.budget = recipe.micro_batch_tokens or 0
         """Tokens of a micro-batch."""
         self.curve: list[dict[str, float]] = []
@@ -82,7 +83,7 @@ class SFTModule(LightningModule):
         self.student_model = self.student.load_trainable(dtype)
         base: Any = get_base_model(self.student_model)
         base.eval()
-        self.unpacked_reason = enable_prefix_sharing(base, self.student.attention)
+        self.unpacked_reason = self.parallelism.find_refusal(enable_packed_rows(base, self.student.attention))
         base.train()
         self.student_model.weighted_surprisal = MethodType(_weighted_surprisal, self.student_model)
 
@@ -90,10 +91,8 @@ class SFTModule(LightningModule):
         """Find what a micro-batch may take, now that the student is on its device."""
         if not self.budget:
             model, checkpointed = get_base_model(self.student_model), self.student.gradient_checkpointing
-            own = torch.tensor(
-                estimate_training_tokens(model, self.device, checkpointed=checkpointed), device=self.device
-            )
-            self.budget = int(self.trainer.strategy.reduce(own, reduce_op="min"))
+            own = estimate_training_tokens(model, self.device, checkpointed=checkpointed)
+            self.budget = self.parallelism.find_least(own)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -113,28 +112,23 @@ class SFTModule(LightningModule):
 
     def micro_batches(self, batch: Step) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Yield the rank's part of a step in micro-batches, each with the coefficients [C, R] of its rows."""
-        lay_out = collate_prefix_tree if self.unpacked_reason is None else collate
         plan = self._plan(batch.lengths)
         for part in plan:
-            micro = lay_out([batch.encoded[i] for i in part.tolist()], batch.rows[part].tolist())
+            encoded, rows = [batch.encoded[i] for i in part.tolist()], batch.rows[part].tolist()
+            micro = pack_rows(encoded, rows) if self.unpacked_reason is None else lay_out_row(*encoded, *rows)
             yield self._move(micro, batch.coefficient_CR[:, part])
         if self.parallelism.is_divided:  # every forward pass takes all ranks
             most = max(len(self._plan(lengths)) for lengths in batch.lengths_by_rank)
             for _ in range(most - len(plan)):
-                nothing = collate(
-                    [TokenizedTrajectory(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])], [-1]
-                )
-                yield self._move(nothing, np.zeros((len(batch.coefficient_CR), 1)))
+                yield self._move(lay_out_row(NOTHING, -1), np.zeros((len(batch.coefficient_CR), 1)))
 
     def _plan(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Plan micro-batches of rows of `lengths` [R] (tokens); returns indices into them."""
-        return (plan_packed if self.unpacked_reason is None else plan_padded)(lengths, budget=self.budget)
+        return plan_packed(lengths, budget=self.budget) if self.unpacked_reason is None else plan_alone(lengths)
 
     def _count_largest(self, lengths: np.ndarray) -> int:
         """Count the tokens of the largest micro-batch of rows of `lengths`, what they share not deducted."""
-        parts = [lengths[part] for part in self._plan(lengths)]
-        packed = self.unpacked_reason is None
-        return max((int(part.sum() if packed else len(part) * part.max()) for part in parts), default=0)
+        return max((int(lengths[part].sum()) for part in self._plan(lengths)), default=0)
 
     def _move(self, micro: MicroBatch, coefficient_CR: np.ndarray) -> tuple[MicroBatch, Tensor]:
         return micro.to(self.device), torch.tensor(coefficient_CR, dtype=torch.float32, device=self.device)
@@ -228,8 +222,7 @@ class SFTModule(LightningModule):
     @torch.no_grad()
     def _compute_row_loss(self, batch: Step, i: int) -> float:
         """Compute L of one row (nats/token) by itself: in sums with other rows what is not a number would spread."""
-        row = batch.encoded[i]
-        micro = collate([row], [int(batch.rows[i])])
+        micro = lay_out_row(batch.encoded[i], int(batch.rows[i]))
         return self.loss(*self._move(micro, np.full((1, 1), 1 / len(micro.target_N)))).item()
 
     # ---- the held-out loss
@@ -268,7 +261,7 @@ class SFTModule(LightningModule):
 
 def _weighted_surprisal(model: Any, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
     """Compute the loss as a method of the student: a divided one gathers its head for its own methods only."""
-    hidden_XD = compute_hidden_states(model, micro.input_ids_RL, micro.position_ids_RL, micro.tree)
+    hidden_XD = compute_hidden_states(model, micro.input_ids_1X, micro.position_ids_1X, micro.tree)
     return compute_weighted_surprisal(
         hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], get_head(model)
     )
