@@ -22,10 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "selector", "baseline", "diagnostics", "trainer", "logger")
-BLOCKS = ("probe", "sft", "evaluation")
+BLOCKS = ("probe", "sft", "evaluation", "cost")
 VALUES: dict[str, Any] = {
     "seed": Annotated[int, 0],
-    "stop_after": Literal["statistics", "selection", "training", None],
+    "stop_after": Literal["cost", "statistics", "selection", "training", None],
     "verbose": bool,
     "budget": Annotated[int, 1],
     "filter": str | dict | None,

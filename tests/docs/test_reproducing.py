@@ -1,12 +1,17 @@
 """docs/reproducing.md: the papers' settings are what its commands compose to; its costs are recomputed."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from pages import commands, composed, text_of
 from transformers import Qwen2Config
 
 from lark import config as configuration
+from lark.experiment.bill import CostSettings, find_device, read_shape
+from lark.experiment.cost import Work, estimate_stages
 from lark.student.student import Student
 from lark.training.recipe import Recipe
 
@@ -54,18 +59,54 @@ def test_students() -> None:
         assert student.id == weights
 
 
-def test_costs() -> None:
-    """The table is the formulas above it."""
-    flops, share, bandwidth, reached = 989e12, 0.4, 3.35e12, 0.5
-    pool, trained, answers = 4500 * 33 * 4000, 4500 * 3 * 4000, 798 * 5 * 4000
-    rows = re.findall(r"^\| `\w+` \| (\d+\.\d+) \| ([\d,]+) \| (.*) \|$", PAGE, re.MULTILINE)
-    assert len(rows) == 6
-    for billions, cache_bytes, hours in rows:
-        n, c = float(billions) * 1e9, int(cache_bytes.replace(",", ""))
-        seconds = [
-            2 * n * pool / (share * flops),
-            6 * n * trained * 3 / (share * flops),
-            8 * n * trained * 5 / (share * flops),
-            answers * (2 * n / 64 + c * 4000 / 2) / (reached * bandwidth),
-        ]
-        assert hours.split(" | ") == [f"{value / 3600:.1f}" for value in seconds]
+SIZES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary, tied embeddings
+    "qwen": (3584, 28, 28, 4, 18944, 152064, False),
+    "qwen_math": (3584, 28, 28, 4, 18944, 152064, False),
+    "qwen3_14b": (5120, 40, 40, 8, 17408, 151936, False),
+    "llama": (4096, 32, 32, 8, 14336, 128256, False),
+    "qwen3": (2560, 36, 32, 8, 9728, 151936, True),
+    "qwen_3b": (2048, 36, 16, 2, 11008, 151936, True),
+}
+
+
+def test_costs(tmp_path: Path) -> None:
+    """The table is what stop_after=cost reckons with, for the counts that the page gives."""
+    work = Work(
+        passes={"statistics": (1, 0)},
+        rows=4500 * 33,
+        row_tokens=4000.0,
+        arms=1,
+        steps=4500 * 3 * 3 // 64,
+        batch_size=64,
+        held_out_rows=256 * 21,
+        sampled=798 * 5,
+        answer_tokens=4000.0,
+    )
+    device = find_device(CostSettings(device="h100"), torch.device("cpu"))
+    rows = re.findall(r"^\| `(\w+)` \| (\d+\.\d+) \| (.*) \|$", PAGE, re.MULTILINE)
+    assert [option for option, *_ in rows] == list(SIZES)
+    for option, billions, hours in rows:
+        hidden, layers, heads, kv_heads, intermediate, vocabulary, is_tied = SIZES[option]
+        config = Qwen2Config(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            intermediate_size=intermediate,
+            vocab_size=vocabulary,
+            tie_word_embeddings=is_tied,
+        )
+        config.head_dim = 128
+        config.save_pretrained(tmp_path / option)
+        made: Student = configuration.build_model_option(option)
+        found = []
+        for lora in (made.lora, None):
+            student = replace(made, path=str(tmp_path / option), lora=lora, dtype="bfloat16")
+            shape = read_shape(student, torch.device("cpu"))
+            stages = estimate_stages(shape, work, device, {})
+            found.append({stage.name.partition(",")[0]: stage.seconds / 3600 for stage in stages})
+        assert f"{shape.parameters / 1e9:.2f}" == billions
+        lora_hours, full_hours = found
+        cells = [lora_hours["statistics"], lora_hours["training"], full_hours["training"], lora_hours["held-out loss"]]
+        cells.append(lora_hours["answers"] / 2)  # one student of two
+        assert hours.split(" | ") == [f"{value:.1f}" for value in cells], option

@@ -1,5 +1,7 @@
 """The arms of a run: which are trained, evaluated or found done, in which order, under which locks."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -59,6 +61,8 @@ class ArmRunner:
         self.arms, self.run, self.evaluates, self.keeps_losses = arms, run, evaluates, keeps_losses
         self.end_check = EndTokenCheck(data)
         self.evaluation = evaluation_identity(data.task, problems, sampling, seed=data.seed, dtype=data.dtype)
+        self.seconds = {"training": 0.0, "sampling": 0.0}
+        """Clock seconds of what was done here; nan where a part of it had been done before."""
         self.figures: dict[str, dict[str, Any]] = {}
         """Return what each arm's evaluation came to, by the arm's name; on rank 0."""
 
@@ -104,6 +108,14 @@ class ArmRunner:
             except DivergedError as error:
                 logger.warning(f"{arm.name} diverged and has no figures ({error})")
 
+    def took(self) -> dict[str, float]:
+        """Sum the device-seconds of choosing, training and sampling; nan for what was not done here from the start."""
+        data = self.data
+        passes = [data.costs[need] for need in data.needs if not data.is_cached[need]]
+        is_whole = len(passes) == len(data.needs) and not any(cost.get("resumed_rows") for cost in passes)
+        scoring = sum(cost["seconds"] for cost in passes) if is_whole else math.nan
+        return {"scoring": scoring} | {kind: seconds * data.world_size for kind, seconds in self.seconds.items()}
+
     def warm_up(self, wanted: GradientMatches) -> WarmUp:
         """Train the warm-up arm that the pass learns from, unless another job has done so."""
         data = self.data
@@ -136,6 +148,8 @@ class ArmRunner:
         title = f"{arm.name}-{arm.rule}-seed{self.data.seed}"
         job_type = "reused" if action == "reuse" else arm.name
         about = {"hash": arm.folder.name, "arm": arm.name, "rule": arm.rule}
+        if action != "train" and arm.selection is not None:
+            self.seconds["training"] = math.nan
         with ExitStack() as held:
             opened = held.enter_context(self.open_logger(title, job_type, **about)) if is_main() else None
             if action == "train":
@@ -159,6 +173,7 @@ class ArmRunner:
     def _train(
         self, arm: Arm, label: str, callbacks: Sequence[Callback], experiment_logger: Logger | None = None
     ) -> None:
+        is_resumed, start = arm.last.exists(), time.monotonic()
         train(
             arm,
             self.data,
@@ -168,3 +183,4 @@ class ArmRunner:
             plan=self.plan,
             run=self.run,
         )
+        self.seconds["training"] += math.nan if is_resumed else time.monotonic() - start

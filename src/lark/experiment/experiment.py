@@ -19,6 +19,7 @@ from lark.config import build, build_model_option
 from lark.diagnostics.diagnostics import Diagnosis
 from lark.experiment import console
 from lark.experiment.arm import ArmRunner
+from lark.experiment.bill import Bill, announce_bill, compare_bill, make_bill, print_bill
 from lark.experiment.statistics_file import write_statistics
 from lark.experiment.summary import settings, summarise_run
 from lark.page.pool_sample import write_sample
@@ -99,6 +100,11 @@ class Experiment:
         self._check_devices()
         console.announce_header(self.config, self.folder)
         self._read_pool()
+        bill = self._make_bill()
+        if self.config.stop_after == "cost":
+            print_bill(bill) if is_main() else None
+            return self._stop("cost", self.folder / "summary.json", bill=bill.to_record())
+        announce_bill(bill)
         with self.runner.checker:
             self._score()
             if self.config.stop_after == "statistics":
@@ -110,6 +116,7 @@ class Experiment:
             arms = self._run_arms()
         if not is_main():
             return float("nan")
+        self.cost = compare_bill(bill, self.runner.took(), self.data)
         for arm in arms:
             link = remove_path(self.folder / arm.name)
             link.symlink_to(os.path.relpath(arm.folder, self.folder), target_is_directory=True)
@@ -146,6 +153,15 @@ class Experiment:
             run=self.folder,
             evaluates=self.config.stop_after is None,
             keeps_losses=self.config.diagnostics.name != "none",
+        )
+
+    def _make_bill(self) -> Bill:
+        return make_bill(
+            self.data,
+            build(self.config.cost),
+            is_divided=self.config.trainer.strategy == "fsdp",
+            sampled=self.runner.sampling.samples * sum(map(len, self.runner.problems.values())),
+            max_answer=self.data.task.max_new_tokens,
         )
 
     def _score(self) -> None:
@@ -206,10 +222,11 @@ class Experiment:
             self.diagnosis.diagnose_bins(arms, runner.figures)
         return [*before, *(trained[name] for name in ("baseline", "selector") if name in trained)]
 
-    def _stop(self, stage: str, path: Path) -> float:
+    def _stop(self, stage: str, path: Path, **found: Any) -> float:
         """End the run early, after `stage`, which left `path`."""
         if is_main():
-            write_json(self.folder / "summary.json", {"status": "finished", "stopped_after": self.config.stop_after})
+            record = {"status": "finished", "stopped_after": self.config.stop_after, **found}
+            write_json(self.folder / "summary.json", record)
             write_own_page(self.folder)
             announce(stage, str(path))
         return float("nan")
@@ -218,7 +235,11 @@ class Experiment:
         """Write and print what the run found; returns the difference on the first evaluation set."""
         data = self.data
         summary = summarise_run(self.config, arms, self.runner.figures, data, self.actions)
-        summary |= {"problems_in_pool": data.trajectories.overlaps, "diagnostics": self.diagnosis.list_figures()}
+        summary |= {
+            "cost": self.cost,
+            "problems_in_pool": data.trajectories.overlaps,
+            "diagnostics": self.diagnosis.list_figures(),
+        }
         write_json(self.folder / "summary.json", summary)
         with self._open_logger(f"comparison-seed{data.seed}", "comparison") as logger:
             log_comparison(logger, self.tracker, summary, data, self.diagnosis.found, data.get_action)

@@ -32,6 +32,9 @@ class Pass:
     needs_gradients: ClassVar[bool] = False
     """Whether it takes gradients of the student, which one divided over ranks (trainer=fsdp) does not give."""
 
+    reads: ClassVar[Any] = (1, 0)
+    """About how often it takes each token through the student, forwards and backwards."""
+
     @property
     def name(self) -> str:
         """snake_case, as in manifests and messages."""
@@ -63,6 +66,10 @@ class LocalWindows(Pass):
     module = "lark.scoring.forward_passes:LocalWindowsModule"
 
     steps_before: int = 4
+
+    @property
+    def reads(self) -> tuple[int, int]:  # at most: a window has the prompt and what there is before a step
+        return (self.steps_before + 1, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +119,7 @@ class Gradients(Pass):
 
     module = "lark.scoring.gradient_passes:GradientsModule"
     needs_gradients = True
+    reads = (1, 1)
 
     parameters: str = "trained"
 
@@ -125,6 +133,7 @@ class LossDrops(Pass):
 
     module = "lark.scoring.gradient_passes:LossDropsModule"
     needs_gradients = True
+    reads = (2, 1)
 
     parameters: str = "trained"
     eta: float = 1e-3
@@ -139,6 +148,7 @@ class ProjectedGradients(Pass):
 
     module = "lark.scoring.gradient_passes:ProjectedGradientsModule"
     needs_gradients = True
+    reads = (1, 1)
 
     parameters: str = "trained"
     dimensions: int = 512
@@ -167,6 +177,11 @@ class GradientMatches(Pass):
     subtask: str | None = None
     dimensions: int | None = None
     projection_seed: int = 0
+
+    @property
+    def reads(self) -> tuple[float, float]:  # a checkpoint an epoch, and the warm-up arm
+        each = self.epochs * (1 + self.warmup_share)
+        return (each, each)
 
 
 DEFAULT = (Statistics(),)

@@ -3,10 +3,8 @@
 import math
 from typing import Any
 
-from transformers import AutoConfig
-
 from lark.common.errors import LarkError
-from lark.student.student import LOADING_ERRORS, Student, get_base_model
+from lark.student.student import Student, get_base_model
 
 
 def read_max_positions(student: Student) -> float:
@@ -14,10 +12,9 @@ def read_max_positions(student: Student) -> float:
     (infinite: it does not say). Reads no weights; infinite as well where nothing can be read, which loading the weights
     will report.
     """
-    source, keywords = student.pretrained_arguments()
     try:
-        config: Any = AutoConfig.from_pretrained(source, **keywords, **(student.config or {}))
-    except LOADING_ERRORS:
+        config = student.load_config()
+    except LarkError:
         return math.inf
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -159,6 +160,14 @@ class Student:
         if self.dtype != "auto":
             return DTYPES[self.dtype]
         return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    def load_config(self) -> Any:
+        """Load the student's config.json with `config`'s changes; no weights. Raises LarkError where there is none."""
+        source, keywords = self.pretrained_arguments()
+        try:
+            return AutoConfig.from_pretrained(source, **keywords, **(self.config or {}))
+        except LOADING_ERRORS as error:
+            raise self._unavailable(error) from error
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer. Raises LarkError where there is none."""
