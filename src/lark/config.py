@@ -10,7 +10,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -95,6 +97,41 @@ def build(node: Any, **keywords: Any) -> Any:
         if isinstance(cause, TypeError):  # a class of the user's own: ours are covered by check_types
             raise LarkError(f"{node.get('_target_')} does not take its settings: {cause}; correct them") from error
         raise cause or error from error
+
+
+def compose(**groups: str) -> DictConfig:
+    """Compose what a run with these group options is configured by, without a command line. Raises LarkError."""
+    try:
+        return deepcopy(_compose(*(f"{group}={option}" for group, option in groups.items())))
+    except HydraException as error:
+        raise LarkError(to_sentence(error)) from error
+
+
+@cache  # half a second each
+def _compose(*overrides: str) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(find_conf()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def build_part(config: DictConfig, name: str, settings: Mapping[str, Any]) -> Any:
+    """Build the part of that name with further settings, which are checked as a command line's. Raises LarkError."""
+    config = deepcopy(config)
+    OmegaConf.set_struct(config, False)
+    config[name] = OmegaConf.merge(config[name], to_plain(settings))
+    node = OmegaConf.create({name: OmegaConf.to_container(config[name], resolve=True)})
+    check_types(node, [name])
+    return build(node[name])
+
+
+def to_plain(value: Any) -> Any:
+    """Return a setting as a configuration holds it: dicts, lists, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def list_options(group: str) -> list[str]:

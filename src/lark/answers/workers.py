@@ -5,7 +5,9 @@ import multiprocessing.context
 import multiprocessing.forkserver
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -88,13 +90,31 @@ def passes_reasoning_gym(source_dataset: str, entry: dict[str, Any], answer: str
         return False
 
 
+_Process: Any = getattr(multiprocessing.context, "ForkServerProcess", multiprocessing.context.SpawnProcess)
+
+
+class _WorkerProcess(_Process):
+    """A process that does not import the script it was started from: one without a guard would run again in it."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            return _Process._Popen(process_obj)
+        finally:
+            sys.modules["__main__"] = main
+
+
 def _process_context(libraries: Sequence[str]) -> multiprocessing.context.BaseContext:
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         # a launcher's worker process (joblib) has a method of its own, which the processes started here do not know
         multiprocessing.set_start_method("spawn", force=True)
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = type(multiprocessing.get_context("forkserver" if has_server else "spawn"))()  # of our own
+    context.Process = _WorkerProcess  # type: ignore[assignment]
+    if not has_server:
+        return context
     # The server imports the library once, so a worker that replaces a killed one is there at once.
     context.set_forkserver_preload(list(libraries))
     if threading.current_thread() is threading.main_thread():
@@ -110,7 +130,6 @@ def _start_worker(library: str) -> None:
     """Import the library before the clock of the first check runs, and bound what a check can do."""
     import importlib
     import logging
-    import sys
 
     importlib.import_module(library)
     # math-verify warns on every call that its own time limit is off; ours replaces it.

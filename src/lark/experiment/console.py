@@ -42,11 +42,7 @@ def announce_selections(data: TrajectoryDataModule) -> None:
     """Announce what the rules chose, and warn where there is nothing to compare."""
     shown = []
     for name, selection in data.selections.items():
-        record, size = selection.record, selection.record["effective_sample_size"]
-        effective = "" if np.isclose(size, len(selection.row)) else f" (effective {size:,.0f})"
-        shown.append(
-            f"{data.rules[name].name} {len(selection.row):,} trajectories{effective}: {_describe_teachers(record)}"
-        )
+        shown.append(describe_choice(data.rules[name].name, selection))
         logger.info("%s: %s", name, _describe_selection(name, selection, data))
     selector = data.selections["selector"]
     if left_out := selector.record["counts"]["dropped_by_filter"]:
@@ -62,6 +58,13 @@ def announce_selections(data: TrajectoryDataModule) -> None:
             "selector and baseline chose the same rows with the same weights: no difference is possible; set another "
             "baseline= or budget="
         )
+
+
+def describe_choice(rule: str, selection: Selection) -> str:
+    """Describe a selection in one line: how many trajectories, what they count for, and whose they are."""
+    record, size = selection.record, selection.record["effective_sample_size"]
+    effective = "" if np.isclose(size, len(selection.row)) else f" (effective {size:,.0f})"
+    return f"{rule} {len(selection.row):,} trajectories{effective}: {_describe_teachers(record)}"
 
 
 def _warn_of_confounds(rule: str, record: Mapping) -> None:

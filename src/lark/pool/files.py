@@ -8,7 +8,7 @@ import difflib
 import glob
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -169,3 +169,42 @@ def write_rows(path: Path, rows: Iterable[Any], *, default: Callable[[Any], Any]
     """
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(row, default=default) + "\n" for row in rows)
+
+
+def store_rows(source: Any, folder: Path) -> Any:
+    """Return paths as they are, and rows in memory as a file of `folder`, named by its contents.
+
+    source: a path or several; a datasets.Dataset, a pandas.DataFrame or an iterable of rows. Raises LarkError for
+    anything else.
+    """
+    import datasets
+    import pandas as pd
+
+    if isinstance(source, str | Path):
+        return str(source)
+    if isinstance(source, list | tuple) and source and all(isinstance(one, str | Path) for one in source):
+        return [str(one) for one in source]
+    if isinstance(source, datasets.DatasetDict):
+        raise LarkError(f"a DatasetDict has several splits: give one of them, {', '.join(map(str, source))}")
+    if isinstance(source, Mapping) or not isinstance(source, Iterable | datasets.Dataset | pd.DataFrame):
+        raise LarkError(f"rows cannot be read from a {type(source).__name__}: give a path, rows, or a Dataset")
+    folder.mkdir(parents=True, exist_ok=True)
+    ending = "parquet" if isinstance(source, datasets.Dataset | pd.DataFrame) else "jsonl"
+    path = folder / f".{os.getpid()}.{ending}"
+    try:
+        if isinstance(source, datasets.Dataset):
+            source.to_parquet(path)
+        elif isinstance(source, pd.DataFrame):
+            source.to_parquet(path, index=False)
+        else:
+            write_rows(path, source, default=_to_json)
+        return str(path.rename(folder / f"{file_hash(path)[:16]}.{ending}"))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _to_json(value: Any) -> Any:
+    """Return a NumPy value as JSON knows it."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise LarkError(f"a row holds a {type(value).__name__} ({value!r}), which JSON does not know: convert it")

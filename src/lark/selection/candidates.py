@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,12 @@ import pyarrow as pa
 
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
-from lark.common.table_cache import GROUP_ROWS, filter_rows
-from lark.scoring.passes import Pass
+from lark.common.table_cache import GROUP_ROWS, filter_rows, read_columns, read_row_groups
+from lark.scoring.passes import Pass, Statistics
 
 if TYPE_CHECKING:
     from lark.selection.selection import Selection
+    from lark.student.tokenized_pool import TokenizedPool
 
 POOL_COLUMNS = ("teacher", "correct", "answer", "text")
 
@@ -125,3 +127,31 @@ class Candidates:
             read_blocks=None,
             passes={one: filter_rows(columns, keep_N) for one, columns in self.passes.items()},
         )
+
+
+def load_candidates(
+    pool: "TokenizedPool", row_N: np.ndarray, num_tokens_N: np.ndarray, folders: Mapping[Pass, Path]
+) -> Candidates:
+    """Load these rows of the pool with the columns that passes left, each in its folder of the cache.
+
+    num_tokens_N: span tokens as the student that was asked reads them; all there is without a pass of statistics.
+    """
+    statistics: Mapping[str, np.ndarray] = {"num_tokens": num_tokens_N}
+    passes, read_blocks = {}, None
+    for wanted, folder in folders.items():
+        columns = read_columns(folder)
+        assert np.array_equal(columns["row"], row_N)
+        columns = columns.without("row")
+        if wanted == Statistics():
+            statistics, read_blocks = columns, partial(read_row_groups, folder)
+        else:
+            passes[wanted] = columns
+    return Candidates(
+        problem_id=pool.problem_id[row_N],
+        candidate_id=pool.candidate_id[row_N],
+        statistics=statistics,
+        read_column=pool.column,
+        row_N=row_N,
+        read_blocks=read_blocks,
+        passes=passes,
+    )

@@ -1,7 +1,7 @@
 """TrajectoryDataModule: from the pool to batches. Scoring and selection happen in `setup("fit")`."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.errors import LarkError
 from lark.common.log import logger
-from lark.common.table_cache import read_columns, read_row_groups, read_row_numbers
+from lark.common.table_cache import read_row_numbers
 from lark.scoring.pass_module import PassInputs, ScoringSettings, identify_pass, run_pass
 from lark.scoring.passes import COST_COLUMNS, GradientMatches, Pass, Statistics
 from lark.scoring.progress import describe_pass
-from lark.selection.candidates import Candidates, did_you_mean
+from lark.selection.candidates import Candidates, did_you_mean, load_candidates
 from lark.selection.rule import Rule, prefix_errors
 from lark.selection.scores.statistics import STATISTICS, DropFirst
 from lark.selection.scores.text import TeacherMatched
@@ -55,7 +55,8 @@ class TrajectoryDataModule(LightningDataModule):
     task, student, selector, baseline (None: no second arm), recipe, probe: what their names say. scorer: the student
     that is asked, if it is another than the one trained. match: trajectories | tokens, what the baseline has as many of
     as the selector. needs: passes to run whatever the rules need. cache: folder of caches. make_trainer: makes the
-    Trainer under which a pass of the given label runs. precision: that of training.
+    Trainer under which a pass of the given label runs. precision: that of training. opened: the pool as the student
+    that is trained sees it, where it is open already.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TrajectoryDataModule(LightningDataModule):
         match: str = "trajectories",
         needs: tuple[Pass, ...] = (),
         precision: str = "32-true",
+        opened: TokenizedPool | None = None,
     ):
         super().__init__()
         self.task, self.student, self.recipe, self.probe = task, student, recipe, probe
@@ -88,7 +90,7 @@ class TrajectoryDataModule(LightningDataModule):
         """What each pass cost, and its other facts: its manifest."""
         self.is_cached: dict[Pass, bool] = {}
         self.set_active_arm("selector")
-        self._pools: dict[str, TokenizedPool] = {}
+        self._pools: dict[str, TokenizedPool] = {} if opened is None else {"student": opened}
         self._check_rules()
 
     def _check_rules(self) -> None:
@@ -283,27 +285,9 @@ class TrajectoryDataModule(LightningDataModule):
     @cached_property
     def candidates(self) -> Candidates:
         """What the rules choose from: the scored rows with the columns of every pass."""
-        pool, row_N = self.trajectories, self.scored
-        statistics: Mapping[str, np.ndarray] = {"num_tokens": self.scored_trajectories.span_tokens[row_N]}
-        passes, read_blocks = {}, None
-        for wanted in self.needs:
-            folder = self.pass_folder(wanted)
-            columns = read_columns(folder)
-            assert np.array_equal(columns["row"], row_N)
-            columns = columns.without("row")
-            if wanted == Statistics():
-                statistics, read_blocks = columns, partial(read_row_groups, folder)
-            else:
-                passes[wanted] = columns
-        return Candidates(
-            problem_id=pool.problem_id[row_N],
-            candidate_id=pool.candidate_id[row_N],
-            statistics=statistics,
-            read_column=pool.column,
-            row_N=row_N,
-            read_blocks=read_blocks,
-            passes=passes,
-        )
+        folders = {wanted: self.pass_folder(wanted) for wanted in self.needs}
+        row_N = self.scored
+        return load_candidates(self.trajectories, row_N, self.scored_trajectories.span_tokens[row_N], folders)
 
     def select(self) -> None:
         """Select for the selector, and for the baseline as many rows of each problem, or as many tokens."""

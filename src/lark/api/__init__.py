@@ -1,0 +1,1 @@
+"""What `import lark` offers to scripts and notebooks."""
