@@ -19,6 +19,7 @@ from lark.scoring import progress
 from lark.scoring.passes import Statistics
 from lark.scoring.progress import PassProgress
 from lark.scoring.statistics_pass import StatisticsModule
+from lark.tracking import tracking
 from lark.tracking.tracking import Csv, Wandb
 
 TITLES = ("selector-lark-seed0", "baseline-random-seed0")
@@ -94,10 +95,18 @@ def test_tables_and_datasets(tmp_path: Path) -> None:
     assert all(file.is_relative_to(run.folder) for file in files.values())
 
 
-@pytest.mark.parametrize(("mode", "variable", "offline"), [("online", "offline", False), ("auto", "offline", True)])
-def test_mode(mode: str, variable: str, offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "variable", "resolved"),
+    [
+        ("online", "offline", "online"),
+        ("auto", "offline", "offline"),
+        ("online", "disabled", "disabled"),
+        ("offline", "disabled", "disabled"),
+    ],
+)
+def test_mode(mode: str, variable: str, resolved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", variable)
-    assert Wandb(name="wandb", mode=mode).offline == offline
+    assert Wandb(name="wandb", mode=mode).resolve_mode() == resolved
 
 
 def test_an_unknown_mode_is_refused() -> None:
@@ -105,14 +114,61 @@ def test_an_unknown_mode_is_refused() -> None:
         Wandb(name="wandb", mode="on")
 
 
-def test_auto_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """No key, no mode, and a home folder of its own; W&B's server is a port at which nobody listens."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    return monkeypatch
+
+
+def test_auto_is_offline_without_a_key(apart: pytest.MonkeyPatch) -> None:
     tracker = Wandb(name="wandb")
-    assert tracker.offline
-    assert tracker.describe().startswith("W&B offline (no API key")
+    assert tracker.resolve_mode() == "offline"
+    assert "wandb login" in tracker.describe()
+
+
+@pytest.mark.parametrize("key", ["a" * 40, "no key"])
+def test_auto_goes_on_offline_where_the_server_or_the_key_fails(
+    key: str, apart: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    apart.setenv("WANDB_API_KEY", key)
+    apart.setattr(tracking, "CONNECT_SECONDS", 1)
+    log_two(Wandb(name="wandb"), tmp_path)
+    assert {run.name for run in map(read_wandb, wandb_files(tmp_path))} == set(TITLES)
+    (warning,) = (line for line in caplog.messages if "wandb sync" in line)
+    assert "offline" in warning and "\n" not in warning
+
+
+def test_online_that_was_asked_for_fails_in_a_sentence(apart: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    apart.setenv("WANDB_API_KEY", "a" * 40)
+    apart.setattr(tracking, "CONNECT_SECONDS", 1)
+    with pytest.raises(LarkError, match="logger=offline"):
+        log_two(Wandb(name="wandb", mode="online"), tmp_path)
+
+
+def test_disabled_writes_nothing(apart: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    apart.setenv("WANDB_MODE", "disabled")
+    tracker = Wandb(name="offline", mode="offline", text=True)
+    log_two(tracker, tmp_path)
+    logger = tracker.open(title="one", group="sweep", job_type="selector", config={}, folder=tmp_path)
+    tracker.log_table(logger, "tables/teachers", [{"teacher": "a"}])
+    tracker.keep_selection(logger, "choice", tmp_path, {})
+    tracker.finish()
+    wandb.teardown()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["samples-eval.jsonl"]
+    assert not list((tmp_path / "home").rglob("*wandb*"))
+
+
+def test_variables_of_a_sweep_agent_do_not_merge_the_arms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wandb.teardown()  # what it has read of the environment
+    monkeypatch.setenv("WANDB_RUN_ID", "agent")
+    monkeypatch.setenv("WANDB_RESUME", "allow")
+    log_two(Wandb(name="offline", mode="offline"), tmp_path)
+    assert len({path.stem for path in wandb_files(tmp_path)}) == len(TITLES)
 
 
 def test_csv(tmp_path: Path) -> None:

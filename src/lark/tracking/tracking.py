@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from lark.common import log
 from lark.common.errors import LarkError
 
 AXES = {
@@ -27,6 +29,9 @@ AXES = {
 HIDDEN = ("epoch",)
 """Logged by Lightning; no panel is wanted."""
 
+CONNECT_SECONDS = 30
+"""To wait for W&B's server when a run starts."""
+
 DATA_FOLDER = "WANDB_DATA_DIR"
 """Names the folder where W&B stages artifacts; left to itself below the home folder, apart from an offline run."""
 
@@ -34,7 +39,7 @@ IDS = ("problem_id", "candidate_id", "teacher", "correct", "rule", "score", "sha
 """Fields of a selected row's `meta` that quote nothing of the pool's texts."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Wandb:
     """One W&B run an arm, and one a pass of the student, grouped by run or sweep."""
 
@@ -42,7 +47,7 @@ class Wandb:
     project: str = "lark"
     entity: str | None = None
     mode: str = "auto"
-    """auto (online when a key is known, else offline) | online | offline"""
+    """auto (online where a key is known and W&B answers, else offline) | online | offline"""
     text: bool = False
     """Let prompts, trajectories and samples leave the machine; else only ids, figures and settings do."""
 
@@ -50,51 +55,80 @@ class Wandb:
         if self.mode not in ("auto", "online", "offline"):
             raise LarkError(f"logger.mode={self.mode!r} is unknown; set it to auto, online or offline")
 
-    @property
-    def offline(self) -> bool:
+    def resolve_mode(self) -> str:
+        """Decide between online, offline and disabled; WANDB_MODE=disabled holds whatever `mode` says."""
+        if (variable := os.environ.get("WANDB_MODE")) == "disabled":
+            return "disabled"
         if self.mode != "auto":
-            return self.mode == "offline"
-        if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-            return True
-        import wandb
-
-        return not wandb.login(prompt=False)
-
-    def describe(self) -> str:
-        """Say in a few words where the figures go."""
-        if not self.offline:
-            return f"W&B project {self.project}"
-        return "W&B offline" + (" (no API key; `wandb login` once to upload)" if self.mode == "auto" else "")
-
-    def open(self, *, title: str, group: str, job_type: str, config: dict[str, Any], folder: Path) -> Logger:
-        """Start a run below `folder`; raises LarkError if W&B refuses."""
+            return self.mode
+        if variable in ("offline", "dryrun"):
+            return "offline"
         import wandb
         from wandb.errors import Error
 
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            run = wandb.init(
-                name=title,
-                project=self.project,
-                entity=self.entity,
-                mode="offline" if self.offline else "online",
-                dir=str(folder),
-                group=group,
-                job_type=job_type,
-                config=config,
-                # what is printed, and a diff of the working folder, may quote the pool
-                settings=wandb.Settings(silent=True, console="off", disable_git=True),
-            )
+            return "online" if wandb.login(prompt=False) else "offline"
         except Error as error:
-            raise LarkError(
-                f"W&B could not start a run ({error}); set logger=offline, or connect and `wandb login`"
-            ) from error
+            self._go_offline(error)
+            return "offline"
+
+    def _go_offline(self, error: Exception) -> None:
+        """Keep all further runs on disk, and say so."""
+        reason = str(error).partition("\n")[0]
+        log.logger.warning(f"W&B did not take a run ({reason}); going on offline: `wandb sync` uploads it later")
+        self.mode = "offline"
+
+    def describe(self) -> str:
+        """Say in a few words where the figures go."""
+        mode = self.resolve_mode()
+        if mode == "online":
+            return f"W&B project {self.project}"
+        no_key = self.mode == "auto" and "WANDB_MODE" not in os.environ
+        return f"W&B {mode}" + (" (no API key; `wandb login` once to upload)" if no_key else "")
+
+    def open(self, *, title: str, group: str, job_type: str, config: dict[str, Any], folder: Path) -> Logger:
+        """Start a run below `folder`. Where W&B refuses: an offline run with mode=auto, else raises LarkError."""
+        from wandb.errors import Error
+
+        folder.mkdir(parents=True, exist_ok=True)
+        mode = self.resolve_mode()
+        try:
+            run = self._start(mode, title=title, group=group, job_type=job_type, config=config, folder=folder)
+        except Error as error:
+            if self.mode != "auto":
+                raise LarkError(
+                    f"W&B could not start a run ({error}); set logger=offline, or connect and `wandb login`"
+                ) from error
+            self._go_offline(error)
+            run = self._start("offline", title=title, group=group, job_type=job_type, config=config, folder=folder)
         for name in (*dict.fromkeys(filter(None, AXES.values())), *HIDDEN):
             run.define_metric(name, hidden=True)
         for prefix, step in AXES.items():
             run.define_metric(f"{prefix}/*", step_metric=step, step_sync=step is not None)
         os.environ.setdefault(DATA_FOLDER, _locate_staging(run))
         return WandbLogger(experiment=run)
+
+    def _start(self, mode: str, *, title: str, folder: Path, **about: Any) -> Any:
+        """Start a run of its own: a sweep agent's WANDB_RUN_ID and WANDB_RESUME would merge all arms into one."""
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",  # what is printed, and a diff of the working folder, may quote the pool
+            disable_git=True,
+            init_timeout=CONNECT_SECONDS,
+        )
+        return wandb.init(
+            name=title,
+            id=secrets.token_hex(4),
+            resume="never",
+            project=self.project,
+            entity=self.entity,
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            settings=settings,
+            **about,
+        )
 
     def summarise(self, logger: Any, values: Mapping[str, Any]) -> None:
         """Write numbers and words that a run has one of into its summary."""
@@ -110,25 +144,38 @@ class Wandb:
 
     def keep_selection(self, logger: Any, name: str, folder: Path, about: dict[str, Any]) -> None:
         """Keep the selection that `folder` holds as a dataset artifact, without texts unless they may leave."""
-        import wandb
-
-        artifact = wandb.Artifact(name, type="dataset", metadata=about | {"texts": self.text})
-        for file in ("selection.json", *(("selection.jsonl", "dataset_info.json") if self.text else ())):
-            artifact.add_file(str(folder / file), skip_cache=True)
-        if not self.text:
-            with artifact.new_file("selection.jsonl", encoding="utf-8") as stripped:
-                stripped.writelines(strip_texts(folder / "selection.jsonl"))
-        logger.experiment.log_artifact(artifact)
+        names = ("selection.json", *(("selection.jsonl", "dataset_info.json") if self.text else ()))
+        stripped = {} if self.text else {"selection.jsonl": strip_texts(folder / "selection.jsonl")}
+        about = about | {"texts": self.text}
+        self._keep(logger, name, "dataset", [folder / file for file in names], lines=stripped, metadata=about)
 
     def keep_texts(self, logger: Any, name: str, files: list[Path]) -> None:
         """Keep files that hold text, if they may leave the machine."""
         if self.text and files:
-            import wandb
+            self._keep(logger, name, "arm", files)
 
-            artifact = wandb.Artifact(name, type="arm")
-            for file in files:
-                artifact.add_file(str(file), skip_cache=True)
-            logger.experiment.log_artifact(artifact)
+    def _keep(
+        self,
+        logger: Any,
+        name: str,
+        kind: str,
+        files: Sequence[Path],
+        *,
+        lines: Mapping[str, Iterator[str]] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Keep files, and further ones by name from their lines, as an artifact."""
+        import wandb
+
+        if logger.experiment.disabled:  # an artifact stages copies all the same
+            return
+        artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+        for path in files:
+            artifact.add_file(str(path), skip_cache=True)
+        for file, of_file in (lines or {}).items():
+            with artifact.new_file(file, encoding="utf-8") as written:
+                written.writelines(of_file)
+        logger.experiment.log_artifact(artifact)
 
     def finish(self) -> None:
         """End the run; without this, consecutive runs in one process merge into one."""
