@@ -1,6 +1,7 @@
 """Inference against textbook formulas, enumeration and simulation. S seeds, P problems, T trials, R resamples."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -15,6 +16,10 @@ from lark.comparison.inference import (
     compute_sign_flip_p,
     compute_smallest_detectable,
 )
+
+
+ANY = (-math.inf, math.inf)
+"""Bounds of values that are no accuracies."""
 
 
 def simulated_accuracies(
@@ -54,7 +59,7 @@ def test_resampling_is_crossed():
     rng = np.random.default_rng(0)
     seed_S, problem_P = rng.normal(size=8), rng.normal(size=40)
     a_SP = seed_S[:, None] + problem_P
-    interval = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
+    interval = compute_paired_difference(a_SP, np.zeros_like(a_SP), bounds=ANY, resamples=40_000)
     of_seeds, of_problems = seed_S.var(ddof=1) / 8, problem_P.var(ddof=1) / 40
     assert interval.standard_error == pytest.approx(np.sqrt(of_seeds + of_problems))
     df = (of_seeds + of_problems) ** 2 / (of_seeds**2 / 7 + of_problems**2 / 39)  # Welch and Satterthwaite
@@ -67,8 +72,8 @@ def test_the_interval_is_the_bootstrap_s_and_not_only_its_standard_error_s():
     """The resampled means have the variance stated, and their skewness reaches the interval."""
     rng = np.random.default_rng(7)
     a_SP = rng.exponential(size=(1, 30)) ** 2 + 0.3 * rng.normal(size=(6, 30)) + 0.3 * rng.normal(size=(6, 1))
-    narrow = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000, level=0.02)
-    wide = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=40_000)
+    narrow = compute_paired_difference(a_SP, np.zeros_like(a_SP), bounds=ANY, resamples=40_000, level=0.02)
+    wide = compute_paired_difference(a_SP, np.zeros_like(a_SP), bounds=ANY, resamples=40_000)
     assert wide.high - wide.estimate > 1.15 * (wide.estimate - wide.low)
     for one in (narrow, wide):
         half = stats.t.ppf((1 + one.level) / 2, one.df) * one.standard_error
@@ -98,7 +103,7 @@ def test_fewer_than_three_seeds_resample_problems_only(seeds):
     rng = np.random.default_rng(2)
     problem_P, seed_S = rng.normal(size=50), 100.0 * np.arange(seeds)
     a_SP = problem_P + seed_S[:, None]
-    interval = compute_paired_difference(a_SP, np.zeros_like(a_SP), resamples=20_000)
+    interval = compute_paired_difference(a_SP, np.zeros_like(a_SP), bounds=ANY, resamples=20_000)
     assert interval.label == "seed variance not estimated"
     assert interval.standard_error == pytest.approx(stats.sem(problem_P))
     assert interval.df == 49
@@ -109,6 +114,25 @@ def test_one_problem_gives_no_interval():
     assert interval.estimate == 1
     assert np.isnan([interval.low, interval.high, interval.standard_error, interval.df]).all()
     assert interval.label == "one problem, no interval"
+
+
+@pytest.mark.parametrize("problems", [2, 3, 5, 30])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_no_interval_leaves_what_accuracies_can_be(problems, seeds):
+    rng = np.random.default_rng(problems)
+    for _ in range(20):
+        a_SP, b_SP = rng.integers(4, 5, (seeds, problems)) / 4, rng.integers(0, 2, (seeds, problems)) / 4
+        interval = compute_paired_difference(a_SP, b_SP, resamples=200)
+        assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
+
+
+def test_problems_that_all_differ_alike_have_an_interval_of_the_unseen():
+    """Exact for the rarest case, that another problem differs by as much as can be; wider with fewer problems."""
+    for problems in (3, 40, 200):
+        third = compute_paired_difference(np.full((3, problems), 1 / 3), np.zeros((3, problems)))
+        share = stats.beta.ppf(0.975, 1, problems)  # Clopper-Pearson of 0 in P
+        assert third.low == pytest.approx(1 / 3 - share * 4 / 3) and third.high == pytest.approx(1 / 3 + share * 2 / 3)
+        assert np.isnan([third.standard_error, compute_smallest_detectable(third.standard_error, df=third.df)]).all()
 
 
 @pytest.mark.parametrize(("seeds", "seed_sd"), [(3, 0.0), (3, 0.25), (5, 0.12), (10, 0.0), (10, 0.25)])
@@ -248,7 +272,8 @@ def test_interval_of_a_mean_is_that_of_a_difference_from_0_within_0_and_1():
     rare[0] = 0.25
     assert compute_mean_interval(rare).low == 0 < compute_mean_interval(rare).high
     assert compute_mean_interval(1 - rare).high == 1
-    assert compute_mean_interval(np.ones(5)).low == compute_mean_interval(np.ones(5)).high == 1
+    all_right = compute_mean_interval(np.ones(30))
+    assert (all_right.low, all_right.high) == (pytest.approx(stats.beta.ppf(0.025, 30, 1)), 1)
     assert compute_mean_interval(np.ones(1)).label == "one problem, no interval"
 
 

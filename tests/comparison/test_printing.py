@@ -20,7 +20,7 @@ def test_a_comparison_fits_a_log_file(sets, budgets, capsys) -> None:
     print_runs(compare(sweep(sets=sets, budgets=budgets, baselines=("teacher_matched_random", "all"))))
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= WIDTH and "…" not in out
-    assert out.count("[+25.0, +25.0]") == 2 * len(budgets) * len(sets)
+    assert out.count("[+14.0, +31.6]") == 2 * len(budgets) * len(sets)
     assert "(unmatched)" in out and "run seed=" not in out
 
 
@@ -29,7 +29,7 @@ def test_the_table_of_a_run_fits_a_log_file(sets, capsys) -> None:
     print_run(one_run(sets=sets, baseline="all"))
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= WIDTH and "…" not in out
-    assert out.count("[+25.0, +25.0]") == len(sets)
+    assert out.count("[+14.0, +31.6]") == len(sets)
     assert "(unmatched)" in " ".join(out.split()) and "lark is better than all (+25.0)" in out
 
 

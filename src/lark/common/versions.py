@@ -19,7 +19,7 @@ FORMULAS = {
     "forward": 2,  # hidden states, and how rows share a forward pass
     "training": 3,  # batches, loss, optimizer, held-out loss
     "samples": 2,  # prompts, noise and decoding
-    "metrics": 1,  # what samples and verdicts come to
+    "metrics": 2,  # what samples and verdicts come to
 }
 """Raise a number when the same inputs give other results. Passes carry their own (`PassModule.VERSION`)."""
 

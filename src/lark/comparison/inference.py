@@ -40,7 +40,13 @@ class Interval:
 
 
 def compute_paired_difference(
-    a_SP: np.ndarray, b_SP: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    a_SP: np.ndarray,
+    b_SP: np.ndarray,
+    *,
+    bounds: tuple[float, float] = (-1.0, 1.0),
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
     """Compute the mean of a - b over seeds and problems with a crossed bootstrap interval.
 
@@ -48,6 +54,9 @@ def compute_paired_difference(
     are resampled independently, the same problems in every seed, since all seeds answer the same problems (the
     pigeonhole bootstrap; Owen 2007, Annals of Applied Statistics 1, 386-411). With fewer than 3 seeds only problems are
     resampled and the label says so. One problem gives no interval: low, high, standard_error and df are NaN.
+    The interval stays within `bounds`, the least and the greatest difference that a problem can have. Where all
+    problems differ alike there is no spread to resample: it then covers what the unseen problems may do, see
+    `_bound_unseen`, and standard_error and df are NaN.
 
     Two corrections make the interval honest. What is resampled is a_s + b_p + r_sp, with seed effects, problem effects
     and residuals rescaled to their estimated variances (reflated; Carpenter, Goldstein and Rasbash 2003, Applied
@@ -83,9 +92,13 @@ def compute_paired_difference(
         label = "one problem, no interval"
     else:
         rows_SP = difference_SP if seeds >= MIN_SEEDS else difference_SP.mean(0, keepdims=True)
-        deviation_SP, standard_error, df = _reflate(rows_SP)
-        mean_R = _resample_means(deviation_SP, resamples, np.random.default_rng(seed))
-        low, high = expand_percentiles(mean_R, estimate, around=0.0, df=df, level=level)
+        if np.ptp(rows_SP) <= _ROUNDING:
+            low, high = _bound_unseen(estimate, problems, bounds=bounds, level=level)
+        else:
+            deviation_SP, standard_error, df = _reflate(rows_SP)
+            mean_R = _resample_means(deviation_SP, resamples, np.random.default_rng(seed))
+            low, high = expand_percentiles(mean_R, estimate, around=0.0, df=df, level=level)
+            low, high = max(low, bounds[0]), min(high, bounds[1])
     return Interval(
         estimate=estimate,
         low=low,
@@ -105,8 +118,8 @@ def compute_mean_interval(
     """Compute the mean over problems of values from 0 to 1, such as avg@k, with its interval, cut to [0, 1].
 
     The bootstrap is that of `compute_paired_difference` over problems, against 0. Problems are resampled with the
-    samples that were drawn for them, so the interval covers which problems were asked and the noise of sampling. Where
-    all values are equal it has no width. Simulated coverage of nominal 95 % intervals, and half their mean width in
+    samples that were drawn for them, so the interval covers which problems were asked and the noise of sampling.
+    Simulated coverage of nominal 95 % intervals, and half their mean width in
     points, for problems with chances that are Beta(0.3, 0.3), Beta(0.3, 2.7) and Beta(0.1, 3) distributed (600 trials):
 
         problems  k   mean .50      mean .10     mean .03
@@ -116,10 +129,20 @@ def compute_mean_interval(
           500     4   .95 (3.7)     .96 (1.7)    .94 (1.0)
     """
     value_1P = np.asarray(value_P, np.float64)[None]
-    found = compute_paired_difference(value_1P, np.zeros_like(value_1P), level=level, resamples=resamples, seed=seed)
-    low, high = (float(np.clip(end, 0, 1)) for end in (found.low, found.high))
-    label = found.label if found.problems == 1 else ""
-    return replace(found, low=low, high=high, label=label)
+    zero_1P = np.zeros_like(value_1P)
+    found = compute_paired_difference(value_1P, zero_1P, bounds=(0.0, 1.0), level=level, resamples=resamples, seed=seed)
+    return found if found.problems == 1 else replace(found, label="")
+
+
+def _bound_unseen(estimate: float, problems: int, *, bounds: tuple[float, float], level: float) -> tuple[float, float]:
+    """Bound a mean of which all problems seen have the same value.
+
+    None of P problems was another, so up to 1 - ((1 - level) / 2)^(1 / P) of all may be (Clopper and Pearson 1934,
+    Biometrika 26, 404-413; 3.7 / P at level .95), and these may have any value within `bounds`.
+    """
+    share = 1 - ((1 - level) / 2) ** (1 / problems)
+    low, high = bounds
+    return estimate + share * (low - estimate), estimate + share * (high - estimate)
 
 
 def _reflate(x_SP: np.ndarray) -> tuple[np.ndarray, float, float]:

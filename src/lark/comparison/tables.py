@@ -214,7 +214,7 @@ def describe_gaps(difference: SetDifference) -> str:
     parts = [difference.interval.label]
     if difference.left_out:
         parts.append(f"left out, as not both have it: {difference.left_out}")
-    if difference.interval.low == difference.interval.high == 0:
+    if difference.interval.estimate == 0 and math.isnan(difference.interval.standard_error):
         parts.append("no problem was answered differently")
     elif 1 < difference.interval.problems < FEW_PROBLEMS:
         parts.append(TOO_FEW)
@@ -225,7 +225,7 @@ def describe_samples(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Say which students' low accuracy may be due to something else than wrong answers."""
     for figure, (least, what) in MIN_SHARES.items():
         if low := [of_student[figure] for of_student in metrics if of_student[figure] < least]:
-            shares = f"{min(low):.0%} to {max(low):.0%}" if len(low) > 1 else f"{low[0]:.0%}"
+            shares = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(low), max(low))))
             students = f"for {len(low)} of {len(metrics)} students " if len(metrics) > 1 else ""
             yield f"{students}only {shares} of the samples {what}"
 
