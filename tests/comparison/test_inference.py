@@ -17,7 +17,6 @@ from lark.comparison.inference import (
     compute_smallest_detectable,
 )
 
-
 ANY = (-math.inf, math.inf)
 """Bounds of values that are no accuracies."""
 

@@ -57,9 +57,7 @@ def _explain(figures: Mapping[str, Any]) -> Iterator[str]:
         interval = figures["intervals"][name]
         for text in describe_samples([metrics]):
             yield f"{name}: {text}"
-        if interval["low"] == interval["high"] and interval["low"] is not None:
-            yield f"{name}: every problem came out alike, so that the interval has no width and says nothing"
-        elif interval["label"] or interval["problems"] < FEW_PROBLEMS:
+        if interval["label"] or interval["problems"] < FEW_PROBLEMS:
             yield f"{name}: {interval['label'] or TOO_FEW}"
         if metrics["timeouts"] or metrics["oversized"]:
             cut, large = metrics["timeouts"], metrics["oversized"]
