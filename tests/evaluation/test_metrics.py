@@ -105,7 +105,7 @@ def problem(name, **more):
 
 
 def test_metrics_by_hand():
-    assert compute_metrics(RECORDS, pass_at=(1, 2)) == {
+    assert compute_metrics(RECORDS, {"a": "math", "b": "math"}, pass_at=(1, 2)) == {
         "avg@2": 0.25,
         "pass@1": 0.25,
         "pass@2": 0.5,
@@ -120,7 +120,7 @@ def test_metrics_by_hand():
         "samples": 2,
     }
     with pytest.raises(AssertionError):  # not as many samples of every problem
-        compute_metrics(RECORDS[:3])
+        compute_metrics(RECORDS[:3], {"a": "math", "b": "math"})
 
 
 def test_levels_in_their_order():

@@ -105,7 +105,7 @@ def test_killed_while_checking_it_goes_on(open_pool, small, monkeypatch):
     pool = open_pool(rows)
     assert len(checked) == 31 - 14, "two parts were whole"
     np.testing.assert_array_equal(pool.correct, truth)
-    assert pool.verdicts == {"filled": 31, "timed_out": 0}
+    assert pool.verdicts == {"filled": 31, "timed_out": 0, "no_gold": 0}
 
 
 def test_checks_that_time_out_are_counted_when_found_again_too(open_pool, monkeypatch):
@@ -115,10 +115,10 @@ def test_checks_that_time_out_are_counted_when_found_again_too(open_pool, monkey
 
     monkeypatch.setattr(lark.student.tokenized_pool, "Checker", Slow)
     rows = [row | {"correct": None} for row in rows_of_a_pool(problems=3)]
-    assert open_pool(rows).verdicts == {"filled": 12, "timed_out": 12}
+    assert open_pool(rows).verdicts == {"filled": 12, "timed_out": 12, "no_gold": 0}
     monkeypatch.setattr(lark.student.tokenized_pool, "Checker", lambda *_, **__: pytest.fail("checked again"))
     again = open_pool(rows)
-    assert again.verdicts == {"filled": 12, "timed_out": 12} and (again.correct == 0).all()
+    assert again.verdicts == {"filled": 12, "timed_out": 12, "no_gold": 0} and (again.correct == 0).all()
 
 
 def test_columns_with_gaps(open_pool):

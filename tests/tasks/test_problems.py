@@ -24,13 +24,13 @@ def test_problems_are_read_and_normalised(tmp_path):
         tmp_path / "eval.jsonl",
         {"problem_id": 3, "problem": "1 + 1?", "answer": 2, "level": 5},
         {"id": "test/4.json", "messages": turns, "answer": "4"},
-        {"id": 5, "problem": "?", "answer": "x"},
+        {"id": 5, "problem": "?", "answer": 42.0},
     )
     assert read_problems(path, limit=2) == [
         {"problem_id": "3", "problem": "1 + 1?", "answer": "2", "level": 5},
         {"id": "test/4.json", "problem_id": "test/4.json", "messages": turns, "answer": "4"},
     ]
-    assert len(read_problems(path)) == 3
+    assert [problem["answer"] for problem in read_problems(path)] == ["2", "4", "42"]
 
 
 def test_every_fault_has_file_line_and_field(tmp_path):

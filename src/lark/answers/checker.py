@@ -7,16 +7,19 @@ interrupts.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lark.answers.equivalence import compare_as_written, tidy_latex
-from lark.answers.extract import compile_pattern, extract_answer, parse_choice
+from lark.answers.extract import NO_GOLD, compile_pattern, extract_answer, parse_choice
 from lark.answers.quantities import is_same_quantity, parse_quantity
-from lark.answers.workers import get_outcome, is_math_equal, passes_reasoning_gym, start_pool
+from lark.answers.workers import ALGEBRA, get_outcome, is_math_equal, passes_reasoning_gym, start_pool
 from lark.common.errors import LarkError
 
+CHECKED_AS_TEXT = ("exact", "reasoning_gym")
+"""Kinds for which any gold answer is one; for the others `extract.NO_GOLD` is none."""
 KINDS = ("math", "number", "choice", "reasoning_gym", "exact")
 
 MAX_CHARACTERS = 10_000
@@ -119,6 +122,11 @@ class Checker:
             if kind not in KINDS:
                 raise LarkError(f"checker={kind!r} of a row is not known; set one of {', '.join(KINDS)}")
             compile_pattern(item.pattern)
+            if kind == "math" and re.match(NO_GOLD, item.gold):
+                raise LarkError(
+                    f"task.checker='math', but the gold answer {item.gold[:80]!r} is none; take the problem out, or "
+                    "set task.checker to exact if that is the answer"
+                )
             if kind == "number" and parse_quantity(item.gold) is None:
                 raise LarkError(
                     f"task.checker='number', but the gold answer {item.gold[:80]!r} is not a plain number; "
@@ -185,7 +193,7 @@ class Checker:
 
     def _schedule(self, item: Answer, key: tuple[Any, ...]) -> Any:
         answer, kind = key[:2]
-        library = "math_verify" if kind == "math" else "reasoning_gym"
+        library = ALGEBRA if kind == "math" else "reasoning_gym"
         if library not in self._pools:
             self._pools[library] = start_pool(library, self.workers)
         if kind == "math":

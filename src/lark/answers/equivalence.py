@@ -5,11 +5,16 @@ Both sides go through the same steps, all linear in the text.
 
 import re
 
-from lark.answers.quantities import is_same_quantity, parse_quantity, to_plain_notation
+from lark.answers.quantities import (
+    find_scale_words,
+    is_same_quantity,
+    parse_quantity,
+    to_plain_notation,
+    write_out_repeating,
+)
 
 _NUMERAL = re.compile(r"\(?\s*([A-Z]{0,9}\d[0-9A-Z]{0,99})\s*\)?\s*_\s*(?:\{\s*(\d{1,2})\s*\}|(\d{1,2}))")
 _DIGITS = re.compile(r"[0-9A-Z]{1,100}")
-_ROUNDED = re.compile(r"\.\d{6}")
 _IDLE_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
 _DELIMITERS = re.compile(r"\\[()\[\]]|(?<!\\)\$|\*\*|`")
 _SPELLED = (
@@ -30,7 +35,7 @@ _SPELLED = (
 
 def tidy_latex(text: str) -> str:
     r"""Return the expression without math delimiters, emphasis and a final full stop, in math-verify's spelling."""
-    text = _DELIMITERS.sub(" ", text)
+    text = write_out_repeating(_DELIMITERS.sub(" ", text))
     for spelled, instead in _SPELLED:
         text = spelled.sub(instead, text)
     text = text.strip()
@@ -49,12 +54,10 @@ def compare_as_written(gold: str, answer: str) -> bool | None:
     if any(map(_NUMERAL.fullmatch, plain)):
         return _is_same_numeral(*plain)
     wanted, stated = parse_quantity(gold), parse_quantity(answer, equations=True)
-    if wanted is None or stated is None:
-        return None
-    if is_same_quantity(wanted, stated):
-        return True
-    # Different numbers, units or names; 0.333333 is left to math-verify, which rounds to 6 places.
-    return None if any(map(_ROUNDED.search, (gold, answer))) else False
+    if wanted is not None and stated is not None:
+        return is_same_quantity(wanted, stated)
+    # math-verify would not look at the words.
+    return None if find_scale_words(plain[0]) == find_scale_words(plain[1]) else False
 
 
 def _is_same_numeral(gold: str, answer: str) -> bool | None:

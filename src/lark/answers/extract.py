@@ -13,8 +13,13 @@ import regex
 from lark.answers.quantities import parse_number, to_plain_notation
 from lark.common.errors import LarkError
 
-__all__ = ["compile_pattern", "extract_answer", "find_boxed", "parse_choice", "parse_number"]
+__all__ = ["NO_GOLD", "compile_pattern", "extract_answer", "find_boxed", "parse_choice", "parse_number"]
 
+NO_GOLD = (
+    r"(?i)^(?:[\s?.-]*|\W*(?:text\W*)?(?:proof|see (?:the )?(?:proof|solution)|n/a|none|null|nan|unknown|missing"
+    r"|omitted|unavailable|tbd|(?:no|not)[ _-]?(?:found|available|provided|given|specified|answer))\W*)$"
+)
+"""Gold answers that say there is none; a pattern for Arrow (RE2) too."""
 PATTERN_SECONDS = 1.0
 _STATEMENTS = 1_000  # that say what the answer is; of a text that says so more often, the last
 
@@ -23,10 +28,11 @@ _BRACES = re.compile(r"\\{1,3}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 _TAGGED = re.compile(r"<answer>(?P<answer>(?:[^<]|<(?!/?answer>)){1,10000}+)</answer>", re.IGNORECASE)
 _STATED = re.compile(
-    r"(?:####|\banswers?\b[\s*_]{0,20}(?:(?:(?:to|for|of) [^\n.:=?]{1,120}?|\([^()\n]{1,20}\))[\s*_]{0,20})?"
+    r"(?:####|\bfinal answer\b[\s*_]{0,20}\n"
+    r"|\banswers?\b[\s*_]{0,20}(?:(?:(?:to|for|of) [^\n.:=?]{1,120}?|\([^()\n]{1,20}\))[\s*_]{0,20})?"
     r"(?::|=|\b(?:is|are|was|would be|will be|should be|must be|equals)\b)"
     r"(?:\s{0,20}(?:therefore|thus|hence|indeed|simply|just|then|clearly)\b)?)"
-    r"[\s*_:]{0,20}(?=(?P<answer>[^\n]{1,300}))",
+    r"(?!\s{1,20}not\b)[\s*_:]{0,20}(?:(?:\$\$|\\\[)\s{0,20}\n)?(?=(?P<answer>[^\n]{1,300}))",
     re.IGNORECASE,
 )
 _NAMED_CHOICE = re.compile(
@@ -35,6 +41,7 @@ _NAMED_CHOICE = re.compile(
     re.IGNORECASE,
 )
 _LONE_CHOICE = re.compile(r"[ \t]*(?:\*\*\(?[A-Z][.)]?\)?\*\*|\*\*\(?[A-Z]\)?[.)]\*\*[^\n]*|\(?[A-Z]\)?)[ \t.]*")
+_FORMULA = re.compile(r"\$\$?(?=[^\s$])[^$]*[^\s$]\$\$?(?![\w$])|\\\(.*?\\\)|\\\[.*?\\\]")
 # Where the answer ends and the sentence goes on. A comma before a number, "or" or "and" belongs to the answer.
 _SENTENCE_END = re.compile(
     r"[.!?;](?:[\s*\"'}\])]|$)|,\s+(?!(?i:or|and)\b|[A-Z]\b)(?=[A-Za-z])"
@@ -42,11 +49,12 @@ _SENTENCE_END = re.compile(
 )
 _CHOICE = re.compile(
     r"(?:(?:the\s+)?(?:final\s+)?(?:correct\s+)?(?:answer|option|choice)\s*(?:is\b|:)?\s*)?"
-    r"(?:\(\s*([A-Za-z])\s*\)(.*)|([A-Za-z])(?:\s*[.):].*|\s+[-\N{EN DASH}\N{EM DASH}]\s.*)?)",
+    r"(?:\(\s*([A-Za-z])\s*\)(.*)|([A-Za-z])(?:\s*(?:[.)]|:(?!\s*(?-i:[A-Z])\b)).*"
+    r"|\s+[-\N{EN DASH}\N{EM DASH}]\s[^=]*)?)",
     re.DOTALL | re.IGNORECASE,
 )
-_LETTER = re.compile(r"(?<![A-Za-z\\])[A-Z](?![A-Za-z])")
-_ANOTHER_CHOICE = re.compile(r"\s*(?:(?:[,/&]|\b(?:or|and)\b)\s*\(?[A-Z]\b|\(\s*[A-Z]\s*\))")
+_SEVERAL_CHOICES = re.compile(r"\(?[A-Z]\)?(?:(?:\s*[,/&]\s*|\s+(?:or|and)\s+)\(?[A-Z]\)?)+|(?:\([A-Z]\)\s*){2,}")
+_ANOTHER_CHOICE = re.compile(r"\s*(?:(?:[,/&]|\b(?:or|and)\b)\s*\(?[A-Z]\b|\(\s*[A-Z]\s*\)|[=+*/^_<>])")
 
 
 def find_boxed(text: str) -> str | None:
@@ -77,9 +85,9 @@ def extract_answer(text: str, pattern: str | None = None, kind: str | None = Non
     r"""Find the final answer a text states, or None.
 
     In this order: its last `\boxed{...}`; the last match of the task's pattern; the last `<answer>...</answer>`; and
-    for the kinds number and choice the last sentence that says what the answer is ("the answer is 18", "#### 18",
-    "Final answer: (C)"), for choice also a last line of nothing but the letter ("**B**"). For choice, a box that holds
-    no letter is passed over if one of the other ways finds something.
+    for the kinds math, number and choice the last sentence that says what the answer is ("the answer is 18", "#### 18",
+    "Final answer: (C)"), for choice also a last line of nothing but the letter ("**B**"). For choice, a box that names
+    no letters, such as E = mc^2, is passed over if one of the other ways finds something.
 
     Only what follows the last closed <think> block counts, and nothing inside one that was never closed.
 
@@ -94,7 +102,7 @@ def extract_answer(text: str, pattern: str | None = None, kind: str | None = Non
     """
     compiled = compile_pattern(pattern)
     boxed = find_boxed(text)
-    if boxed is not None and (kind != "choice" or _LETTER.search(boxed) or parse_choice(boxed)):
+    if boxed is not None and (kind != "choice" or parse_choice(boxed) or _names_several_choices(boxed)):
         return boxed
     text = _strip_thoughts(text)
     if compiled is not None:
@@ -135,20 +143,24 @@ def parse_choice(text: str) -> str | None:
     return (bracketed or bare).upper()
 
 
+def _names_several_choices(text: str) -> bool:
+    return bool(_SEVERAL_CHOICES.fullmatch(to_plain_notation(text[:1000]).replace("**", "").strip()))
+
+
 def _find_statement(text: str, kind: str | None) -> str | None:
     tagged = None
     for match in _TAGGED.finditer(text):
         tagged = match["answer"].strip() or tagged
-    if tagged or kind not in ("choice", "number"):
+    if tagged or kind not in ("choice", "number", "math"):
         return tagged
-    found: list[tuple[int, str]] = []  # the last of each form
+    found: list[tuple[bool, int, str]] = []
     for form in (_STATED, _NAMED_CHOICE) if kind == "choice" else (_STATED,):
-        for match in reversed(deque(form.finditer(text), maxlen=_STATEMENTS)):
-            if clause := _cut_clause(match["answer"], kind):
-                found.append((match.start(), clause))
-                break
+        for match in deque(form.finditer(text), maxlen=_STATEMENTS):
+            clause = _cut_clause(match["answer"])
+            if rank := _rank_clause(clause, kind):
+                found.append((rank > 1, match.start(), clause))
     if found:
-        return max(found)[1]
+        return max(found)[2]
     if kind == "choice":
         line = text.strip().rpartition("\n")[2]
         if _LONE_CHOICE.fullmatch(line) or (line == text.strip() and parse_choice(line)):
@@ -156,14 +168,28 @@ def _find_statement(text: str, kind: str | None) -> str | None:
     return None
 
 
-def _cut_clause(said: str, kind: str) -> str | None:
-    """Return the part of a sentence that is the answer; None if nothing in it could be one."""
+def _cut_clause(said: str) -> str:
+    """Return the part of a sentence that is the answer: up to where a clause ends outside formulas and brackets."""
     said = re.sub(r"(?<=\S)\*\*(?!\w)", "", said.partition("</answer>")[0])  # the end of bold; 2**3 is none
-    clause = _SENTENCE_END.split(said, maxsplit=1)[0].strip()
+    formula = _FORMULA.match(said)
+    ends = [end.start() for end in _SENTENCE_END.finditer(said, formula.end() if formula else 0)]
+    for end in ends:
+        if sum(map(said[:end].count, "([{")) <= sum(map(said[:end].count, ")]}")):
+            return said[:end].strip()
+    return said[: ends[0] if ends else None].strip()
+
+
+def _rank_clause(clause: str, kind: str) -> int:
+    """Return 0 for a clause that cannot be the answer, 2 for one that can, 1 for a word, if nothing else is stated."""
     if kind == "choice":
-        possible = re.match(r"(?:(?i:option|choice)\s+)?\(?\s*[A-Z]\b", to_plain_notation(clause).replace("**", ""))
-        return clause if possible else None
-    return clause if any(map(str.isdigit, clause)) else None
+        plain = to_plain_notation(clause).replace("**", "")
+        return 2 if re.match(r"(?:(?i:option|choice)\s+)?\(?\s*[A-Z]\b", plain) else 0
+    if any(map(str.isdigit, clause)):
+        return 2
+    words = re.findall(r"[A-Za-z]{3,}", clause)
+    if kind == "number" or not clause or (len(words) > 1 and not re.search(r"[$\\]", clause)):
+        return 0
+    return 1 if words and not re.search(r"[$\\]", clause) else 2
 
 
 def _strip_thoughts(text: str) -> str:

@@ -11,6 +11,8 @@ from operator import add, mul, sub, truediv
 
 _MAX_CHARACTERS = 400
 _MAX_DIGITS = 100  # also the largest power of ten
+_ROUNDED_DIGITS = 6  # significant ones, from which on a rounded number passes for what it was rounded from
+_FLOAT_DIGITS, _PRINTED_DIGITS = 15, 17  # significant ones that a double keeps, and that it is printed with
 
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = rf"(?:{_INTEGER}(?:\.\d*)?|\.\d+)"
@@ -33,6 +35,11 @@ _NUMBER = re.compile(
 
 _SPACES = re.compile(r"\\(?:[,;:! ]|quad\b|qquad\b|displaystyle\b|left\b|right\b)|~|\s+")
 _GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!]\s*|[\u2009\u202f])(?=\d{3}(?!\d))")
+_REPEATING = re.compile(  # 0.1\overline{6}, 0.1\dot{6}, 0.1(6), 0.1666...
+    r"(?<![\d.,])(?P<whole>\d{0,30})\.(?P<once>\d{0,30}?)(?:\\(?:overline|bar)\s*\{(?P<over>\d{1,50})\}|\((?P<in>\d{1,50})\)"
+    r"|\\dot\s*(?P<dot>\d|\{\d\}(?:\d{0,50}\\dot\s*\{\d\})?)"
+    r"|(?:(?P<digit>\d)(?P=digit){2,30}|(?P<block>\d{2,8}?)(?P=block){1,30})(?:\.{3}|\\[lc]?dots(?![a-z])|\u2026))"
+)
 _STYLED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|bm|operatorname)\s*\{([^{}]*)\}")
 _CHARACTERS = str.maketrans(
     {
@@ -50,10 +57,14 @@ _CHARACTERS = str.maketrans(
     }
 )
 
-_SCALES = {"%": Fraction(1, 100), "percent": Fraction(1, 100), "dozen": Fraction(12)} | {
-    name: Fraction(10**power)
-    for name, power in {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}.items()
+_PERCENT = Fraction(1, 100)
+_POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+_SCALES = {"%": _PERCENT, "percent": _PERCENT, "dozen": Fraction(12)} | {
+    name: Fraction(10**power) for name, power in _POWERS.items()
 }
+_PARTS = frozenset(
+    f"{part}th{plural}" for part in ("ten", "hundred", "thousand", "million", "billion") for plural in ("", "s")
+)
 _UNITS: dict[str, tuple[str, Fraction]] = {
     name: (dimension, Fraction(size))
     for dimension, names in {
@@ -90,13 +101,13 @@ _OTHER_NUMBERS = """
     zero one two three four five six seven eight nine ten eleven twelve
     twenty thirty forty fifty sixty seventy eighty ninety
 """
-_REFUSED = frozenset(_OTHER_NUMBERS.split())
+_REFUSED = frozenset(_OTHER_NUMBERS.split()) | _PARTS
 # Before a number they make it another one, or none: "less than 5".
 _BOUNDS = """
     less more fewer greater than least most over under above below between from up nearly almost no never cannot
     isn aren doesn negative sin cos tan log ln sqrt sum product
 """
-_REFUSED_BEFORE = (_REFUSED | frozenset(_BOUNDS.split())) - {"and"}
+_REFUSED_BEFORE = (_REFUSED | frozenset(_BOUNDS.split()) | _SCALES.keys()) - {"and"}
 _WORDS = re.compile(r"[^\W\d_]+|\^\s*(?:\{\s*-?\d\s*\}|\d)|\\cdot|\\circ|[%$€£¥₹]|[\s/.'()\-*]+")
 _NAME = re.compile(r"\\?[A-Za-z]+'?(?:_(?:\w|\{\w+\}))?(?:\([A-Za-z0-9]\))?")
 _INTRODUCED = re.compile(
@@ -132,7 +143,8 @@ def is_same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """Tell whether two quantities agree: as written, or in value.
 
     A gold answer of 50 or of 0.5 is both met by 50%, since nothing tells which of the two was asked for; 0.5 does not
-    meet 50. Units matter where both sides have one that is known: 5 cm is 50 mm, and neither 5 m nor 5 kg.
+    meet 50, nor 5 million 5. Units matter where both sides have one that is known: 5 cm is 50 mm, and neither 5 m nor
+    5 kg.
     """
     if gold.name and answer.name and gold.name != answer.name:
         return False
@@ -141,10 +153,44 @@ def is_same_quantity(gold: Quantity, answer: Quantity) -> bool:
         if gold.unit[0] != answer.unit[0]:
             return False
         size = answer.unit[1] / gold.unit[1]
-    as_written = 1 in (gold.scale, answer.scale) or gold.scale == answer.scale
-    return (as_written and answer.written * size == gold.written) or (
-        answer.written * answer.scale * size == gold.written * gold.scale
+    as_written = {gold.scale, answer.scale} <= {1, _PERCENT}
+    return (as_written and is_same_number(gold.written, answer.written * size)) or is_same_number(
+        gold.written * gold.scale, answer.written * answer.scale * size
     )
+
+
+def is_same_number(one: Fraction, other: Fraction) -> bool:
+    """Tell whether two numbers are equal, or one is a rounding of the other to six or more significant digits.
+
+    Only what is no decimal of up to 15 digits may be rounded: 1/3 to 0.333333, and 0.30000000000000004, as a computer
+    prints it, to 0.3; but 0.1234567 is not 0.123457.
+    """
+    return one == other or _is_rounding(one, other) or _is_rounding(other, one)
+
+
+def _is_rounding(rounded: Fraction, exact: Fraction) -> bool:
+    shown, digits = _find_significand(rounded), _find_significand(exact)
+    if not shown or exact.denominator == 1 or (digits and digits < 10**_FLOAT_DIGITS):
+        return False
+    if shown < 10 ** (_ROUNDED_DIGITS - 1):
+        if digits is None or digits >= 10**_PRINTED_DIGITS:
+            return False
+        shown *= 10 ** (_FLOAT_DIGITS - len(str(shown)))  # the zeros after the digits are not written
+    return abs(rounded - exact) * 2 * shown <= abs(rounded)  # half a unit in the last place
+
+
+def _find_significand(number: Fraction) -> int | None:
+    """Return a decimal's digits without the zeros at both ends, 25 for 0.0250; None for what is no decimal."""
+    rest, places = number.denominator, 0
+    for prime in (2, 5):
+        power = 0
+        while rest % prime == 0:
+            rest, power = rest // prime, power + 1
+        places = max(places, power)
+    digits = abs(int(number * 10**places))
+    while digits and digits % 10 == 0:
+        digits //= 10
+    return digits if rest == 1 else None
 
 
 def parse_quantity(text: str, *, equations: bool = False) -> Quantity | None:
@@ -188,7 +234,13 @@ def parse_quantity(text: str, *, equations: bool = False) -> Quantity | None:
 
 def to_plain_notation(text: str) -> str:
     r"""Return the text without emphasis, math delimiters, \text and the like, spacing commands and digit groups."""
-    text = _GROUPED.sub("", text.replace(r"{,}", ",")).translate(_CHARACTERS).strip().strip("*`").strip()
+    text = (
+        write_out_repeating(_GROUPED.sub("", text.replace(r"{,}", ",")))
+        .translate(_CHARACTERS)
+        .strip()
+        .strip("*`")
+        .strip()
+    )
     if len(text) > 2 and text[0] == text[-1] == "$":
         text = text.strip("$")
     text = re.sub(r"\\[()\[\]]", " ", text)
@@ -200,6 +252,23 @@ def to_plain_notation(text: str) -> str:
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
     return text.strip("*` ")
+
+
+def find_scale_words(text: str) -> set[str]:
+    """Find the words, such as million, that make a number another one."""
+    return {word.removesuffix("s") for word in re.findall("[a-z]+", text.lower())} & {"dozen", *_POWERS, *_PARTS}
+
+
+def write_out_repeating(text: str) -> str:
+    r"""Return the text with repeating decimals as fractions: 0.1\overline{6} is \frac{15}{90}."""
+
+    def make_fraction(match: re.Match[str]) -> str:
+        whole, once = match["whole"], match["once"]
+        block = re.sub(r"\D", "", match["over"] or match["in"] or match["dot"] or match["digit"] or match["block"])
+        above = int(whole + once + block) - int(whole + once or "0")
+        return rf"\frac{{{above}}}{{{'9' * len(block)}{'0' * len(once)}}}"
+
+    return _REPEATING.sub(make_fraction, text)
 
 
 def _read_quantity(text: str) -> Quantity | None:

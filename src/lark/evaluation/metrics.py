@@ -3,7 +3,7 @@
 Shapes: P problems, N samples a problem.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,10 @@ def summarise_samples(
         problem has one.
     """
     pass_at = tuple(pass_at)
-    # Problems that may have several right answers (lark.answers.answer_clusters).
-    several = {row["problem_id"] for row in problems if (row.get("checker") or kind) == "reasoning_gym"}
+    kinds = {row["problem_id"]: row.get("checker") or kind for row in problems}
 
     def summarise(part: Sequence[Record]) -> dict[str, Any]:
-        metrics = compute_metrics(part, pass_at=pass_at, several_right=several)
+        metrics = compute_metrics(part, kinds, pass_at=pass_at)
         return {"metrics": metrics, "interval": _compute_interval(part)}
 
     level_by_problem = {problem["problem_id"]: read_level(problem) or NO_LEVEL for problem in problems}
@@ -113,11 +112,11 @@ def summarise_samples(
 
 
 def compute_metrics(
-    records: Sequence[Record], *, pass_at: Iterable[int] = (1,), several_right: Collection[str] = ()
+    records: Sequence[Record], kinds: Mapping[str, str], *, pass_at: Iterable[int] = (1,)
 ) -> dict[str, float | int]:
     """Compute the metrics of records that are in the order of problems and samples.
 
-    several_right: ids of the problems that may have several right answers.
+    kinds: how each problem's answers are checked (`lark.answers.checker.KINDS`).
 
     Returns:
         avg@<samples>, pass@<k> for each k, maj@<samples>, boxed, stop, truncated (shares from 0 to 1), tokens (mean of
@@ -136,7 +135,7 @@ def compute_metrics(
     per_problem = {
         f"avg@{num_samples}": average_at_k(correct_PN),
         **{f"pass@{k}": pass_at_k(correct_PN, k) for k in pass_at},
-        f"maj@{num_samples}": majority_at_k(_cluster_answers(records, num_samples, several_right), correct_PN),
+        f"maj@{num_samples}": majority_at_k(_cluster_answers(records, num_samples, kinds), correct_PN),
         **{name: average_at_k(column(name)) for name in ("boxed", "stop", "truncated")},
         "tokens": average_at_k(column("num_tokens")),
     }
@@ -164,7 +163,7 @@ def _level_order(level: str) -> tuple[bool, float, str]:
         return level == NO_LEVEL, float("inf"), level
 
 
-def _cluster_answers(records: Sequence[Record], num_samples: int, several_right: Collection[str]) -> Tensor:
+def _cluster_answers(records: Sequence[Record], num_samples: int, kinds: Mapping[str, str]) -> Tensor:
     """Number the distinct answers of each problem, [P, N]."""
     by_problem = [records[start : start + num_samples] for start in range(0, len(records), num_samples)]
     return torch.tensor(
@@ -172,7 +171,7 @@ def _cluster_answers(records: Sequence[Record], num_samples: int, several_right:
             cluster_answers(
                 [record["answer"] for record in part],
                 [record["correct"] for record in part],
-                one_right=part[0]["problem_id"] not in several_right,
+                kinds[part[0]["problem_id"]],
             )
             for part in by_problem
         ]

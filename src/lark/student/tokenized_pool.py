@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lark.answers.checker import Answer, Checker
+from lark.answers.checker import CHECKED_AS_TEXT, Answer, Checker
+from lark.answers.extract import NO_GOLD
 from lark.common.cache import build_once, file_hash, identity_hash
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
@@ -90,6 +91,7 @@ class TokenizedPool:
             (self.truncated, "cut to task.max_length"),
             (self.verdicts["filled"], "verdicts filled in"),
             (self.verdicts["timed_out"], "checks timed out"),
+            (self.verdicts["no_gold"], "with answers that are none, such as proof"),
             (sum(size == 1 for size in sizes.values()), "problems with one candidate"),
         )
         parts = [
@@ -197,12 +199,19 @@ class TokenizedPool:
 
     def _fill_verdicts(self) -> tuple[np.ndarray, dict[str, int]]:
         """Read `correct` as 1, 0 or NaN; a null with a known answer is filled by the checker and counted. A check that
-        runs out of time counts as wrong, and is counted too.
+        runs out of time counts as wrong, and is counted too, as are answers that say there is none.
         """
         correct = pc.cast(read_arrow_column(self.rows, "correct"), pa.float64()).to_numpy().copy()  # null becomes NaN
-        unknown = np.flatnonzero(np.isnan(correct) & read_arrow_column(self.rows, "answer").is_valid().to_numpy())
+        answers = read_arrow_column(self.rows, "answer")
+        unknown = np.flatnonzero(np.isnan(correct) & answers.is_valid().to_numpy())
+        no_gold = np.flatnonzero(pc.match_substring_regex(answers, NO_GOLD).fill_null(False).to_numpy())
+        extras = map(json.loads, self.rows[no_gold.tolist()]["extra"])
+        kinds = np.array([extra.get("checker") or self.task.checker for extra in extras], dtype=str)
+        no_gold = no_gold[~np.isin(kinds, CHECKED_AS_TEXT)]
+        unknown = np.setdiff1d(unknown, no_gold)
+        counts = {"filled": len(unknown), "timed_out": 0, "no_gold": len(no_gold)}
         if not len(unknown):
-            return correct, {"filled": 0, "timed_out": 0}
+            return correct, counts
         identity = {
             "pool": self.fingerprint,
             "checker": self.task.checker,
@@ -213,10 +222,7 @@ class TokenizedPool:
             self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"
         )
         correct[unknown] = read_arrow_column(found, "correct").to_numpy()
-        return correct, {
-            "filled": len(unknown),
-            "timed_out": int(read_arrow_column(found, "timed_out").to_numpy().sum()),
-        }
+        return correct, counts | {"timed_out": int(read_arrow_column(found, "timed_out").to_numpy().sum())}
 
     @contextmanager
     def _checking(self, rows: np.ndarray) -> Iterator[Compute]:

@@ -103,6 +103,8 @@ def _read_problem(raw: dict[str, Any]) -> dict[str, Any]:
     elif not isinstance(raw.get("problem"), str) or not raw["problem"].strip():
         raise RowError("problem", "no problem", "is missing, empty or not text: give the problem, or messages")
     _check_optional(raw)
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)  # as in pools (lark.pool.rows)
     return raw | {"problem_id": str(identifier), "answer": str(answer)}
 
 
