@@ -121,6 +121,18 @@ def test_checks_that_time_out_are_counted_when_found_again_too(open_pool, monkey
     assert again.verdicts == {"filled": 12, "timed_out": 12, "no_gold": 0} and (again.correct == 0).all()
 
 
+def test_answers_that_are_none_give_no_verdict_and_are_counted(open_pool):
+    none = [
+        {"answer": "proof"},
+        {"answer": r"\text{Not found}", "checker": "math"},
+        {"answer": "none", "checker": "exact"},
+    ]
+    rows = [row | {"correct": None} | none[i // 4] for i, row in enumerate(rows_of_a_pool(problems=3))]
+    pool = open_pool(rows)
+    assert pool.verdicts == {"filled": 4, "timed_out": 0, "no_gold": 8}
+    assert np.isnan(pool.correct).tolist() == [True] * 8 + [False] * 4
+
+
 def test_columns_with_gaps(open_pool):
     rows = rows_of_a_pool()
     for number, row in enumerate(rows):

@@ -103,12 +103,9 @@ def _is_same_value(gold: Any, answer: Any) -> bool:
     if values[0] == values[1]:
         return True
     if not all(value.is_Rational for value in values):
-        values = [
-            value if value.is_Rational or not value.is_real else sympy.Rational(value.evalf(_DIGITS))
-            for value in values
-        ]
-        if not all(value.is_Rational for value in values):  # complex: left to algebra
+        if not all(value.is_real for value in values):  # left to algebra
             return False
+        values = [value if value.is_Rational else sympy.Rational(value.evalf(_DIGITS)) for value in values]
         if abs(values[0] - values[1]) * 10 ** (_DIGITS - 10) <= abs(values[0]):
             return True
     return is_same_number(*(Fraction(int(value.p), int(value.q)) for value in values))

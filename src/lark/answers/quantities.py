@@ -234,13 +234,8 @@ def parse_quantity(text: str, *, equations: bool = False) -> Quantity | None:
 
 def to_plain_notation(text: str) -> str:
     r"""Return the text without emphasis, math delimiters, \text and the like, spacing commands and digit groups."""
-    text = (
-        write_out_repeating(_GROUPED.sub("", text.replace(r"{,}", ",")))
-        .translate(_CHARACTERS)
-        .strip()
-        .strip("*`")
-        .strip()
-    )
+    text = write_out_repeating(_GROUPED.sub("", text.replace(r"{,}", ",")))
+    text = text.translate(_CHARACTERS).strip().strip("*`").strip()
     if len(text) > 2 and text[0] == text[-1] == "$":
         text = text.strip("$")
     text = re.sub(r"\\[()\[\]]", " ", text)
