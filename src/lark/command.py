@@ -66,7 +66,7 @@ def write_replay(config: DictConfig, folder: Path) -> None:
 
     resolved = OmegaConf.to_container(config, resolve=False)
     hydra_block = {
-        "run": {"dir": f"{folder.parent}/{folder.name}-replay"},
+        "run": {"dir": f"{folder.parent}/{folder.name.partition('-replay-')[0]}-replay-${{now:%Y-%m-%d_%H-%M-%S}}"},
         "job": {"name": "lark", "chdir": False},
         "output_subdir": ".hydra",
     }

@@ -21,6 +21,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lark.common.cache import check_name
 from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "selector", "baseline", "diagnostics", "trainer", "logger")
@@ -160,6 +161,9 @@ def check_config(config: DictConfig) -> None:
     for name, hint in VALUES.items():
         _check_value(name, config[name], hint)
     _check_value("probe.model", config.probe.get("model"), Literal[*list_options("model"), None])
+    check_types(config, ("sft", "task"))  # those whose classes are loaded at once: torch takes seconds
+    build(config.sft)
+    build(config.task).check_files()
 
 
 def check_names(config: DictConfig, *, groups: Iterable[str], others: Iterable[str]) -> None:
@@ -170,6 +174,7 @@ def check_names(config: DictConfig, *, groups: Iterable[str], others: Iterable[s
     for group in groups:
         if not isinstance(config.get(group), DictConfig):
             raise LarkError(_explain_whole_group(group))
+        check_name(config[group].get("name"), f"{group}.name")
     for name in config:
         if name not in known:
             raise LarkError(_explain_unknown(str(name), known))

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lark import config as configuration
 from lark.command import FULL_ERROR, start, write_replay
+from lark.common.cache import check_run_folder
 from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "trainer", "logger")
@@ -30,6 +31,7 @@ configuration.register_resolvers()
 def hydra_main(config: DictConfig) -> float:
     """Do one evaluation; returns avg@k on the first set."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    check_run_folder(folder)
     try:
         return _evaluate(config, folder, list(HydraConfig.get().overrides.task))
     except Exception as error:

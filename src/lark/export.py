@@ -33,6 +33,7 @@ def export(
     """
     arm, out = Path(arm), Path(out)
     from lark.training.arms import read_arm
+    from lark.training.model_card import write_card
 
     trained = read_arm(arm)
     student, checkpoint = trained["student"], arm / "checkpoint"
@@ -49,8 +50,6 @@ def export(
     if merge or base is not None:
         student |= _locate_base(student, base)
         _check_base(trained)
-    if (arm.parent / "replay.yaml").is_file():  # a run's link: it may reuse what another run has trained
-        trained["run"] = str(arm.parent.absolute())
 
     temporary = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -59,7 +58,7 @@ def export(
             weights = _write_model(student, checkpoint, temporary, dtype, merge=merge)
         else:
             weights = _write_copy(student, checkpoint, temporary, dtype, base)
-        _write_card(temporary, trained, arm, merged=merge, weights=weights)
+        write_card(temporary, arm, merged=merge, weights=weights)
         if out.exists():
             out.rmdir()
         temporary.replace(out)
@@ -159,12 +158,6 @@ def _write_copy(student: dict[str, Any], checkpoint: Path, folder: Path, dtype: 
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     return f"the adapter in {dtype}"
-
-
-def _write_card(folder: Path, trained: dict[str, Any], arm: Path, *, merged: bool, weights: str) -> None:
-    from lark.training.model_card import write_card
-
-    write_card(folder, trained, arm, merged=merged, weights=weights)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from lark import config as configuration
 from lark.command import FULL_ERROR, start, write_replay
+from lark.common.cache import check_run_folder
 
 configuration.register_resolvers()
 
@@ -23,6 +24,7 @@ def hydra_main(config: DictConfig) -> float:
     """One job. In a multirun a failure is recorded and the sweep goes on; its end prints it and exits 1."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    check_run_folder(folder)
     try:
         configuration.check_config(config)
         write_replay(config, folder)

@@ -16,6 +16,8 @@ import lark.common.cache
 from lark.common.cache import (
     atomic_write,
     build_once,
+    check_name,
+    check_run_folder,
     check_writable,
     file_hash,
     hold_lock,
@@ -26,6 +28,7 @@ from lark.common.cache import (
     write_json,
     write_text,
 )
+from lark.common.errors import LarkError
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -123,20 +126,66 @@ def test_lock_says_that_it_waits_and_goes_on_when_it_is_free(tmp_path, monkeypat
 
 
 def test_nothing_is_removed_that_the_project_did_not_write(tmp_path):
-    for name in ("folder", "ours", "target", "empty"):
+    for name in ("folder", "ours", "target", "empty", "theirs", "listed"):
         (tmp_path / name).mkdir()
+    (tmp_path / "theirs" / "manifest.json").write_text('{"files": []}')  # a common name
+    (tmp_path / "listed" / "metrics.json").write_text("[1, 2]")
     (tmp_path / "folder" / "thesis.tex").touch()
     (tmp_path / "file").touch()
-    for name in ("folder", "file"):
+    for name in ("folder", "file", "theirs", "listed"):
         with pytest.raises(ValueError, match=f"{tmp_path / name} is in the way"):
             remove_path(tmp_path / name)
         assert (tmp_path / name).exists()
-    (tmp_path / "ours" / "selection.json").touch()
+    write_json(tmp_path / "ours" / "selection.json", {"inputs": {}})
     (tmp_path / "target" / "kept").touch()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     for name in ("ours", "link", "empty", "missing"):
         assert not remove_path(tmp_path / name).exists()
     assert (tmp_path / "target" / "kept").exists()
+
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "a/b",
+    "../a",
+    "a\\b",
+    "a\nb",
+    "a\0",
+    " a",
+    "a ",
+    "a.",
+    "-a",
+    ".a",
+    "a:b",
+    "a*",
+    "x" * 101,
+    None,
+    3,
+]
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, None, 3])
+def test_names_that_no_file_may_have(name):
+    with pytest.raises(LarkError, match=r"task\.eval"):
+        check_name(name, "task.eval")
+
+
+@pytest.mark.parametrize("name", ["a", "AIME 24", "lark+casl", "math_500@2", "v1.2", "größer", "k=4"])
+def test_names_that_files_may_have(name):
+    assert check_name(name, "task.eval") == name
+
+
+def test_a_run_does_not_write_over_what_is_not_its_own(tmp_path):
+    check_run_folder(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    check_run_folder(tmp_path)
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(LarkError, match=r"hydra\.run\.dir"):
+        check_run_folder(tmp_path)
+    write_json(tmp_path / "summary.json", {"status": "failed"})
+    check_run_folder(tmp_path)
 
 
 def test_writable(tmp_path):

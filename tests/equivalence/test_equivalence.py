@@ -99,7 +99,7 @@ def _start(student: Path, pool: Path, logs: Path, *words: str, launcher: tuple[s
 
 
 def arms(logs: Path) -> dict[str, Path]:
-    return {read_json(path)["name"]: path.parent for path in logs.glob("arms/*/trained.json")}
+    return {path.parent.name: path.parent for path in logs.glob("runs/**/trained.json")}
 
 
 def assert_same(logs: Path, expected: Path, *, tolerance: float) -> None:

@@ -11,7 +11,15 @@ from lark.student.student import save_student
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 
 SELECTION = {
-    "inputs": {"pool": "67addcfa33a06eb5", "asked": "small", "seed": 0, "dropped_rows": {"overlong": 3, "empty": 0}},
+    "inputs": {
+        "task": "sums",
+        "pool": "67addcfa33a06eb5",
+        "asked": "small",
+        "score": "Lark(length_exponent=0.0)",
+        "filter": None,
+        "seed": 0,
+        "dropped_rows": {"overlong": 3, "empty": 0},
+    },
     "rule": "lark",
     "policy": {"kind": "chi2", "budget": 2, "tau": None, "prior": "uniform", "gap": {"p50": 0.1}},
     "counts": {"candidates": 154, "chosen": 44, "not_chosen": 110, "problems": 22, "problems_without_choice": 0},
@@ -36,14 +44,8 @@ def trained_json(student, **changed):
     own = student.identity() | {"lora": student.lora, "dtype": student.dtype, "attention": student.attention}
     recipe = {"batch_size": 16, "lr": 3e-4, "betas": [0.9, 0.999], "average": "trajectory", "weighted": True}
     return {
-        "name": "selector",
-        "rule": "lark",
-        "score": "Lark(length_exponent=0.0)",
-        "filter": None,
         "student": settings,
-        "task": "sums",
-        "run": "/somewhere/a run",
-        "identity": {"student": own, "max_length": [128, "drop"], "recipe": recipe, "seed": 0, "precision": "32-true"},
+        "identity": {"student": own, "tokens": {"cut_to": 128}, "recipe": recipe, "seed": 0, "precision": "32-true"},
         "steps": 3,
         "seconds": 1.5,
         "trajectories": 44,

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -10,12 +9,13 @@ from markdown_it import MarkdownIt
 from trained_arm import LORA, METRICS, SELECTION, trained_json, write_arm
 from transformers import AutoTokenizer
 
+from lark.common.cache import read_json
 from lark.export import export
 from lark.selection.rule import Between, Rule
 from lark.student.student import Student
-from lark.training.arms import Arm
-from lark.training.model_card import collect_facts, render_card
-from lark.training.sft_module import Recipe
+from lark.training.arms import describe_student
+from lark.training.model_card import render_card
+from lark.training.run_folder import write_selection
 
 NASTY = "a|b `c` <script>x</script> [l](http://x) *b* $y$ &lt; ~~z~~\n# not a heading"
 
@@ -35,7 +35,7 @@ def body(text):
 
 
 def test_the_card_says_what_the_files_say(make_student):
-    text = render_card(trained_json(make_student(lora=LORA)), SELECTION, METRICS)
+    text = render_card(trained_json(make_student(lora=LORA)), SELECTION, METRICS, run="/somewhere/a run")
     rows = rows_of(body(text))
     assert rows["rows dropped"] == ["3 overlong"]
     assert rows["candidates"] == ["154 candidates, 44 chosen, 110 not chosen, 22 problems"]
@@ -52,11 +52,8 @@ def test_the_card_says_what_the_files_say(make_student):
 
 
 def test_what_was_not_measured_is_not_there(make_student):
-    trained = trained_json(make_student(), curve=[], run=None)
-    text = render_card(
-        trained, {"inputs": SELECTION["inputs"], "rule": "warm_up", "counts": {"chosen": 44}, "tokens": 9}
-    )
-    for section in ("Evaluation", "Held-out", "Again", "weight by teacher", "policy", "effective"):
+    text = render_card(trained_json(make_student(), curve=[]), None)
+    for section in ("Evaluation", "Held-out", "Again", "weight by teacher", "policy", "effective", "rule"):
         assert section not in text
     assert "on 44 trajectories, each" in text
 
@@ -88,10 +85,11 @@ def test_equal_weights_are_called_so(make_student):
 
 
 def test_what_users_write_stays_text(make_student):
-    trained = trained_json(make_student(name=NASTY), rule=NASTY, task=NASTY, score=NASTY, run=f"/x/```{NASTY}")
-    selection = SELECTION | {"rule": NASTY, "teacher_share": {NASTY: 1.0}}
+    trained = trained_json(make_student(name=NASTY))
+    inputs = SELECTION["inputs"] | {"task": NASTY, "score": NASTY}
+    selection = SELECTION | {"rule": NASTY, "teacher_share": {NASTY: 1.0}, "inputs": inputs}
     metrics = METRICS | {"sets": {NASTY: {"avg@2": 0.5}}}
-    text = render_card(trained, selection, metrics)
+    text = render_card(trained, selection, metrics, run=f"/x/```{NASTY}")
     html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body(text))
     for tag in ("<script", "<a ", "<em>", "<s>", "<h1>not"):
         assert tag not in html
@@ -131,17 +129,12 @@ def test_code_for_a_base_that_peft_cannot_find(make_student, tmp_path):
 # --- what an arm writes down
 
 
-def test_an_arms_facts_make_its_student_again(make_data, make_student, student_folder, tmp_path, monkeypatch):
+def test_a_described_student_can_be_made_again(make_data, make_student, student_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(student_folder.parent)
     data = make_data(student={"path": student_folder.name, "lora": LORA, "dtype": "bfloat16"})
-    arm = Arm(
-        name="selector", rule="lark", selection=None, recipe=Recipe(), steps=3, identity={"seed": 0}, folder=tmp_path
-    )
-    facts = json.loads(json.dumps(collect_facts(arm, data, "a run")))
+    described = json.loads(json.dumps(describe_student(data.student)))
     monkeypatch.chdir(tmp_path)
-    assert Student(**facts["student"]) == make_student(path=str(student_folder), lora=LORA, dtype="bfloat16")
-    assert facts["run"] == str(student_folder.parent / "a run")
-    assert (facts["rule"], facts["score"], facts["filter"]) == ("lark", "Lark(length_exponent=0.0)", None)
+    assert Student(**described) == make_student(path=str(student_folder), lora=LORA, dtype="bfloat16")
 
 
 def my_score(candidates):
@@ -150,13 +143,11 @@ def my_score(candidates):
 
 def test_a_rule_of_the_users_own_in_words(make_data, tmp_path):
     data = make_data()
-    arm = Arm(name="selector", rule="mine", selection=None, recipe=Recipe(), steps=3, identity={}, folder=tmp_path)
-    policy = data.rules["selector"].policy
     between = Between(score=my_score, min=1.0)
-    data.rules["selector"] = Rule(name="mine", score=my_score, policy=policy, filter=between)
-    facts = collect_facts(arm, data, None)
-    assert facts["score"] == f"{__name__}:my_score" and facts["run"] is None
-    assert facts["filter"] == f"Between(column=None, score={__name__}:my_score, min=1.0, max=inf)"
-    data.rules["selector"] = replace(data.rules["selector"], filter="correct")
-    assert collect_facts(arm, data, None)["filter"] == "correct"
-    assert collect_facts(replace(arm, name="warm_up"), data, None)["score"] is None
+    data.rules["selector"] = Rule(name="mine", score=my_score, policy=data.rules["selector"].policy, filter=between)
+    data.prepare_data()
+    data.setup("fit")
+    write_selection("selector", "mine", data, tmp_path / "selector")
+    inputs = read_json(tmp_path / "selector" / "selection.json")["inputs"]
+    assert inputs["score"] == f"{__name__}:my_score"
+    assert inputs["filter"] == f"Between(column=None, score={__name__}:my_score, min=1.0, max=inf)"

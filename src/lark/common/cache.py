@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -21,8 +22,15 @@ import filelock
 from lark.common.errors import LarkError
 from lark.common.log import announce
 
-MANIFESTS = ("manifest.json", "trained.json", "metrics.json", "selection.json", "selection.jsonl")
-"""Files that only our folders hold."""
+MANIFESTS = {
+    **dict.fromkeys(("manifest.json", "trained.json", "metrics.json"), "identity"),
+    "selection.json": "inputs",
+    "summary.json": "status",
+}
+"""Files of our folders, each with a key that ours has."""
+_OF_A_RUN = ("before", "baseline", "selector", "report.html", "run.log", "statistics.parquet", *MANIFESTS)
+_NAME = re.compile(r"\w[\w .+@=-]{0,99}(?<![ .])")
+"""Of what becomes part of a file's or folder's name, on any system."""
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -122,18 +130,50 @@ def hold_lock(path: str | Path) -> Iterator[None]:
 def remove_path(path: Path) -> Path:
     """Remove what is at `path`, of a link only the link, and return the path.
 
-    Raises LarkError for what the project did not write: a file, or a folder that holds none of MANIFESTS.
+    Raises LarkError for what the project did not write: a file, or a folder without a manifest of ours.
     """
     if path.is_dir() and not path.is_symlink():
-        if any(path.iterdir()) and not any((path / name).is_file() for name in MANIFESTS):
+        if any(path.iterdir()) and not is_ours(path):
             raise LarkError(
-                f"{path} is in the way and not one of ours (no {' or '.join(MANIFESTS)} in it); move it away"
+                f"{path} is in the way and not one of ours (no {' or '.join(MANIFESTS)} of ours in it); move it away"
             )
         shutil.rmtree(path)
     elif path.is_file() and not path.is_symlink():
         raise LarkError(f"{path} is in the way: a file where a folder is to be written; move it away")
     path.unlink(missing_ok=True)
     return path
+
+
+def is_ours(folder: Path) -> bool:
+    """Tell whether a folder holds a manifest that the project wrote."""
+    for name, key in MANIFESTS.items():
+        try:
+            known = read_json(folder / name)
+        except (OSError, ValueError):  # there is none, or it is not JSON
+            continue
+        if isinstance(known, dict) and key in known:
+            return True
+    return False
+
+
+def check_run_folder(folder: Path) -> None:
+    """Check that nothing of the user's own is in the way of a run. Raises LarkError."""
+    found = [name for name in _OF_A_RUN if (folder / name).exists()]
+    if found and not (folder / "replay.yaml").is_file() and not is_ours(folder):
+        raise LarkError(
+            f"hydra.run.dir={folder} holds {' and '.join(found[:3])}, which no run wrote; set hydra.run.dir to a new "
+            "folder"
+        )
+
+
+def check_name(name: str, setting: str) -> str:
+    """Return a name that can be part of a file's name. Raises LarkError naming the setting for another."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise LarkError(
+            f"{setting}={name!r} cannot be part of a file's name; take 1 to 100 letters, digits and _ . - + @ =, with "
+            "a letter or digit first"
+        )
+    return name
 
 
 def check_writable(folder: str | Path, setting: str) -> Path:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from lark.answers.checker import Checker
-from lark.common.cache import hold_lock, write_json
+from lark.common.cache import hold_lock
 from lark.common.log import logger
 from lark.common.ranks import Plan, barrier, is_main
 from lark.diagnostics.curves import TrainingLoss
@@ -25,6 +25,7 @@ from lark.training.arms import Arm, make_arm, make_untrained_arm, train
 from lark.training.datamodule import TrajectoryDataModule, WarmUp
 from lark.training.divergence import DivergedError
 from lark.training.end_token import EndTokenCheck
+from lark.training.run_folder import link_arm
 from lark.training.warmup import EpochSaver, is_warmed_up, make_warm_up_arm, read_warm_up
 
 OpenLogger = Callable[..., AbstractContextManager[Logger]]
@@ -165,10 +166,11 @@ class ArmRunner:
                     device=self.data.device,
                 )
             if opened is not None:
-                log_arm(opened, self.tracker, arm, self.data, action=action, taken=self.data.get_action)
+                if arm.name in ("before", *self.data.rules):
+                    link_arm(arm, self.run / arm.name)
+                log_arm(opened, self.tracker, arm, self.run, self.data, action=action, taken=self.data.get_action)
                 if self.evaluates:  # now, as later the arm is no longer locked
                     self.figures[arm.name] = read_figures(arm, list(self.problems))
-                    write_json(arm.folder / "arm.json", {"name": arm.name, "rule": arm.rule, "identity": arm.identity})
 
     def _train(
         self, arm: Arm, label: str, callbacks: Sequence[Callback], experiment_logger: Logger | None = None
@@ -181,6 +183,5 @@ class ArmRunner:
             experiment_logger=experiment_logger,
             callbacks=[self.end_check, *callbacks],
             plan=self.plan,
-            run=self.run,
         )
         self.seconds["training"] += math.nan if is_resumed else time.monotonic() - start

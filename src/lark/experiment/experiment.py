@@ -1,6 +1,5 @@
 """One run, from a composed configuration to its table: score, select, train and evaluate the arms, compare."""
 
-import os
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lark.answers.checker import Checker
-from lark.common.cache import check_writable, is_complete, remove_path, write_json
+from lark.common.cache import check_writable, is_complete, write_json
 from lark.common.log import announce, open_log
 from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.comparison.printing import print_run
@@ -32,8 +31,9 @@ from lark.student.distributed import Parallelism
 from lark.tasks.problems import read_problems
 from lark.tracking.logging_metrics import log_choice, log_comparison, log_pass
 from lark.tracking.tracking import open_run
-from lark.training.arms import Arm, write_selection
+from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
+from lark.training.run_folder import write_selection
 from lark.training.trainer import TrainerFactory
 
 _MEMORY_SETTINGS = {
@@ -111,15 +111,12 @@ class Experiment:
                 return self._stop("statistics", self.folder / "statistics.parquet")
             self._select()
             if self.config.stop_after == "selection":
-                self._write_selections()
+                self._log_selections()
                 return self._stop("selection", self.folder / "selector" / "selection.jsonl")
             arms = self._run_arms()
         if not is_main():
             return float("nan")
         self.cost = compare_bill(bill, self.runner.took(), self.data)
-        for arm in arms:
-            link = remove_path(self.folder / arm.name)
-            link.symlink_to(os.path.relpath(arm.folder, self.folder), target_is_directory=True)
         if self.config.stop_after == "training":
             return self._stop("training", self.folder / "selector" / "checkpoint")
         return self._report(arms)
@@ -189,17 +186,16 @@ class Experiment:
         if is_main():
             write_statistics(self.folder / "statistics.parquet", data.candidates, data.selections, data.rules)
             write_sample(self.folder, data, dict(settings(self.config)))
+            for name, rule in data.rules.items():
+                write_selection(name, rule.name, data, self.folder / name)
         console.announce_selections(data)
         self.diagnosis.diagnose_selections(self.plan.claim)
 
-    def _write_selections(self) -> None:
-        """Write the choices into the run's own folder, for other trainers."""
+    def _log_selections(self) -> None:
         for name, rule in self.data.rules.items() if is_main() else ():
-            folder = remove_path(self.folder / name)
-            write_selection(name, rule.name, self.data, folder)
             title = f"{name}-{rule.name}-seed{self.data.seed}"
             with self._open_logger(title, "selection", arm=name, rule=rule.name) as logger:
-                log_choice(logger, self.tracker, name, folder, self.data, self.data.get_action)
+                log_choice(logger, self.tracker, name, self.folder / name, self.data, self.data.get_action)
 
     def _run_arms(self) -> list[Arm]:
         """Train and evaluate the arms; returns them in the order of the table."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lark.answers.checker import KINDS
-from lark.common.cache import build_once, identity_hash
+from lark.common.cache import build_once, check_name, identity_hash
 from lark.common.errors import LarkError
 from lark.common.versions import formula_versions
+from lark.pool.files import find_files
 from lark.tasks.benchmarks import is_benchmark, prepare_benchmark
 
 HUB = "hub"
@@ -61,6 +62,8 @@ class Task:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise LarkError(f"task.{name}={value!r} is unknown; set it to one of {', '.join(choices)}")
+        for name in self.eval if isinstance(self.eval, dict) else ():
+            check_name(name, "the name of a set in task.eval")
         if not 0 <= self.held_out < 1:
             raise LarkError(f"task.held_out={self.held_out} is not a share of problems; set it from 0 to below 1")
         for name in ("limit", "eval_limit"):
@@ -71,6 +74,15 @@ class Task:
                 f"task.max_length={self.max_length} and task.max_new_tokens={self.max_new_tokens} leave no room for an "
                 "answer; set them to at least 2 and 1 tokens"
             )
+
+    def check_files(self) -> None:
+        """Check that the files that are named are there. Raises LarkError naming the setting."""
+        if type(self) is Task:
+            find_files(self.pool, setting="task.pool")
+        given = self.eval.values() if isinstance(self.eval, dict) else [self.eval] if isinstance(self.eval, str) else []
+        for path in given:
+            if path and path != HUB and not all(is_benchmark(name.strip()) for name in path.split(",")):
+                find_files(path, setting="task.eval")
 
     def prepare_pool(self, cache: Path) -> Any:
         """Return where the pool's files are; what is made of others' files is written to `cache` first.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lark.common.cache import file_hash
 from lark.diagnostics.composition import expand_q
 from lark.selection.candidates import Candidates
 from lark.selection.selection import Selection
@@ -48,18 +49,17 @@ def log_choice(
     """Log the selection that `folder` holds as selection.jsonl, in a run that ends with it."""
     tracker.summarise(logger, _prefix("decisions", collect_run_decisions(data, taken)))
     _log_selection(logger, tracker, role, folder, data)
-    if role in data.rules:
-        logger.log_metrics(_list_cost(data.cost_of(data.rules[role])))
+    logger.log_metrics(_list_cost(data.cost_of(data.rules[role])))
     logger.save()
 
 
 def log_arm(
-    logger: Any, tracker: Tracker, arm: Arm, data: TrajectoryDataModule, *, action: str, taken: Taken
+    logger: Any, tracker: Tracker, arm: Arm, run: Path, data: TrajectoryDataModule, *, action: str, taken: Taken
 ) -> dict[str, float]:
     """Log an arm's final figures, its selection and what was decided; return what choosing cost.
 
-    action: train | evaluate | reuse. An arm that was not trained here gets its held-out curve too, which this group of
-    runs has not seen.
+    run: the run's folder. action: train | evaluate | reuse. An arm that was not trained here gets its held-out curve
+    too, which this group of runs has not seen.
     """
     trained = read_if_there(arm.folder / "trained.json") if arm.selection is not None else {}
     if action != "train":
@@ -73,8 +73,8 @@ def log_arm(
     cost = data.cost_of(data.rules[arm.name]) if arm.name in data.rules else {}
     if cost:
         logger.log_metrics(_list_cost(cost))
-    if arm.name in data.selections:
-        _log_selection(logger, tracker, arm.name, arm.folder, data)
+    if arm.name in data.rules:
+        _log_selection(logger, tracker, arm.name, run / arm.name, data)
     tracker.keep_texts(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("samples-*.jsonl")))
     logger.save()
     return cost
@@ -184,7 +184,7 @@ def _log_selection(logger: Any, tracker: Tracker, role: str, folder: Path, data:
             row |= {"prompt": "\n\n".join(one["content"] for one in prompt), "trajectory": last["content"]}
     tracker.log_table(logger, "tables/trajectories", rows)
     about = {"rule": selection.record["rule"], "trajectories": len(selection.row), "tokens": selection.record["tokens"]}
-    tracker.keep_selection(logger, f"selection-{role}-{folder.name}", folder, about)
+    tracker.keep_selection(logger, f"selection-{role}-{file_hash(folder / 'selection.json')[:16]}", folder, about)
 
 
 def list_selection_metrics(selection: Selection, candidates: Candidates) -> dict[str, float]:

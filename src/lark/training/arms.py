@@ -1,12 +1,14 @@
 """An arm: one student trained on one selection with one seed, kept in logs/arms/<hash of everything it depends on>.
 
-selection.jsonl, selection.json   what it was trained on
-training/last.ckpt                while it trains; a killed arm goes on from here
-checkpoint/, loss.csv, trained.json  once it is trained
-samples-<set>.jsonl, metrics.json    once it is evaluated
-arm.json                          written last: its presence means the folder is complete
+training/last.ckpt      while it trains; a killed arm goes on from here
+checkpoint/, loss.csv   once it is trained
+trained.json            written last: its presence means that it is trained
+
+Runs share arms: two rules may choose the same rows and weights. Who chose, and why, is in each run's own folder
+(lark.training.run_folder).
 """
 
+import dataclasses
 import gc
 import hashlib
 import shutil
@@ -26,13 +28,11 @@ from lark.common.errors import LarkError
 from lark.common.log import logger
 from lark.common.ranks import Plan, barrier, is_main
 from lark.common.versions import STUDENT_LIBRARIES, formula_versions
-from lark.selection.export import export_selection
 from lark.selection.selection import Selection
 from lark.student.memory import release_memory
-from lark.student.student import save_student
+from lark.student.student import Student, save_student
 from lark.training.callbacks import CheckpointSaver, collect_training_facts, describe_training, find_checkpoint
 from lark.training.datamodule import TrajectoryDataModule
-from lark.training.model_card import collect_facts, write_card
 from lark.training.recipe import Recipe
 from lark.training.sft_module import SFTModule
 
@@ -107,23 +107,6 @@ def _hash_array(values: np.ndarray) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
-def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Path) -> None:
-    """Write selection.jsonl of `data.selections[name]`, for this and other trainers, and selection.json, which says how
-    it came about.
-    """
-    selection = data.selections[name]
-    export_selection(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
-    needs = data.rules[name].needs if name in data.rules else ()
-    inputs = {
-        "pool": data.trajectories.fingerprint,
-        "asked": data.scorer.name,
-        "passes": {data.pass_folder(need).name: need.name for need in needs},
-        "seed": data.seed,
-        "dropped_rows": data.dropped,
-    }
-    write_json(folder / "selection.json", {"inputs": inputs, **selection.record})
-
-
 def train(
     arm: Arm,
     data: TrajectoryDataModule,
@@ -132,17 +115,15 @@ def train(
     experiment_logger: Any = None,
     callbacks: Sequence[Callback] = (),
     plan: Plan | None = None,
-    run: Path | None = None,
 ) -> None:
     """Train the arm's student (all ranks), from where it was if it was interrupted.
 
     make_trainer: makes a Trainer with further settings. plan: how ranks learn what rank 0 found; None: there is one
-    rank. run: the folder of the run, for the model card.
+    rank.
     """
     assert arm.selection is not None
     if is_main():
         arm.folder.mkdir(parents=True, exist_ok=True)
-        write_selection(arm.name, arm.rule, data, arm.folder)
     found = find_checkpoint(arm.last)
     last = str(found) if found else None
     if plan is not None:
@@ -176,7 +157,8 @@ def train(
 
     state = module.parallelism.collect_state(module.student_model)
     facts: dict[str, Any] = {
-        "name": arm.name,
+        "identity": arm.identity,
+        "student": describe_student(data.student),
         "steps": arm.steps,
         "seconds": time.monotonic() - start,
         "trajectories": len(arm.selection.row),
@@ -188,13 +170,28 @@ def train(
         logger.info("%s: %s", arm.name, describe_training(facts["training"]))
     if is_main():
         save_student(module.student_model, data.trajectories.chat, arm.checkpoint, student=data.student, state=state)
-        facts |= collect_facts(arm, data, run)
-        write_card(arm.checkpoint, facts, arm.folder)
         write_json(arm.folder / "trained.json", facts)
         shutil.rmtree(arm.folder / "training", ignore_errors=True)
     del trainer, module, state
     _release_student(data)
     barrier()
+
+
+def describe_student(student: Student) -> dict[str, Any]:
+    """Return the arguments of `Student`, paths made absolute and the revision pinned to the commit that was trained."""
+    settings = {field.name: getattr(student, field.name) for field in dataclasses.fields(student)}
+    for name in ("path", "template"):
+        settings[name] = _make_absolute(settings[name])
+    if settings["adapter"]:
+        settings["adapter"] = [_make_absolute(folder) for folder in student.adapters]
+    if settings["path"] is None:
+        settings["revision"] = student.identity()["revision"]
+    return settings
+
+
+def _make_absolute(path: str | None) -> str | None:
+    """Make the path of an existing file absolute; `shipped:tiny`, `chatml` and such stay as they are."""
+    return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
 
 def _release_student(data: TrajectoryDataModule) -> None:
@@ -224,6 +221,6 @@ def read_arm(arm: Path, setting: str = "") -> dict[str, Any]:
         what = "is the student before training" if is_complete(arm, "metrics.json") else "holds no trained arm"
         raise LarkError(f"{setting}{arm} {what}; name a run's selector/ or baseline/, or a trained folder in logs/arms")
     trained = read_json(arm / "trained.json")
-    if "student" not in trained:
-        raise LarkError(f"{arm}/trained.json does not say which student it is, as older ones; train the arm again")
+    if "identity" not in trained:
+        raise LarkError(f"{arm}/trained.json is of an earlier version; train the arm again")
     return trained

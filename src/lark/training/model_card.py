@@ -4,21 +4,15 @@ The card is rendered from the arm's files alone (template: model_card.md.jinja),
 measured. Texts that come from users (names of models, rules, teachers, sets) are escaped.
 """
 
-import dataclasses
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from lark.common.cache import read_json, write_text
-from lark.selection.rule import describe_part
-
-if TYPE_CHECKING:
-    from lark.training.arms import Arm
-    from lark.training.datamodule import TrajectoryDataModule
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&])")
@@ -37,64 +31,34 @@ answer = model.generate(**prompt, max_new_tokens=512)[0, prompt["input_ids"].sha
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
-def collect_facts(arm: "Arm", data: "TrajectoryDataModule", run: str | Path | None) -> dict[str, Any]:
-    """Collect what trained.json says so that the arm can be described and exported without its run (JSON).
-
-    run: the folder of the run that trained it. `student` holds the arguments of `Student`, paths made absolute and the
-    revision pinned to the commit that was trained.
-    """
-    student = data.student
-    settings = {field.name: getattr(student, field.name) for field in dataclasses.fields(student)}
-    for name in ("path", "template"):
-        settings[name] = _make_absolute(settings[name])
-    if settings.get("adapter"):
-        settings["adapter"] = [_make_absolute(folder) for folder in student.adapters]
-    if settings["path"] is None:
-        settings["revision"] = student.identity()["revision"]
-    rule = data.rules.get(arm.name)
-    return {
-        "rule": arm.rule,
-        "score": None if rule is None else describe_part(rule.score),
-        "filter": None if rule is None or rule.filter is None else describe_part(rule.filter),
-        "student": settings,
-        "task": data.task.name,
-        "run": None if run is None else str(Path(run).absolute()),
-        "identity": arm.identity,
-    }
-
-
-def _make_absolute(path: str | None) -> str | None:
-    """Make the path of an existing file absolute; `shipped:tiny`, `chatml` and such stay as they are."""
-    return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
-
-
-def write_card(folder: Path, trained: Mapping[str, Any], arm_folder: Path, **how: Any) -> None:
-    """Write README.md of the arm in `arm_folder`, whose trained.json holds `trained`, to `folder`; `how`: see
-    `render_card`.
-    """
-    selection = read_json(arm_folder / "selection.json")
-    metrics = arm_folder / "metrics.json"
-    write_text(
-        folder / "README.md",
-        render_card(trained, selection, read_json(metrics) if metrics.is_file() else None, **how),
+def write_card(folder: Path, arm_folder: Path, **how: Any) -> None:
+    """Write README.md of the arm in `arm_folder` to `folder`; `how`: see `render_card`."""
+    trained, selection, metrics = (
+        read_json(path) if (path := arm_folder / name).is_file() else None
+        for name in ("trained.json", "selection.json", "metrics.json")
     )
+    run = arm_folder.parent.absolute()
+    replayed = str(run) if (run / "replay.yaml").is_file() else None
+    write_text(folder / "README.md", render_card(trained, selection, metrics, run=replayed, **how))
 
 
 def render_card(
     trained: Mapping[str, Any],
-    selection: Mapping[str, Any],
+    selection: Mapping[str, Any] | None,
     metrics: Mapping[str, Any] | None = None,
     *,
+    run: str | None = None,
     merged: bool = False,
     weights: str | None = None,
 ) -> str:
     """Render the card as Markdown with its YAML header.
 
-    trained, selection, metrics: the arm's JSON files; metrics is null before it is evaluated.
-    merged: the LoRA adapter has been added to the base's weights.  weights: what the files beside the card
-        hold, in words.
+    trained, selection, metrics: the arm's JSON files; selection is None where it is not known which rule chose (an arm
+        outside its run), metrics before it is evaluated.
+    run: the folder to replay it from.  merged: the LoRA adapter has been added to the base's weights.  weights: what
+        the files beside the card hold, in words.
     """
-    student, run = trained["student"], trained.get("run")
+    student = trained["student"]
     is_adapter = student["lora"] is not None and not merged
     header = ModelCardData(
         base_model=student["id"] if student["path"] is None else None,  # the hub's ids only
@@ -102,8 +66,8 @@ def render_card(
         pipeline_tag="text-generation",
         tags=["lark", "data-selection", "sft", *(["lora"] if student["lora"] is not None else [])],
     )
-    sets, teachers = (metrics or {}).get("sets", {}), list(selection.get("teacher_share", {}).items())
-    policy = selection.get("policy", {})
+    sets, teachers = (metrics or {}).get("sets", {}), list((selection or {}).get("teacher_share", {}).items())
+    policy = (selection or {}).get("policy", {})
     facts = {
         "trained": trained,
         "selection": selection,
