@@ -16,8 +16,8 @@ from lark.selection.rule import Rule
 from lark.selection.selection import Selection
 from lark.student.student import Student
 from lark.tasks.task import Task
-from lark.training.arms import write_selection
 from lark.training.datamodule import TrajectoryDataModule
+from lark.training.run_folder import write_selection
 
 if TYPE_CHECKING:
     import datasets
