@@ -48,7 +48,7 @@ DEFECTS = [  # overrides; what the one sentence has to hold
     (["task.limit=0"], ["task.limit=0", "null for all"]),
     (["task.system=3"], ["task.system=3", "text or null"]),
     (["task=jsonl"], ["task.pool has no value", "task.pool=..."]),
-    (["task=jsonl", "task.pool=null"], ["task.pool=None", "file, folder, glob or list"]),
+    (["task=jsonl", "task.pool=null"], ["task.pool=None", "file, folder or list"]),
     (["task=jsonl", "task.pool=x", "task.eval=3"], ["task.eval=3", "text or a group of settings or a list, each a"]),
     (["selector.policy.tau=0.1"], ["selector.policy.budget=2", "selector.policy.tau=0.1", "=null"]),
     (["selector.policy.kind=softmax"], ["selector.policy.kind=softmax", "top_b"]),

@@ -147,7 +147,6 @@ def test_problems_of_evaluation_sets_leave_the_pool(open_pool):
     assert pool.dropped["in an evaluation set"] == 8
     np.testing.assert_array_equal(pool.is_held_out, whole.is_held_out)
     assert not {"1", "2"} & set(pool.problem_id[pool.scored])
-    assert pool.identity != whole.identity, "passes over other rows are other passes"
     assert open_pool(overlap="drop", eval=None).identity == open_pool(eval=None).identity
     with pytest.raises(
         ValueError, match=r"task\.overlap=error: 2 problems of the pool are in evaluation sets: 1 \(a/0\)"

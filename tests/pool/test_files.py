@@ -21,7 +21,7 @@ def test_files_of_a_list_come_in_its_order_and_once(tmp_path):
     for name in ("a.jsonl", "b.PARQUET", "deep/c.json", "deep/README.md", "deep/.hidden.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    source = [tmp_path / "deep", str(tmp_path / "b.PARQUET"), tmp_path / "[ab].*"]
+    source = [tmp_path / "deep", str(tmp_path / "b.PARQUET"), tmp_path / "a*"]
     assert find_files(source, setting="task.eval") == {
         "deep/c.json": tmp_path / "deep" / "c.json",
         "b.PARQUET": tmp_path / "b.PARQUET",
@@ -37,7 +37,7 @@ def test_files_of_a_list_come_in_its_order_and_once(tmp_path):
         ("data/pol.jsonl", r"^task\.eval=.*pol\.jsonl does not exist: did you mean .*data/pool\.jsonl\?$"),
         ("data/zzz.parquet", r"zzz\.parquet does not exist: set task\.eval to .* \(.*data holds pool\.jsonl\)$"),
         ("none/pool.jsonl", r"does not exist: there is no folder .*none, correct task\.eval$"),
-        ("data/notes.txt", r"^task\.eval=.*notes\.txt has an unknown ending: .*\.jsonl, \.json or \.parquet$"),
+        ("data/notes.txt", r"^task\.eval=.*notes\.txt has an unknown ending: .*\.json, \.parquet or \.csv$"),
         ("empty", r"^task\.eval=.*empty holds no \.jsonl"),
         ("data/*.parquet", r"^task\.eval=.*\*\.parquet holds no \.jsonl"),
     ],
@@ -49,6 +49,19 @@ def test_a_source_that_is_not_there(tmp_path, source, message):
     (tmp_path / "data" / "pool.jsonl").touch()
     with pytest.raises(ValueError, match=message):
         find_files(tmp_path / source, setting="task.eval")
+
+
+def test_a_path_is_the_file_of_that_name_and_no_other(tmp_path):
+    for name in ("pool[1].jsonl", "pool1.jsonl", "pool?.jsonl", "pools.jsonl", "pool*.jsonl"):
+        (tmp_path / name).touch()
+    for name in ("pool[1].jsonl", "pool?.jsonl", "pool*.jsonl"):
+        assert find_files(tmp_path / name, setting="task.pool") == {name: tmp_path / name}
+    (tmp_path / "pool[1].jsonl").unlink()
+    with pytest.raises(ValueError, match=r"pool\[1\]\.jsonl does not exist"):
+        find_files(tmp_path / "pool[1].jsonl", setting="task.pool")
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "[x]" / "part-0.jsonl").touch()
+    assert list(find_files(tmp_path / "[x]" / "part-*", setting="task.pool")) == ["part-0.jsonl"]
 
 
 @pytest.mark.parametrize("source", ["", [], None])

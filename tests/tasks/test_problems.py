@@ -38,7 +38,7 @@ def test_every_fault_has_file_line_and_field(tmp_path):
         tmp_path / "eval.jsonl",
         {"id": 1, "problem": "fine", "answer": "1"},
         '{"id": 2,\n',
-        {"problem": "no id", "answer": "1"},
+        {"problem_id": 2.5, "problem": "no id", "answer": "1"},
         {"id": 4, "problem": "no answer", "answer": None},
         {"id": 5, "problem": "", "answer": "1"},
         {"id": 6, "messages": [{"role": "assistant", "content": "x"}], "answer": "1"},

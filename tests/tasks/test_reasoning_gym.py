@@ -67,7 +67,8 @@ def test_a_pool_has_to_be_sampled(tmp_path: Path) -> None:
     with pytest.raises(LarkError, match=r"task\.pool=null .*lark\.sample --problems .*problems\.jsonl"):
         task.prepare_pool(tmp_path)
     assert len(rows_of(task.prepare_evaluation(tmp_path)["eval"])) == 2
-    assert replace(task, pool="mine.jsonl").prepare_pool(tmp_path) == "mine.jsonl"
+    (tmp_path / "mine.jsonl").touch()
+    assert replace(task, pool=tmp_path / "mine.jsonl").prepare_pool(tmp_path) == tmp_path / "mine.jsonl"
 
 
 def test_settings_of_a_data_set_and_of_its_harder_set(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_embedded_files_are_written_once_and_by_their_settings(tmp_path: Path) -
         (folder / "pool.jsonl").write_text(json.dumps(count))
         (folder / "eval.jsonl").write_text("")
 
-    def prepare(count: int, pool: str | None = None) -> tuple[Any, dict[str, Path]]:
+    def prepare(count: int, pool: Any = None) -> tuple[Any, dict[str, Path]]:
         settings = {"count": count}
         task = EmbeddedTask(name="t", generate=generate, sets={"eval": "eval.jsonl"}, settings=settings, pool=pool)
         return task.prepare_pool(tmp_path), task.prepare_evaluation(tmp_path)
@@ -58,7 +58,9 @@ def test_embedded_files_are_written_once_and_by_their_settings(tmp_path: Path) -
     (two, sets), (again, _), (three, _) = prepare(2), prepare(2), prepare(3)
     assert calls == [2, 3] and two == again != three
     assert (two.read_text(), three.read_text()) == ("2", "3") and sets["eval"].is_file()
-    assert prepare(2, "mine.jsonl") == ("mine.jsonl", sets), "a pool of the user's own, with this task's sets"
+    (tmp_path / "mine.jsonl").touch()
+    mine = tmp_path / "mine.jsonl"
+    assert prepare(2, mine) == (mine, sets), "a pool of the user's own, with this task's sets"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ NO_GOLD = (
 PATTERN_SECONDS = 1.0
 _STATEMENTS = 1_000  # that say what the answer is; of a text that says so more often, the last
 
+_THOUGHTS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
+
 # One to three backslashes: texts that went through an escaping layer write \\boxed, and \\\boxed follows a line break.
 _BRACES = re.compile(r"\\{1,3}(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
@@ -193,5 +195,6 @@ def _rank_clause(clause: str, kind: str) -> int:
 
 
 def _strip_thoughts(text: str) -> str:
-    text = text.rpartition("</think>")[2]
-    return text.partition("<think>")[0]
+    for begin, end in _THOUGHTS:
+        text = text.rpartition(end)[2].partition(begin)[0]
+    return text

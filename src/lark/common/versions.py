@@ -8,10 +8,10 @@ from importlib import metadata
 from typing import Any
 
 FORMULAS = {
-    "pool": 3,  # rows as they are read, checked and normalised (lark.pool)
+    "pool": 4,  # rows as they are read, checked and normalised (lark.pool)
     "arithmetic": 1,  # the embedded task's problems and teachers
     "reasoning_gym": 1,  # how its problems become rows
-    "imported": 1,  # how pools of others become rows
+    "imported": 2,  # how pools of others become rows
     "benchmarks": 1,  # how benchmarks become evaluation sets
     "overlap": 1,  # which problems count as the same
     "tokens": 1,  # rendering, spans and steps (lark.student.chat)

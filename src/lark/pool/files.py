@@ -1,15 +1,22 @@
-"""Files of rows: found by a file, folder, glob or list of these; read one row at a time with its place; written.
+"""Files of rows: found by a file, folder, pattern with * or list of these; read one row at a time with its place;
+written.
+
+A path means what stands at it, brackets and question marks included; only * stands for other characters, where nothing
+has that very name.
 
 A reader yields (line, row), with a `RowError` as the row where that row alone is lost, and raises a `RowError` where
 the rest of the file is lost as well.
 """
 
+import csv
 import difflib
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +33,32 @@ JSON_BYTES = 2**30
 _PARQUET_ROWS = 200  # rows of a Parquet file held at a time
 _PARQUET_BUFFER = 2**20  # bytes; without it a whole row group is held, which may be the whole file
 
+_LITERAL = re.compile(r"[\[?]")  # what `glob` would take for a pattern beside *
+
 Progress = Callable[[float], Any]
 """Called for every row with the bytes that it takes in its file, roughly."""
 
 
 def find_files(source: str | Path | Sequence[str | Path], *, setting: str) -> dict[str, Path]:
-    """Return the files of a file, a folder, a glob or a list of these, in order, each once.
+    """Return the files of a file, a folder, a pattern with * or a list of these, in order, each once.
 
     setting: the name under which the user chose them, such as "task.pool".
     Keys are the names relative to the folder that all files share: unique, and the same wherever that folder lies.
-    Raises LarkError naming `setting` for a missing file, an unknown ending, or a folder or glob without a file.
+    Raises LarkError naming `setting` for a missing file, an unknown ending, or a folder or pattern without a file.
     """
     sources = [source] if isinstance(source, str | Path) else list(source or [])
     if not sources or not all(map(str, sources)):
-        raise LarkError(f"{setting} is not set: set it to a {ENDINGS} file, or to a folder or glob of such files")
+        raise LarkError(f"{setting} is not set: set it to a {ENDINGS} file, or to a folder of such files")
     paths: dict[Path, None] = {}  # ordered, and each file once where items of a list overlap
     for item in sources:
         path = Path(item).expanduser().absolute()  # not resolved: a hub cache links to files without an ending
-        if not path.exists() and not glob.has_magic(str(path)):
+        if not path.exists() and "*" not in str(path):
             raise LarkError(f"{setting}={item} does not exist: {_suggest(path, setting)}")
-        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        matches = (
+            [path]
+            if path.exists()
+            else sorted(map(Path, glob.glob(_LITERAL.sub("[\\g<0>]", str(path)), recursive=True)))
+        )
         found = [
             file for match in matches for file in (keep_data_files(match.iterdir()) if match.is_dir() else [match])
         ]
@@ -95,14 +108,29 @@ def _hash_file(path: Path, size: int, changed: int) -> str:
     return file_hash(path)
 
 
-def read_rows(path: Path, progress: Progress = lambda size: None) -> Iterator[tuple[int, Any]]:
+def read_rows(
+    path: Path, progress: Progress = lambda size: None, *, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, Any]]:
     """Yield (line, row) of one file by the ending of its name; rows are whatever JSON stands there, unchecked.
 
-    A JSONL file is read line by line, a Parquet file a few rows at a time, a JSON list whole; in JSON and Parquet the
-    line is the number of the row, from 1.
+    A JSONL or CSV file is read line by line, a Parquet file a few rows at a time, a JSON list whole; in JSON and
+    Parquet the line is the number of the row, from 1. Of CSV all values are texts, and empty ones are absent.
+
+    columns: of a Parquet file read only these; other files give all they have.
+
     Yields a `RowError` as the row of a line that is broken; raises `RowError` where the rest of the file is lost.
     """
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path, progress, columns)
     return READERS[path.suffix.lower()](path, progress)
+
+
+def peek_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return up to `count` of a file's first rows, without the broken ones; an unreadable file has none."""
+    try:
+        return [row for _, row in islice(read_rows(path), count) if isinstance(row, dict)]
+    except RowError:
+        return []
 
 
 def _decode(data: bytes, *, first: bool) -> str:
@@ -140,11 +168,29 @@ def _read_json(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
         yield number, row
 
 
-def _read_parquet(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+def _read_csv(path: Path, progress: Progress) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)  # trajectories are longer than 131,072 characters, the library's default
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    message = f"has more values than the {len(row) - 1} columns: quote what holds commas"
+                    yield reader.line_num, RowError("row", "broken CSV", message)
+                    continue
+                progress(sum(map(len, filter(None, row.values()))))
+                yield reader.line_num, {name: value for name, value in row.items() if value}
+        except (csv.Error, UnicodeDecodeError) as error:
+            message = f"no row from here on can be read as CSV: {error}"
+            raise RowError("row", "damaged CSV", message, line=reader.line_num) from error
+
+
+def _read_parquet(path: Path, progress: Progress, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Any]]:
     count, size = 0, path.stat().st_size
     try:
         with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            names = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
                 for row in batch.to_pylist():
                     count += 1
                     progress(size / file.metadata.num_rows)
@@ -158,8 +204,9 @@ READERS: dict[str, Callable[[Path, Progress], Iterator[tuple[int, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".csv": _read_csv,
 }
-ENDINGS = ".jsonl, .json or .parquet"
+ENDINGS = ".jsonl, .json, .parquet or .csv"
 
 
 def write_rows(path: Path, rows: Iterable[Any], *, default: Callable[[Any], Any] | None = None) -> None:

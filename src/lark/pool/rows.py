@@ -1,5 +1,6 @@
 """Rows of a pool: the fields they have, how each is normalised, and faults with file, line and field."""
 
+import ast
 import datetime
 import decimal
 import json
@@ -9,7 +10,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("system", "user", "assistant")
+Turn = dict[str, str]
+"""A turn of a conversation: role and content."""
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+}
+"""Names of speakers -> the role here."""
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a turn that hold the thoughts which come before its content."""
+_TURN_KEYS = (("role", "from"), ("content", "value"), THOUGHTS)
+_NOTHING = (None, "", [], {})  # as Parquet and exports write the keys that other turns have
+VERDICTS = {True: True, "true": True, "yes": True, "1": True, False: False, "false": False, "no": False, "0": False}
+"""Ways to write a verdict, apart from case; 1 and 0 equal true and false."""
 SHOWN_FAULTS = 20
 """Kinds of mistakes that a message shows."""
 
@@ -119,14 +137,11 @@ def _read_id(name: str, raw: dict[str, Any]) -> str:
     raise RowError(name, f"no {name}", f"{_show_field(name, raw)}: {remedy}")
 
 
-def _read_messages(name: str, raw: dict[str, Any]) -> list[dict[str, str]]:
-    value = raw.get(name)
-    if isinstance(value, str):
-        value = parse_json(value, name)
-    if not isinstance(value, list) or not value:
-        shown = f"is {_show(value)}" if name in raw else "is missing"
+def _read_messages(name: str, raw: dict[str, Any]) -> list[Turn]:
+    if raw.get(name) is None:
+        shown = _show_field(name, raw)
         raise RowError(name, "no messages", f'{shown}: set it to a list of {{"role": ..., "content": ...}}')
-    messages = [_read_turn(name, number, turn) for number, turn in enumerate(value, start=1)]
+    messages = read_turns(raw[name], name)
     if messages[-1]["role"] != "assistant":
         message = f"ends with a turn of the {messages[-1]['role']}: its last turn is the assistant's trajectory"
         raise RowError(name, "no assistant turn", message)
@@ -137,20 +152,64 @@ def _read_messages(name: str, raw: dict[str, Any]) -> list[dict[str, str]]:
     return messages
 
 
-def _read_turn(name: str, number: int, turn: Any) -> dict[str, str]:
+def read_turns(value: Any, name: str) -> list[Turn]:
+    """Return a conversation as {role, content} turns. Raises RowError.
+
+    value: a list of {role, content} or {from, value}, or that list as text (JSON, or Python's notation).
+    name: the field it stands in.
+
+    Thoughts beside an assistant's content (`THOUGHTS`) are put before it, between <think> and </think>. Any other key
+    that says something is a fault: it would not be trained on.
+    """
+    if isinstance(value, str):
+        value = _parse_list(value, name)
+    if not isinstance(value, list) or not value:
+        message = f'is {_show(value)}: set it to a list of {{"role": ..., "content": ...}}'
+        raise RowError(name, "no messages", message)
+    return [_read_turn(name, number, turn) for number, turn in enumerate(value, start=1)]
+
+
+def _parse_list(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass  # data sets saved from tables hold Python's own notation
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        message = f"is text that is neither JSON nor a Python list: {text[:40]!r}"
+        raise RowError(name, "unreadable messages", message) from error
+
+
+def _read_turn(name: str, number: int, turn: Any) -> Turn:
     where = f"turn {number}"
     if not isinstance(turn, dict):
         raise RowError(name, "faulty turn", f'{where} is {_show(turn)}: write {{"role": ..., "content": ...}}')
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ROLES:
-        raise RowError(name, "unknown role", f"{where} has as role {_show(role)}: use {', '.join(ROLES)}")
+    keys = [next((key for key in names if turn.get(key) is not None), names[0]) for names in _TURN_KEYS]
+    speaker, content, thoughts = map(turn.get, keys)
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise RowError(name, "unknown role", f"{where} has as role {_show(speaker)}: use {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise RowError(name, "faulty turn", f"{where} has as content {_show(content)}: use a string")
-    for key, value in turn.items():
-        if key not in ("role", "content") and value is not None:  # null: how Parquet writes the keys of other rows
-            remedy = "it would not be trained on, so move it into content or take it out"
-            raise RowError(name, "faulty turn", f"{where} has the further key {key}: {remedy}")
-    return {"role": role, "content": _check_unicode(name, content)}
+    further = [key for key, value in turn.items() if key not in keys and value not in _NOTHING]
+    if thoughts not in _NOTHING and role != "assistant":
+        further.append(keys[2])
+    if further:
+        remedy = "it would not be trained on, so move it into content or take it out"
+        raise RowError(name, "faulty turn", f"{where} has the further key {further[0]}: {remedy}")
+    return {"role": role, "content": _check_unicode(name, join_thoughts(thoughts, content, name))}
+
+
+def join_thoughts(thoughts: Any, content: str, name: str) -> str:
+    """Put thoughts that stand apart before the content, between <think> and </think>. Raises RowError."""
+    if thoughts is None or (isinstance(thoughts, str) and not thoughts.strip()):
+        return content
+    if not isinstance(thoughts, str):
+        raise RowError(name, "faulty thoughts", f"has as thoughts {_show(thoughts)}: use a string")
+    if "<think>" in content:
+        raise RowError(name, "thoughts twice", "has thoughts in its content and beside it: keep one of them")
+    return f"<think>\n{thoughts.strip()}\n</think>\n\n{content}"
 
 
 def _read_teacher(name: str, raw: dict[str, Any]) -> str | None:
@@ -162,19 +221,29 @@ def _read_teacher(name: str, raw: dict[str, Any]) -> str | None:
 
 def _read_answer(name: str, raw: dict[str, Any]) -> str | None:
     value = raw.get(name)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # tables make floats of a column of integers with a gap: 42.0 was 42
     known = isinstance(value, str | int | float | decimal.Decimal) and not isinstance(value, bool)
     if value is not None and (not known or (isinstance(value, float) and not math.isfinite(value))):
         raise RowError(name, "faulty answer", f"is {_show(value)}: set it to a string, a number or null")
-    return value if value is None else _check_unicode(name, str(value))
+    return value if value is None else _check_unicode(name, format_answer(value))
+
+
+def format_answer(value: Any) -> str:
+    """Return an answer as text: tables make floats of a column of integers with a gap, so 42.0 was 42."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _read_correct(name: str, raw: dict[str, Any]) -> bool | None:
-    value = raw.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise RowError(name, "faulty correct", f"is {_show(value)}: set it to true, false or null")
-    return value
+    return read_verdict(raw.get(name), name)
+
+
+def read_verdict(value: Any, name: str) -> bool | None:
+    """Return a verdict as true, false or None, whichever of `VERDICTS` it is written as. Raises RowError."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    known = value.strip().lower() if isinstance(value, str) else value
+    if not isinstance(known, str | int | float) or (verdict := VERDICTS.get(known)) is None:
+        raise RowError(name, "faulty correct", f"is {_show(value)}: set it to true, false (yes, no, 1, 0) or null")
+    return verdict
 
 
 def _read_extra(_: str, raw: dict[str, Any]) -> str:

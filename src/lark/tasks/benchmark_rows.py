@@ -8,6 +8,7 @@ from typing import Any
 from lark.answers.extract import find_boxed, parse_number
 from lark.common.errors import LarkError
 from lark.pool.rows import RowError
+from lark.tasks.conversations import fold_name
 
 # Names of columns, without case, blanks, hyphens and underscores; the first one that a row has is taken.
 _ID = ("problemid", "id", "uniqueid", "recordid", "problemidx")
@@ -30,7 +31,7 @@ def read_problem(raw: dict[str, Any], number: int, gold: Gold | None) -> dict[st
     Raises:
         RowError: a field is missing or cannot be read.
     """
-    columns = {re.sub(r"[\s_-]", "", name).lower(): value for name, value in raw.items() if value is not None}
+    columns = {fold_name(name): value for name, value in raw.items() if value is not None}
     row: dict[str, Any] = {"problem_id": str(_find_first(columns, _ID, number)), "problem": _read_problem_text(columns)}
     if gold is None:
         row |= _read_choice(row["problem"], columns)

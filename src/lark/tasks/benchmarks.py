@@ -3,11 +3,10 @@
 The text of a prompt under a name never changes: figures are compared by it. A better wording gets the next number.
 """
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -18,8 +17,7 @@ from lark.common.errors import LarkError
 from lark.common.hub import hub_errors
 from lark.common.log import logger
 from lark.common.versions import formula_versions
-from lark.pool.files import find_files, read_rows, write_rows
-from lark.pool.rows import RowError
+from lark.pool.files import find_files, write_rows
 from lark.tasks.benchmark_rows import (
     Gold,
     get_letter,
@@ -210,7 +208,7 @@ def prepare_benchmark(name: str, source: str | Path | None, cache: Path) -> Path
     """
     benchmark, prompt = find_benchmark(name)
     short = name.partition("@")[0]
-    paths = {} if source is None else _find_local_files(short, source)
+    paths = {} if source is None else find_files(source, setting=f"task.eval.{short}")
     origin = {"hub": benchmark.hub, "revision": benchmark.revision, "files": dict(benchmark.files)}
     if source is not None:
         origin = {"hub": None, "files": {file: file_hash(path) for file, path in paths.items()}}
@@ -264,33 +262,11 @@ def compute_fingerprint(rows: list[dict[str, Any]]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def _find_local_files(name: str, source: str | Path) -> dict[str, Path]:
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".csv" and path.is_file():
-        return {path.name: path}
-    return find_files(source, setting=f"task.eval.{name}")
-
-
 def _read_problems(name: str, paths: Mapping[str, Path], *, setting: str) -> list[dict[str, Any]]:
     """Read the problems of a benchmark's files, in order. Raises LarkError with file, line and field of every fault."""
     numbers = count()
-    return read_each(
-        paths,
-        lambda raw: read_problem(raw, next(numbers), BENCHMARKS[name].gold),
-        setting=setting,
-        read=lambda path: _read_csv(path) if path.suffix.lower() == ".csv" else read_rows(path),
-    )
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                yield reader.line_num, {name: value for name, value in row.items() if name and value}
-        except (csv.Error, UnicodeDecodeError) as error:
-            message = f"no row from here on can be read as CSV: {error}"
-            raise RowError("row", "damaged CSV", message, line=reader.line_num) from error
+    gold = BENCHMARKS[name].gold
+    return read_each(paths, lambda raw: read_problem(raw, next(numbers), gold), setting=setting)
 
 
 def _download(name: str, file: str) -> Path:

@@ -1,23 +1,18 @@
 """Candidates that come from several places, merged into problems; right answers looked up by a problem's text."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lark.answers.extract import find_boxed
 from lark.common.errors import LarkError
 from lark.pool.contamination import hash_question
 from lark.pool.files import read_rows
-from lark.pool.rows import RowError, normalise_row
-from lark.tasks.conversations import Candidate, Turn
+from lark.pool.rows import RowError, Turn, format_answer, normalise_row
+from lark.tasks.conversations import Candidate, find_marked_answer
 
 PROBLEM, ANSWER, SOLUTION = ("problem", "question"), "answer", "solution"
-_BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +37,16 @@ def read_reference_answers(files: dict[str, Path], *, shown: str) -> ReferenceAn
     without = rows = 0
     for file, path in files.items():
         try:
-            for row in _read_columns(path):
+            for line, row in read_rows(path, columns=(*PROBLEM, ANSWER, SOLUTION)):
+                if isinstance(row, RowError):
+                    raise RowError(row.field, row.reason, row.message, line)
+                if not isinstance(row, dict):
+                    continue
                 rows += 1
                 text = next((row[name] for name in PROBLEM if isinstance(row.get(name), str)), None)
                 answer = row.get(ANSWER)
                 if answer is None and isinstance(row.get(SOLUTION), str):
-                    answer = find_boxed(row[SOLUTION])
+                    answer = find_boxed(row[SOLUTION]) or find_marked_answer(row[SOLUTION])
                 if text is None or answer is None or not str(answer).strip():
                     without += 1
                 elif answers.setdefault(hash_question(text), str(answer)) != str(answer):
@@ -60,24 +59,6 @@ def read_reference_answers(files: dict[str, Path], *, shown: str) -> ReferenceAn
             f"{' or '.join(PROBLEM)}, and {ANSWER} or {SOLUTION} (with a \\boxed{{...}})"
         )
     return ReferenceAnswers(answers=answers, contradicting=contradicting, without=without)
-
-
-def _read_columns(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix.lower() != ".parquet":
-        for line, row in read_rows(path):
-            if isinstance(row, RowError):
-                row.line = line
-                raise row
-            if isinstance(row, dict):
-                yield row
-        return
-    try:
-        with pq.ParquetFile(path) as file:
-            names = [name for name in (*PROBLEM, ANSWER, SOLUTION) if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise RowError("row", "damaged Parquet", f"cannot be read as Parquet: {error}") from error
 
 
 @dataclass
@@ -128,12 +109,15 @@ class ProblemMerger:
             raise RowError("answer", "different answer", message)
         row = candidate.further | {
             "problem_id": problem.id,
-            "candidate_id": _make_candidate_id(problem, candidate, label),
+            "candidate_id": candidate.candidate_id or _make_candidate_id(problem, candidate, label),
             "teacher": candidate.teacher,
             "messages": [*problem.prompt, {"role": "assistant", "content": candidate.trajectory}],
             "answer": problem.answer,
             "correct": candidate.correct,
         }
+        if row["candidate_id"] in problem.candidates:
+            message = f"problem {problem.id} has a candidate {row['candidate_id']} already: give each its own id"
+            raise RowError("candidate_id", "duplicate candidate_id", message)
         if errors := normalise_row(row)[1]:
             raise errors[0]
         # Only a row that is used may speak for its problem.
@@ -154,7 +138,7 @@ class ProblemMerger:
         answer = candidate.answer
         if answer is None:
             return self.reference.answers.get(question)
-        return str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
+        return format_answer(answer)
 
     def _make_problem_id(self, number: int, question: bytes) -> str:
         if not self.by_row:

@@ -60,7 +60,7 @@ class ReasoningGymTask(Task):
                 f"(python -m lark.sample --problems {problems} --checker reasoning_gym --output pool.jsonl --teacher "
                 "...) and set task.pool=pool.jsonl"
             )
-        return self.pool
+        return super().prepare_pool(cache)
 
     def prepare_evaluation(self, cache: Path) -> dict[str, Path]:
         folder = self._build(cache)

@@ -1,16 +1,18 @@
 """Tasks: where the pool and the evaluation sets come from, how long rows may be, how answers are checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lark.answers.checker import KINDS
-from lark.common.cache import build_once, check_name, identity_hash
+from lark.common.cache import build_once, check_name, identity_hash, read_json
 from lark.common.errors import LarkError
 from lark.common.versions import formula_versions
-from lark.pool.files import find_files
+from lark.pool.files import find_files, hash_files, peek_rows
 from lark.tasks.benchmarks import is_benchmark, prepare_benchmark
+from lark.tasks.conversations import Columns, collect_samples, is_pool
+from lark.tasks.importer import SAMPLE_ROWS, Importer, RowList, log_import, open_files
 
 HUB = "hub"
 """In place of a benchmark's file: from its pinned commit."""
@@ -28,7 +30,9 @@ class Task:
 
     name: str
     pool: Any
-    """File, folder, glob or list of these with trajectories."""
+    """File, folder, pattern with * or list of these with trajectories."""
+    columns: Columns = field(default_factory=Columns)
+    """Which columns hold what, where the rows are not a pool's."""
     eval: str | dict[str, str | None] | list[str] | None = None
     """One file; sets by name, {name: file}; benchmarks by name, [aime24, math500], or that as text, "aime24, math500"
     (for a task's file: any other form can take its place on the command line). A benchmark's file is read as such, and
@@ -58,7 +62,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pool, str | Path | list) and type(self) is Task:
-            raise LarkError(f"task.pool={self.pool} is not a file; set it to a file, folder, glob or list of these")
+            raise LarkError(f"task.pool={self.pool} is not a file; set it to a file, folder or list of these")
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise LarkError(f"task.{name}={value!r} is unknown; set it to one of {', '.join(choices)}")
@@ -85,11 +89,46 @@ class Task:
                 find_files(path, setting="task.eval")
 
     def prepare_pool(self, cache: Path) -> Any:
-        """Return where the pool's files are; what is made of others' files is written to `cache` first.
+        """Return where the pool's files are; what is made of others' rows is written to `cache` first.
 
         Raises LarkError naming the setting for what cannot be had or read.
         """
-        return self.pool
+        if (importer := self.plan_import()) is None:
+            return self.pool
+        folder = importer.build(cache)
+        log_import(folder, self.system)
+        return folder / "pool.jsonl"
+
+    def count_dropped(self, cache: Path) -> dict[str, int]:
+        """Count the rows that never reached the pool's file by reason; known once `prepare_pool` has made it."""
+        importer = self.plan_import()
+        return {} if importer is None else read_json(importer.build(cache) / "manifest.json")["dropped"]
+
+    def plan_import(self) -> Importer | None:
+        """Return how the pool is made of rows in others' forms; None: they are a pool's."""
+        files = find_files(self.pool, setting="task.pool")
+        if not self.columns.list_names():
+            samples = collect_samples(peek_rows(next(iter(files.values())), SAMPLE_ROWS))
+            if is_pool(samples) or not samples:  # what cannot be read is told when the pool is read
+                return None
+        return self._make_file_importer(files)
+
+    def _make_file_importer(self, files: dict[str, Path]) -> Importer:
+        return self._make_importer({"files": hash_files(files, setting="task.pool")}, lambda: open_files(files))
+
+    def _make_importer(
+        self, identity: dict[str, Any], open_lists: Callable[[], Iterator[RowList]], **changes: Any
+    ) -> Importer:
+        return Importer(
+            name=self.name,
+            source=str(self.pool),
+            identity=identity,
+            open_lists=open_lists,
+            columns=self.columns,
+            system=self.system,
+            on_error=self.on_error,
+            **changes,
+        )
 
     def prepare_evaluation(self, cache: Path) -> dict[str, Path]:
         """Return the evaluation files by name; benchmarks are written to `cache` first, the pool is not touched.
@@ -112,10 +151,6 @@ class Task:
             for name, path in sets.items()
         }
 
-    def count_dropped(self, cache: Path) -> dict[str, int]:
-        """Count the rows that never reached the pool's file by reason; known once `prepare_pool` has made it."""
-        return {}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedTask(Task):
@@ -131,7 +166,10 @@ class EmbeddedTask(Task):
     """Arguments of `generate`."""
 
     def prepare_pool(self, cache: Path) -> Any:
-        return self._build(cache) / "pool.jsonl" if self.pool is None else self.pool
+        return self._build(cache) / "pool.jsonl" if self.pool is None else super().prepare_pool(cache)
+
+    def plan_import(self) -> Importer | None:
+        return None if self.pool is None else super().plan_import()
 
     def prepare_evaluation(self, cache: Path) -> dict[str, Path]:
         folder = self._build(cache)

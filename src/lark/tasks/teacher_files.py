@@ -2,22 +2,24 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lark.common.cache import read_json
 from lark.common.errors import LarkError
 from lark.common.hub import download_dataset, find_commit, is_hub_id
 from lark.common.log import logger
-from lark.common.progress_line import show_progress
-from lark.pool.files import READERS, find_files, hash_files, keep_data_files, read_rows
-from lark.tasks.imported import ImportedTask, RowList
+from lark.pool.files import READERS, find_files, hash_files, keep_data_files
+from lark.tasks.conversations import Columns
+from lark.tasks.hub import HubTask
+from lark.tasks.importer import Importer, RowList, open_files
 from lark.tasks.problems import read_problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherFiles(ImportedTask):
+class TeacherFiles(HubTask):
     """One file a teacher (`<teacher>.jsonl`) or one folder (`<teacher>/<sample>.json`), local or on the hub.
 
     A row's problem is known by its own text or conversation, or is looked up in `problems` by the row's id or number.
@@ -33,25 +35,23 @@ class TeacherFiles(ImportedTask):
     problems: str | None = None
     """File of problems (problem_id, problem, answer) for rows without a problem's text."""
 
-    @property
-    def _by_row(self) -> bool:
-        return True
-
-    def _identify_pool(self) -> dict[str, Any]:
+    def plan_import(self) -> Importer:
         problems = find_files(self.problems, setting="task.problems") if self.problems else {}
-        identity: dict[str, Any] = {
-            "problems": hash_files(problems, setting="task.problems"),
-            "form": self.files,
-        }
-        if not is_hub_id(self.pool):
-            files = self._choose_files(Path(self.pool).expanduser())
-            return identity | {"files": hash_files(files, setting="task.pool")}
-        commit = find_commit(self.pool, self.revision, setting="task.pool")
-        return identity | {"hub": self.pool, "commit": commit, "teachers": self.teachers, "samples": self.samples}
+        identity: dict[str, Any] = {"problems": hash_files(problems, setting="task.problems"), "form": self.files}
+        if is_hub_id(self.pool):
+            commit = find_commit(self.pool, self.revision, setting="task.pool")
+            chosen = {"teachers": self.teachers, "samples": self.samples}
+            identity |= {"hub": self.pool, "commit": commit, **chosen}
+            find_paths = lambda: self._download_files(commit)  # noqa: E731  (nothing is fetched for a pool that is made)
+        else:
+            paths = self._choose_files(Path(self.pool).expanduser())
+            identity |= {"files": hash_files(paths, setting="task.pool")}
+            find_paths = lambda: paths  # noqa: E731
+        return self._make_importer(
+            identity, lambda: self._open_lists(find_paths()), by_row=True, find_problem=self._find_problem
+        )
 
-    def _find_paths(self, commit: str | None) -> dict[str, Path]:
-        if commit is None:
-            return self._choose_files(Path(self.pool).expanduser())
+    def _download_files(self, commit: str) -> dict[str, Path]:
         folder, _, name = self.files.rpartition("/")
         folders = self.teachers if folder and self.teachers is not None else [folder]
         names = [f"*{sample}.*" for sample in self.samples] if self.samples is not None else [name]
@@ -90,23 +90,17 @@ class TeacherFiles(ImportedTask):
                 paths = {name: path for name, path in paths.items() if name.partition("/")[part] in wanted}
         return paths
 
-    def _open_lists(self, identity: dict[str, Any]) -> Iterator[RowList]:
-        paths = self._find_paths(identity.get("commit"))
-        with show_progress("importing", sum(path.stat().st_size for path in paths.values()) / 1e6, "MB") as progress:
-            for name, path in paths.items():
-                yield RowList(
-                    name=f"{name}{path.suffix}",
-                    rows=read_rows(path, lambda size: progress.update(size / 1e6)),
-                    teacher=name.partition("/")[0],
-                    label=name.replace("/", "-"),
-                )
+    def _open_lists(self, paths: dict[str, Path]) -> Iterator[RowList]:
+        files = {f"{name}{path.suffix}": path for name, path in paths.items()}
+        for name, part in zip(paths, open_files(files), strict=True):
+            yield replace(part, teacher=name.partition("/")[0], label=name.replace("/", "-"))
 
-    def _find_problem(self, row: Any, number: int) -> Mapping[str, Any] | None:
+    def _find_problem(self, row: Any, number: int, columns: Columns) -> Mapping[str, Any] | None:
         """Look the row's problem up by its id, else, where the row does not say what is asked, by its number."""
         if not isinstance(row, dict):
             return None
-        identifier = row.get(self.columns.problem_id)
-        asks = any(row.get(name) is not None for name in (self.columns.problem, self.columns.messages))
+        identifier = row.get(columns.problem_id)
+        asks = any(row.get(name) is not None for name in (columns.problem, columns.messages))
         return self._known_problems.get(str(number if identifier is None and not asks else identifier))
 
     @cached_property
@@ -115,13 +109,14 @@ class TeacherFiles(ImportedTask):
             return {}
         return {row["problem_id"]: row for row in read_problems(self.problems, setting="task.problems")}
 
-    def _log(self, manifest: dict[str, Any], folder: Path) -> None:
-        super()._log(manifest, folder)
+    def prepare_pool(self, cache: Path) -> Path:
+        path = super().prepare_pool(cache)
         samples: dict[str, set[str]] = {}
-        for name in manifest["lists"]:
+        for name in read_json(path.with_name("manifest.json"))["lists"]:
             teacher, _, sample = name.rpartition(".")[0].partition("/")
             samples.setdefault(teacher, set()).add(sample)
         every = set.union(*samples.values(), self.samples or ()) - {""}
         for teacher, there in samples.items():
             if "" not in there and (missing := sorted(every - there)):
                 logger.info("import: %s lacks %s", teacher, ", ".join(missing))
+        return path

@@ -314,10 +314,10 @@ def test_answers_of_a_problem_must_agree(tmp_path: Path) -> None:
     [
         (
             {"columns": Columns(problem="q", trajectory="text")},
-            r"task\.columns names text, but .* has the columns q, t",
+            r"task\.columns names text, but there are the columns q, t",
         ),
-        ({"split": "test"}, r"task\.split=test\) cannot be read"),
-        ({"pool": "nowhere/at/all"}, r"task\.pool=nowhere/at/all does not exist here"),
+        ({"split": "test"}, r"no file of task\.split=test"),
+        ({"pool": "nowhere/at/all"}, r"task\.pool=nowhere/at/all does not exist"),
     ],
 )
 def test_what_is_not_there_is_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -331,5 +331,7 @@ def test_what_is_not_there_is_named(settings: dict[str, Any], message: str, tmp_
 
 
 def test_a_pool_needs_trajectories(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"task\.columns\.trajectory=null and task\.columns\.messages=null"):
-        hub_task(tmp_path, Columns(problem="q")).prepare_pool(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"q": "a?", "label": "x"}\n')
+    with pytest.raises(ValueError, match=r"no trajectory .* columns label, q; .*task\.columns\.trajectory="):
+        hub_task(tmp_path / "data", Columns(problem="q")).prepare_pool(tmp_path)
