@@ -1,4 +1,4 @@
-"""python -m lark.evaluate: ask any student the problems of a task's evaluation sets, or check saved samples again.
+"""python -m lark.evaluate: ask any student the problems of a task's evaluation sets.
 
 torch, lightning and transformers are imported only after Hydra has composed the configuration.
 """
@@ -18,7 +18,7 @@ from lark.common.errors import LarkError
 
 GROUPS = ("task", "model", "trainer", "logger")
 BLOCKS = ("evaluation",)
-VALUES = ("seed", "checkpoint", "regrade", "paths")
+VALUES = ("seed", "checkpoint", "paths")
 MAIN = "evaluate"
 """The name of the configuration; another is that of a replay."""
 OF_CHECKPOINT = ("path", "id", "revision", "dtype", "attention")
@@ -47,9 +47,6 @@ def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
     if isinstance(config.task, DictConfig) and OmegaConf.is_missing(config.task, "pool"):
         config.task.pool = "."  # nobody reads it
     check(config)
-    if config.regrade is not None:
-        folder.rmdir()  # Hydra made it
-        return _regrade(config, {word.partition("=")[0].lstrip("+") for word in overrides})
     if config.checkpoint is not None and HydraConfig.get().job.config_name == MAIN:
         take_checkpoint(config, overrides)
     write_replay(config, folder)
@@ -60,11 +57,8 @@ def _evaluate(config: DictConfig, folder: Path, overrides: list[str]) -> float:
 def check(config: DictConfig) -> None:
     """Check names, groups and types; raises LarkError naming the setting."""
     configuration.check_names(config, groups=GROUPS, others=(*BLOCKS, *VALUES))
-    for name in ("checkpoint", "regrade"):
-        if not isinstance(config[name], str | None):
-            raise LarkError(f"{name}={config[name]} is not a folder; set it to one, or to null")
-    if config.checkpoint is not None and config.regrade is not None:
-        raise LarkError(f"checkpoint={config.checkpoint} and regrade={config.regrade} are both set; leave one out")
+    if not isinstance(config.checkpoint, str | None):
+        raise LarkError(f"checkpoint={config.checkpoint} is not a folder; set it to one, or to null")
     configuration.check_types(config, (*GROUPS, *BLOCKS))
 
 
@@ -93,15 +87,6 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
         student |= {"path": str((arm / "checkpoint").absolute()), "id": None, "revision": None, "adapter": None}
     config.checkpoint = str(arm.absolute())
     config.model = OmegaConf.create({"_target_": "lark.student.student.Student", **student})
-
-
-def _regrade(config: DictConfig, told: set[str]) -> float:
-    from lark.common.log import open_log
-    from lark.evaluation.regrade import regrade
-
-    with open_log(None):
-        *_, last = regrade(Path(config.regrade), configuration.build(config.task), told=told)
-    return next(iter(last["intervals"].values()))["estimate"]
 
 
 def job(config: DictConfig, folder: Path, *, group: str) -> float:

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from trained_arm import LORA, METRICS, write_arm
+from trained_arm import EVALUATION, LORA, write_arm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from lark.export import export, main
@@ -192,7 +192,7 @@ def test_all_parameters_trained(full_arm, tmp_path, dtype, caplog):
 @pytest.mark.parametrize("merge", [False, True])
 def test_tokenizer_template_and_card_come_along(lora_arm, tmp_path, make_student, merge):
     arm, _ = lora_arm
-    (arm / "metrics.json").write_text(json.dumps(METRICS))
+    (arm / "metrics.json").write_text(json.dumps(EVALUATION))
     export(arm, tmp_path / "out", merge=merge)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     asked = [{"role": "user", "content": "What is 1 + 1?"}]

@@ -1,4 +1,3 @@
-import json
 from itertools import combinations
 
 import pytest
@@ -12,7 +11,6 @@ from lark.evaluation.metrics import (
     majority_at_k,
     pass_at_k,
     summarise_samples,
-    write_metrics,
 )
 
 verdicts = st.integers(1, 7).flatmap(
@@ -144,19 +142,12 @@ def test_right_answers_that_differ_are_one_unless_a_problem_may_have_several():
         assert own["metrics"]["maj@4"] == expected
 
 
-def test_what_is_written(tmp_path):
-    problems = [problem("a", level=1), problem("b", level=1)]
-    by_set = {
-        "eval": summarise_samples(RECORDS, problems, pass_at=[1], kind="math"),
-        "other": summarise_samples(RECORDS[:2], [problem("a")], pass_at=[1], kind="math"),
-    }
-    write_metrics(tmp_path, {"some": "identity"}, by_set)
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert list(written) == ["identity", "sets", "intervals", "levels"]
-    assert list(written["levels"]) == ["eval"]
-    assert written["sets"]["eval"] == written["levels"]["eval"]["1"]["metrics"]
-    interval = written["intervals"]["eval"]
+def test_the_interval_and_each_problem():
+    found = summarise_samples(RECORDS, [problem("a", level=1), problem("b", level=1)], pass_at=[1], kind="math")
+    assert found["metrics"] == found["levels"]["1"]["metrics"]
+    assert found["per_problem"] == {"a": 0.5, "b": 0}
+    interval = found["interval"]
     assert (interval["metric"], interval["estimate"], interval["problems"]) == ("avg@2", 0.25, 2)
     assert 0 <= interval["low"] <= 0.25 <= interval["high"] <= 1
-    one = written["intervals"]["other"]
+    one = summarise_samples(RECORDS[:2], [problem("a")], pass_at=[1], kind="math")["interval"]
     assert one["low"] is None and one["label"] == "one problem, no interval"

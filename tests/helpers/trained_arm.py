@@ -27,14 +27,10 @@ SELECTION = {
     "effective_sample_size": 27.57,
     "teacher_share": {"polish": 0.87, "place": 0.13},
 }
-METRICS = {
-    "identity": {
-        "sampling": {"samples": 2, "pass_at": [1, 2], "temperature": 0.6, "top_p": 0.95},
-        "task": ["number", None, None, 24],
-        "seed": 0,
-        "dtype": "torch.float32",
-    },
-    "sets": {"eval": {"avg@2": 0.25, "stop": 0.5, "problems": 6}, "shifted": {"avg@2": 0.125, "problems": 7}},
+EVALUATION = {
+    "sampling": {"samples": 2, "pass_at": [1, 2], "temperature": 0.6, "top_p": 0.95}
+    | {"max_new_tokens": 24, "seed": 0, "engine": "transformers", "dtype": "float32", "checker": "number"},
+    "metrics": {"eval": {"avg@2": 0.25, "stop": 0.5, "problems": 6}, "shifted": {"avg@2": 0.125, "problems": 7}},
 }
 
 

@@ -38,7 +38,7 @@ def log_two(tracker: Wandb | Csv, folder: Path) -> None:
         tracker.summarise(logger, {"decisions/engine": "vllm"})
         tracker.summarise(logger, {"decisions/lr": 0.5, "decisions/ceiling": math.nan})
         logger.save()
-        tracker.keep_texts(logger, title, [text])
+        tracker.keep_texts(logger, title, {text.name: text})
         tracker.finish()
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from trained_arm import LORA, METRICS, SELECTION, trained_json, write_arm
+from trained_arm import EVALUATION, LORA, SELECTION, trained_json, write_arm
 from transformers import AutoTokenizer
 
 from lark.common.cache import read_json
@@ -35,7 +35,7 @@ def body(text):
 
 
 def test_the_card_says_what_the_files_say(make_student):
-    text = render_card(trained_json(make_student(lora=LORA)), SELECTION, METRICS, run="/somewhere/a run")
+    text = render_card(trained_json(make_student(lora=LORA)), SELECTION, EVALUATION, run="/somewhere/a run")
     rows = rows_of(body(text))
     assert rows["rows dropped"] == ["3 overlong"]
     assert rows["candidates"] == ["154 candidates, 44 chosen, 110 not chosen, 22 problems"]
@@ -47,7 +47,10 @@ def test_the_card_says_what_the_files_say(make_student):
     assert rows["all held-out trajectories"] == ["0.1220", "0.1199"]
     assert rows["avg@2"] == ["0.25", "0.125"] and rows["stop"] == ["0.5", ""]
     assert "on 44 trajectories of 154 candidates for 22 problems, each with its weight." in text
-    assert "`samples 2, pass_at [1, 2], temperature 0.6, top_p 0.95`, at most 24 new tokens" in text
+    assert (
+        "`samples 2, pass_at [1, 2], temperature 0.6, top_p 0.95, engine transformers, dtype float32`, at most 24"
+        in text
+    )
     assert "--config-path '/somewhere/a run' --config-name replay" in text
 
 
@@ -88,7 +91,7 @@ def test_what_users_write_stays_text(make_student):
     trained = trained_json(make_student(name=NASTY))
     inputs = SELECTION["inputs"] | {"task": NASTY, "score": NASTY}
     selection = SELECTION | {"rule": NASTY, "teacher_share": {NASTY: 1.0}, "inputs": inputs}
-    metrics = METRICS | {"sets": {NASTY: {"avg@2": 0.5}}}
+    metrics = EVALUATION | {"metrics": {NASTY: {"avg@2": 0.5}}}
     text = render_card(trained, selection, metrics, run=f"/x/```{NASTY}")
     html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(body(text))
     for tag in ("<script", "<a ", "<em>", "<s>", "<h1>not"):
@@ -104,7 +107,7 @@ def test_what_users_write_stays_text(make_student):
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_its_code_runs(make_student, tmp_path, monkeypatch, capsys, lora, merge):
-    write_arm(tmp_path / "arm", make_student(lora=lora), metrics=METRICS)
+    write_arm(tmp_path / "arm", make_student(lora=lora), metrics=EVALUATION)
     export(tmp_path / "arm", tmp_path / "out", merge=merge)
     text = (tmp_path / "out" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -1,43 +1,33 @@
-"""Evaluation: problems -> prompts -> samples -> verdicts -> metrics, of arms and of any student alike.
+"""Evaluation of students: for each set of problems find or draw samples, find or make verdicts, summarise."""
 
-What it leaves in a folder: samples-<set>.jsonl (a line a sample, with its verdict), problems-<set>.jsonl (the problems
-as they were asked, so that the samples can be checked again), evaluation.json (all that is needed to repeat it) and,
-written last, metrics.json: `sets` (metrics by evaluation set), `intervals` (of avg@k) and `levels` (both by level).
-"""
-
-import dataclasses
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from lark.answers.checker import Checker
-from lark.answers.extract import find_boxed
-from lark.common.cache import identity_hash, read_json, write_json
+from lark.common.cache import file_hash, hold_lock, nan_to_none, read_json, remove_path, write_json
 from lark.common.errors import LarkError
 from lark.common.log import logger
-from lark.common.progress_line import show_progress
-from lark.common.ranks import barrier, world_size
-from lark.evaluation.metrics import check_pass_at, summarise_samples, write_metrics
-from lark.evaluation.samples import SAMPLE_FIELDS, find_partial_files, gather_samples, open_samples, write_rows
-from lark.generation.backends import (
-    ENGINES,
-    Backend,
-    describe_backend,
-    make_transformers_backend,
-    make_vllm_backend,
-)
+from lark.common.ranks import Plan, barrier, is_main
+from lark.evaluation.metrics import check_pass_at, summarise_samples
+from lark.evaluation.samples import AskedSet, ask_set, complete_samples, draw_samples
+from lark.evaluation.verdicts import check_samples, locate_verdicts
+from lark.generation.backends import ENGINES, Backend, TransformersBackend, VllmBackend
 from lark.generation.transformers_backend import check_sampling
 from lark.student.chat import Chat
+from lark.student.distributed import Parallelism
 from lark.student.student import Student
 from lark.tasks.problems import make_answer, make_prompt
 from lark.tasks.task import Task
 
 Problem = dict[str, Any]
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +49,7 @@ class Sampling:
     vllm_python: str | None = None
     """The interpreter that has vLLM; None: that of LARK_VLLM_PYTHON or of `make vllm`, else this one."""
     vllm_gpus: int | None = None
-    """GPUs over which vLLM divides the student; None: all."""
+    """GPUs over which one vLLM divides the student; None: all, or one where several ranks each start a vLLM."""
     vllm_memory: float = 0.9
     """Share of each GPU's memory that vLLM takes."""
 
@@ -79,227 +69,169 @@ class Sampling:
         for k in self.pass_at:
             check_pass_at(k, self.samples)
 
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that results depend on."""
-        names = ("samples", "temperature", "top_p", "engine")
-        return {name: getattr(self, name) for name in names} | {"pass_at": list(self.pass_at)}
-
     def make_backend(self, student: Student, chat: Chat, **weights: Any) -> Backend:
-        """Put the student behind the engine that is set; further arguments are those of `make_transformers_backend`."""
+        """Put the student behind the engine that is set; further arguments are those of `Backend`."""
         if self.engine == "vllm":
-            return make_vllm_backend(
-                student,
-                chat,
-                **weights,
-                python=self.vllm_python,
-                tensor_parallel_size=self.vllm_gpus,
-                gpu_memory_utilization=self.vllm_memory,
-            )
-        return make_transformers_backend(student, chat, **weights, batch_size=self.batch_size)
-
-
-def evaluate_student(
-    student: Student,
-    chat: Chat,
-    task: Task,
-    problems: Mapping[str, Sequence[Problem]],
-    folder: Path,
-    *,
-    trained: Path | None,
-    weights: dict[str, Any],
-    sampling: Sampling,
-    checker: Checker,
-    device: torch.device,
-    seed: int,
-    identity: Mapping[str, Any],
-    label: str,
-) -> None:
-    """Evaluate a student into `folder`, together with all ranks of the job.
-
-    trained: the checkpoint of an arm that trained this student; None: the student as it is.
-    weights: what tells these weights from others.  identity, label: as for `evaluate`.
-    """
-    backend = sampling.make_backend(student, chat, trained=trained, weights=weights, device=device)
-    asked = {"name": task.name, "checker": task.checker, "pattern": task.pattern, "system": task.system}
-    world = world_size()
-    evaluate(
-        backend,
-        problems,
-        folder,
-        checker=checker,
-        sampling=sampling,
-        max_new_tokens=task.max_new_tokens,
-        seed=seed,
-        system=task.system,
-        identity=identity,
-        record=describe_backend(backend, student, chat, device) | {"task": asked},
-        rank=torch.distributed.get_rank() if world > 1 else 0,
-        world=world,
-        label=label,
-    )
-
-
-def evaluate(
-    backend: Backend,
-    problems: Mapping[str, Sequence[Problem]],
-    folder: Path,
-    *,
-    checker: Checker,
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
-    system: str | None = None,
-    identity: Mapping[str, Any],
-    record: Mapping[str, Any],
-    rank: int = 0,
-    world: int = 1,
-    label: str = "evaluating",
-) -> None:
-    """Sample answers to the problems of every set, check them and write `folder`, as this module says.
-
-    Ranks share the problems; rank 0 puts the answers together. Samples are kept as they are drawn
-    (lark.evaluation.samples): after a kill, the same call generates only what is missing. Samples of the same prompts,
-    settings and weights (`backend.identity`) that the folder holds already are not drawn again, so another set or
-    checker costs no more than what is new.
-
-    Args:
-        problems: rows as `read_problems` gives them, by the name of the set.
-        checker: decides what is correct; carries the task's answer pattern.
-        max_new_tokens, seed: as for `generate_samples`.
-        system: system turn put before `problem`; rows that have `messages` are taken as they are.
-        identity: kept in metrics.json, to tell whether it is what is wanted.
-        record: what evaluation.json says besides what stands above.
-        rank, world: of this process, among those that call this together.
-        label: what the progress line calls it.
-
-    Raises:
-        LarkError: no problems, a gold answer the checker cannot read, or a setting out of its range.
-    """
-    for name, rows in problems.items():
-        if not rows:
-            raise LarkError(f"task.eval: {name} holds no problem to evaluate on; set it to a file with rows")
-        assert len({row["problem_id"] for row in rows}) == len(rows), "problem ids are distinct"
-        checker.validate([make_answer(row, "") for row in rows])  # before anything is generated
-    settings = {
-        "samples": sampling.samples,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "stop_ids": list(backend.stop_ids),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    sets = [_AskedSet.make(name, rows, backend, settings, system) for name, rows in problems.items()]
-    for asked in sets:
-        _draw_samples(backend, asked, folder, settings, rank=rank, world=world, label=f"{label} {asked.name}")
-    barrier()
-    if rank == 0:
-        by_set, described = {}, {}
-        path = folder / "evaluation.json"
-        before = read_json(path)["sets"] if path.exists() else {}  # sets whose samples are still there
-        for asked in sets:
-            drawn = gather_samples(folder, asked.name, asked.identity)
-            total = len(asked.problems) * sampling.samples
-            assert len(drawn) == total, (
-                f"{len(drawn)} of {total} samples of {asked.name} are in {folder}: do all ranks write there?"
-            )
-            records = check_records(drawn.values(), asked.problems, checker)
-            write_rows(folder / f"samples-{asked.name}.jsonl", records)
-            write_rows(folder / f"problems-{asked.name}.jsonl", asked.problems)
-            by_set[asked.name] = summarise_samples(records, asked.problems, pass_at=sampling.pass_at, kind=checker.kind)
-            described[asked.name] = describe_set(asked.problems, system) | {"samples": asked.identity}
-            engine = _engine_folder(folder, asked) / "engine.json"  # what an engine in its own process says of itself
-            described[asked.name] |= {"engine": read_json(engine)} if engine.is_file() else {}
-        how = {"sampling": settings | {"batch_size": sampling.batch_size, "ranks": world}, "sets": before | described}
-        write_json(path, {**record, **how})
-        write_metrics(folder, identity, by_set)
-        for asked in sets:
-            shutil.rmtree(folder / f"engine-{asked.name}", ignore_errors=True)
-            for partial in find_partial_files(folder, asked.name):
-                partial.unlink()
-    barrier()
+            own = {"python": self.vllm_python, "gpus": self.vllm_gpus, "memory": self.vllm_memory}
+            return VllmBackend(student, chat, **weights, **own)
+        return TransformersBackend(student, chat, **weights, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AskedSet:
-    """An evaluation set as it is put to a student."""
+class Evaluator:
+    """Evaluates students alike, on the sets of a task. All ranks of a job call its methods; rank 0 decides and writes.
 
-    name: str
-    problems: Sequence[Problem]
-    prompts: Sequence[list[int]]
-    identity: str
-    """Hash of what its samples depend on."""
+    What is there of the same content is never made again: samples are kept by student, prompts and sampling, verdicts
+    by checker and right answers. Both are written once, under names of all they depend on, and read without a lock.
 
-    @staticmethod
-    def make(
-        name: str, problems: Sequence[Problem], backend: Backend, settings: Mapping[str, Any], system: str | None
-    ) -> "_AskedSet":
-        prompts = [backend.encode_prompt(make_prompt(problem, system)) for problem in problems]
-        keys = [problem["problem_id"] for problem in problems]
-        identity = identity_hash({**settings, "prompts": prompts, "keys": keys, "of": backend.identity})
-        return _AskedSet(name=name, problems=problems, prompts=prompts, identity=identity)
-
-
-def _engine_folder(folder: Path, asked: _AskedSet) -> Path:
-    """Name the folder where an engine may keep what it likes, as long as the set is not evaluated."""
-    return folder / f"engine-{asked.name}" / asked.identity
-
-
-def _draw_samples(
-    backend: Backend,
-    asked: _AskedSet,
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    rank: int,
-    world: int,
-    label: str,
-) -> None:
-    """Draw what is missing of a rank's share into its growing file."""
-    share = slice(rank, None, world) if backend.every_rank else slice(None if rank == 0 else 0)
-    prompts, keys = asked.prompts[share], [problem["problem_id"] for problem in asked.problems[share]]
-    there = gather_samples(folder, asked.name, asked.identity)
-    done = {(key, number) for key in keys for number in range(settings["samples"]) if (key, number) in there}
-    total = len(keys) * settings["samples"]
-    if done:
-        logger.info("%s: %s of %s samples are there", asked.name, f"{len(done):,}", f"{total:,}")
-    if len(done) == total:
-        return
-    with (
-        open_samples(folder, asked.name, asked.identity, rank) as file,
-        show_progress(label, total, "samples", initial=len(done)) as progress,
-    ):
-        for batch in backend.generate(prompts, keys, _engine_folder(folder, asked), **settings, done=done):
-            for sample in batch:
-                file.add(dataclasses.asdict(sample))
-            progress.update(len(batch))
-
-
-def check_records(records: Iterable[Record], problems: Sequence[Problem], checker: Checker) -> list[Record]:
-    """Give each sample its verdict; returns them in the order of the problems.
-
-    records: with `Sample`'s fields; whatever else they hold is left out.
+    Raises LarkError for a set without problems, and for a right answer that the checker cannot read.
     """
-    rows = {problem["problem_id"]: problem for problem in problems}
-    order = {problem_id: i for i, problem_id in enumerate(rows)}
-    in_order = sorted(records, key=lambda record: (order[record["problem_id"]], record["sample"]))
-    verdicts = checker.check([make_answer(rows[record["problem_id"]], record["text"]) for record in in_order])
-    return [
-        {name: record[name] for name in SAMPLE_FIELDS}
-        | {"boxed": find_boxed(record["text"]) is not None}
-        | dataclasses.asdict(verdict)
-        for record, verdict in zip(in_order, verdicts, strict=True)
-    ]
+
+    task: Task
+    chat: Chat
+    problems: Mapping[str, Sequence[Problem]]
+    """Rows as `read_problems` gives them, by the name of the set."""
+    sampling: Sampling
+    checker: Checker
+    seed: int
+    folder: Path
+    """The folder of all samples, logs/samples."""
+    plan: Plan
+    make_trainer: Callable[[], Trainer]
+    """Makes the Trainer that launches the job's ranks, where no pass and no training has done so."""
+
+    def __post_init__(self) -> None:
+        for name, rows in self.problems.items():
+            if not rows:
+                raise LarkError(f"task.eval: {name} holds no problem to evaluate on; set it to a file with rows")
+            assert len({row["problem_id"] for row in rows}) == len(rows), "problem ids are distinct"
+            self.checker.validate([make_answer(row, "") for row in rows])  # before anything is generated
+
+    @cached_property
+    def prompts(self) -> dict[str, list[list[int]]]:
+        """Return the token ids of every prompt, by set."""
+        return {
+            name: [self.chat.encode_prompt(make_prompt(row, self.task.system)) for row in rows]
+            for name, rows in self.problems.items()
+        }
+
+    def ask_sets(self, backend: Backend) -> list[AskedSet]:
+        """Find where the student's samples of each set are, or will be."""
+        names = ("samples", "temperature", "top_p")
+        sampling = {name: getattr(self.sampling, name) for name in names}
+        sampling |= {"max_new_tokens": self.task.max_new_tokens, "seed": self.seed}
+        return [
+            ask_set(name, rows, self.prompts[name], backend, sampling=sampling, samples=self.folder)
+            for name, rows in self.problems.items()
+        ]
+
+    def is_done(self, backend: Backend) -> bool:
+        """Tell whether nothing is left to sample or to check."""
+        return all(
+            asked.is_drawn and locate_verdicts(asked, self.checker)[0].exists() for asked in self.ask_sets(backend)
+        )
+
+    def evaluate(self, backend: Backend, label: str) -> dict[str, Any]:
+        """Evaluate a student. label: tells it from the job's others, on progress lines and in plan.json.
+
+        Returns, on rank 0 (elsewhere nothing), by set: metrics; intervals, of avg@k; levels, both by level where a set
+        has levels; per_problem, each problem's avg@k; answers, the hashes under which samples and verdicts are kept;
+        and sampling: how the samples were drawn.
+        """
+        sets = self.ask_sets(backend)
+        self._draw_missing(backend, sets, label)
+        figures: dict[str, Any] = {}
+        if is_main():
+            figures = self._summarise(sets)
+        barrier()
+        return figures
+
+    def _draw_missing(self, backend: Backend, sets: Sequence[AskedSet], label: str) -> None:
+        """Draw the samples that are not there, under the locks of their folders."""
+        places = {asked.folder: asked for asked in sets}  # two sets may hold the same problems
+        with ExitStack() as held:
+            if is_main():  # in one order, so that two jobs cannot wait for each other
+                for folder in sorted(place for place, asked in places.items() if not asked.is_drawn):
+                    held.enter_context(hold_lock(folder))
+            missing = [folder.name for folder, asked in places.items() if not asked.is_drawn]
+            missing = self.plan.decide(f"samples of {label}", missing)
+            if not missing:
+                return
+            trainer = self._start_ranks()
+            rank, world = trainer.global_rank, trainer.world_size
+            backend.start(Parallelism(trainer))
+            drawn = [asked for folder, asked in places.items() if folder.name in missing]
+            for asked in drawn:
+                draw_samples(backend, asked, rank=rank, world=world, label=f"{label} {asked.name}")
+            backend.finish()
+            barrier()
+            about = backend.describe() | {"batch_size": self.sampling.batch_size, "ranks": world}
+            for asked in drawn if is_main() else ():
+                complete_samples(asked, about, self.task.system)
+                logger.info("%s: sampled %s into %s", label, asked.name, asked.folder)
+
+    def _start_ranks(self) -> Trainer:
+        """Start the job's other ranks, if it has any and they do not run yet."""
+        trainer = self.make_trainer()
+        if trainer.world_size > 1:
+            loader: Any = DataLoader([0] * trainer.world_size)  # type: ignore[arg-type]
+            trainer.predict(_EmptyModule(), loader, return_predictions=False)
+        return trainer
+
+    def _summarise(self, sets: Sequence[AskedSet]) -> dict[str, Any]:
+        """Check what is not checked yet, and compute the figures of every set."""
+        figures: dict[str, Any] = {
+            name: {} for name in ("metrics", "intervals", "levels", "per_problem", "answers", "sampling")
+        }
+        for asked in sets:
+            answers = check_samples(asked, self.checker)
+            found = summarise_samples(answers, asked.problems, pass_at=self.sampling.pass_at, kind=self.checker.kind)
+            figures["metrics"][asked.name], figures["intervals"][asked.name] = found["metrics"], found["interval"]
+            if found["levels"]:
+                figures["levels"][asked.name] = found["levels"]
+            figures["per_problem"][asked.name] = found["per_problem"]
+            verdicts = locate_verdicts(asked, self.checker)[0].stem
+            figures["answers"][asked.name] = {"samples": asked.folder.name, "verdicts": verdicts}
+            drawn = read_json(asked.folder / "manifest.json")
+            how = {key: value for key, value in asked.identity["student"].items() if key != "weights"}
+            how |= asked.identity["sampling"] | {key: drawn[key] for key in ("stops", "batch_size", "ranks", "device")}
+            how |= {"checker": self.checker.kind, "pattern": self.checker.pattern}
+            figures["sampling"] = how | {"pass_at": list(self.sampling.pass_at)}
+        return figures
+
+    def write_figures(self, folder: Path, figures: Mapping[str, Any]) -> None:
+        """Write metrics.json into a folder of a run, and link there each set's samples as samples/<set>."""
+        write_json(folder / "metrics.json", figures)
+        for name, kept in figures["answers"].items():
+            link = remove_path(folder / "samples" / name)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(self.folder / kept["samples"], link.parent), target_is_directory=True)
+
+    def list_files(self, figures: Mapping[str, Any]) -> dict[str, Path]:
+        """List the files of samples and verdicts that figures were computed from, by names that tell sets apart."""
+        files: dict[str, Path] = {}
+        for name, kept in figures["answers"].items():
+            folder = self.folder / kept["samples"]
+            files[f"samples-{name}.jsonl"] = folder / "samples.jsonl"
+            files[f"verdicts-{name}.json"] = folder / "verdicts" / f"{kept['verdicts']}.json"
+        return files
 
 
-def describe_set(problems: Sequence[Problem], system: str | None) -> dict[str, Any]:
-    """Describe a set for evaluation.json: how many problems, which prompts' versions, and a hash of all rows."""
-    own = f"system turn {system!r}" if system else "the problem as it stands"
-    named = [
-        problem.get("prompt") or ("messages of the row" if problem.get("messages") else own) for problem in problems
-    ]
-    return {
-        "problems": len(problems),
-        "prompts": {prompt: named.count(prompt) for prompt in dict.fromkeys(named)},
-        "rows": identity_hash({"problems": list(problems)}),
-    }
+class _EmptyModule(LightningModule):
+    """Stand in for a model: what matters is that a Trainer launches its ranks before the first pass."""
+
+    def configure_model(self) -> None:
+        """Divide nothing; the strategy of trainer=fsdp insists on this method."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def identify_weights(student: Student, arm: Path | None) -> dict[str, Any]:
+    """Tell these weights from others: by the student's own, and the arm in which it was trained, if any.
+
+    trained.json holds the curve and the seconds it took: no two trainings leave the same.
+    """
+    if arm is None:
+        return dict(student.identity())
+    return student.identity() | {"arm": arm.name, "trained": file_hash(arm / "trained.json")[:16]}

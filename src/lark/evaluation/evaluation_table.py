@@ -14,9 +14,9 @@ LEGEND = (
 
 
 def print_metrics(title: str, figures: Mapping[str, Any]) -> None:
-    """Print what metrics.json says, a row a set, and one for each of its levels."""
+    """Print what `Evaluator.evaluate` returns, a row a set, and one for each of its levels."""
     console, table = make_console(), make_table(title)
-    first = next(iter(figures["sets"].values()))
+    first = next(iter(figures["metrics"].values()))
     metrics = [name for name in first if "@" in name and name != "pass@1"]  # pass@1 is avg@k
     table.add_column("set")
     for header in ("problems", *metrics, "boxed", "stop", "trunc.", "time-\nouts", "tokens"):
@@ -39,7 +39,7 @@ def print_metrics(title: str, figures: Mapping[str, Any]) -> None:
 
 
 def _list_rows(figures: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float], Mapping[str, Any], bool]]:
-    for name, metrics in figures["sets"].items():
+    for name, metrics in figures["metrics"].items():
         levels = figures["levels"].get(name, {})
         yield name, metrics, figures["intervals"][name], not levels
         for level, part in levels.items():
@@ -53,7 +53,7 @@ def _format_ends(interval: Mapping[str, Any]) -> str:
 
 def _explain(figures: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the figures do not say by themselves."""
-    for name, metrics in figures["sets"].items():
+    for name, metrics in figures["metrics"].items():
         interval = figures["intervals"][name]
         for text in describe_samples([metrics]):
             yield f"{name}: {text}"

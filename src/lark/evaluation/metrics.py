@@ -5,7 +5,6 @@ Shapes: P problems, N samples a problem.
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import comb
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lark.answers.answer_clusters import cluster_answers
-from lark.common.cache import write_json
 from lark.common.errors import LarkError
 from lark.comparison.inference import compute_mean_interval
 from lark.tasks.problems import read_level
@@ -22,7 +20,6 @@ Record = Mapping[str, Any]
 NO_LEVEL = "none"
 """Level of the problems that have none, in a set where others do."""
 _INTERVAL_FIELDS = ("estimate", "low", "high", "level", "problems", "label")
-_PARTS = {"sets": "metrics", "intervals": "interval", "levels": "levels"}
 
 
 def average_at_k(correct_PN: Tensor) -> Tensor:
@@ -84,15 +81,15 @@ def check_pass_at(k: int, num_samples: int) -> None:
 def summarise_samples(
     records: Sequence[Record], problems: Sequence[Record], *, pass_at: Iterable[int], kind: str
 ) -> dict[str, Any]:
-    """Compute metrics and interval of a set, and both by level.
+    """Compute metrics and interval of a set, both by level, and avg@k by problem.
 
     Args:
         records: samples with their verdicts, in the order of the problems.
         kind: the checker's, of problems that name none themselves.
 
     Returns:
-        metrics (`compute_metrics`), interval (of avg@k; lark.comparison.inference), and levels: both by level, if any
-        problem has one.
+        metrics (`compute_metrics`), interval (of avg@k; lark.comparison.inference), levels: both by level, if any
+        problem has one; and per_problem: each problem's avg@k.
     """
     pass_at = tuple(pass_at)
     kinds = {row["problem_id"]: row.get("checker") or kind for row in problems}
@@ -108,7 +105,11 @@ def summarise_samples(
         for level in levels
         if levels != [NO_LEVEL]
     }
-    return {**summarise(records), "levels": by_level}
+    correct: dict[str, list[bool]] = {}
+    for record in records:
+        correct.setdefault(record["problem_id"], []).append(record["correct"])
+    per_problem = {problem_id: float(np.mean(verdicts)) for problem_id, verdicts in correct.items()}
+    return {**summarise(records), "levels": by_level, "per_problem": per_problem}
 
 
 def compute_metrics(
@@ -147,14 +148,6 @@ def compute_metrics(
 _COUNTS = {"timeouts": "timed_out", "oversized": "oversized"}
 
 
-def write_metrics(folder: Path, identity: Mapping[str, Any], by_set: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write metrics.json from the `summarise_samples` of every set."""
-    parts = {
-        part: {name: of_set[key] for name, of_set in by_set.items() if of_set[key]} for part, key in _PARTS.items()
-    }
-    write_json(folder / "metrics.json", {"identity": identity, **parts})
-
-
 def _level_order(level: str) -> tuple[bool, float, str]:
     """Sort numbers by value, then names, then what has no level."""
     try:
@@ -179,7 +172,7 @@ def _cluster_answers(records: Sequence[Record], num_samples: int, kinds: Mapping
 
 
 def _compute_interval(records: Sequence[Record]) -> dict[str, Any]:
-    """Compute the interval of avg@k, as metrics.json has it."""
+    """Compute the interval of avg@k."""
     num_problems, num_samples = _count_problems(records)
     correct_PN = np.array([record["correct"] for record in records], np.float64).reshape(num_problems, num_samples)
     interval = compute_mean_interval(correct_PN.mean(1))

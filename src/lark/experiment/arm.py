@@ -12,13 +12,12 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from lark.answers.checker import Checker
 from lark.common.cache import hold_lock
 from lark.common.log import logger
 from lark.common.ranks import Plan, barrier, is_main
 from lark.diagnostics.curves import TrainingLoss
-from lark.evaluation.arm_evaluation import evaluate_arm, evaluation_identity, find_action, read_figures
-from lark.evaluation.evaluate import Sampling
+from lark.evaluation.evaluate import Evaluator, identify_weights
+from lark.generation.backends import Backend
 from lark.scoring.passes import GradientMatches
 from lark.tracking.logging_metrics import Tracker, log_arm
 from lark.training.arms import Arm, make_arm, make_untrained_arm, train
@@ -35,9 +34,9 @@ OpenLogger = Callable[..., AbstractContextManager[Logger]]
 class ArmRunner:
     """Trains, evaluates or reuses arms, and logs them. All ranks call its methods; rank 0 decides, locks and logs.
 
-    plan: how ranks learn what rank 0 decided. problems: of each evaluation set. arms: the folder of all arms. run: the
-    run's folder. evaluates: false leaves arms trained, without an evaluation. keeps_losses: whether an arm's own
-    training loss is kept, for the diagnostics.
+    plan: how ranks learn what rank 0 decided. evaluator: None leaves arms trained, without an evaluation. arms: the
+    folder of all arms. run: the run's folder. keeps_losses: whether an arm's own training loss is kept, for the
+    diagnostics.
     """
 
     def __init__(
@@ -46,30 +45,25 @@ class ArmRunner:
         *,
         make_trainer: Callable[..., Trainer],
         plan: Plan,
-        problems: dict[str, list[dict[str, Any]]],
-        sampling: Sampling,
-        checker: Checker,
+        evaluator: Evaluator | None,
         tracker: Tracker,
         open_logger: OpenLogger,
         arms: Path,
         run: Path,
-        evaluates: bool,
         keeps_losses: bool,
     ):
         self.data, self.make_trainer, self.plan = data, make_trainer, plan
-        self.problems, self.sampling, self.checker = problems, sampling, checker
-        self.tracker, self.open_logger = tracker, open_logger
-        self.arms, self.run, self.evaluates, self.keeps_losses = arms, run, evaluates, keeps_losses
+        self.evaluator, self.tracker, self.open_logger = evaluator, tracker, open_logger
+        self.arms, self.run, self.keeps_losses = arms, run, keeps_losses
         self.end_check = EndTokenCheck(data)
-        self.evaluation = evaluation_identity(data.task, problems, sampling, seed=data.seed, dtype=data.dtype)
         self.seconds = {"training": 0.0, "sampling": 0.0}
         """Clock seconds of what was done here; nan where a part of it had been done before."""
         self.figures: dict[str, dict[str, Any]] = {}
-        """Return what each arm's evaluation came to, by the arm's name; on rank 0."""
+        """What each arm's evaluation came to (`Evaluator.evaluate`), by the arm's name; on rank 0."""
 
     def make_before(self) -> Arm:
         """Make the arm of the student before training."""
-        return make_untrained_arm(self.data, self.evaluation, self.arms)
+        return make_untrained_arm(self.data, self.arms)
 
     def make(self, name: str, rule: str) -> Arm:
         """Make the arm of the data's selection of that name; all arms get as many steps as the selector's."""
@@ -78,7 +72,21 @@ class ArmRunner:
 
     def find_action(self, arm: Arm) -> str:
         """Find what is left to do for an arm: train | evaluate | reuse."""
-        return find_action(arm, self.evaluation, not self.evaluates)
+        if not arm.is_trained:
+            return "train"
+        is_done = self.evaluator is None or self.evaluator.is_done(self._make_backend(self.evaluator, arm))
+        return "reuse" if is_done else "evaluate"
+
+    def _make_backend(self, evaluator: Evaluator, arm: Arm) -> Backend:
+        """Put the arm's student, as it is on disk, behind the engine that evaluates it."""
+        is_trained, data = arm.selection is not None, self.data
+        return evaluator.sampling.make_backend(
+            data.student,
+            data.trajectories.chat,
+            trained=arm.checkpoint if is_trained else None,
+            weights=identify_weights(data.student, arm.folder if is_trained else None),
+            device=data.device,
+        )
 
     def run_together(self, arms: Sequence[Arm]) -> dict[str, str]:
         """Do what is left of the arms, in their order; returns what that was, by the arm's name."""
@@ -101,8 +109,8 @@ class ArmRunner:
 
     def run_aside(self, arm: Arm) -> None:
         """Do what is left of an arm that the run's result does not depend on: one that diverges has no figures."""
-        with self.plan.claim(arm.name, arm.folder, lambda: self.find_action(arm) == "reuse") as to_do:
-            action = self.find_action(arm) if to_do else "reuse"
+        with self.plan.claim(arm.name, arm.folder, lambda: arm.is_trained):
+            action = self.plan.decide(f"action of {arm.name}", self.find_action(arm) if is_main() else None)
             logger.info("arm %s (%s): %s %s", arm.name, arm.rule, action, arm.folder)
             try:
                 self._finish(arm, action)
@@ -134,13 +142,13 @@ class ArmRunner:
         return read_warm_up(arm, data)
 
     def _lock_unfinished(self, arms: Sequence[Arm], held: ExitStack) -> dict[Path, ExitStack]:
-        """Lock the arms with work left, in one order, so that two jobs cannot wait for each other; on rank 0."""
+        """Lock the arms to be trained, in one order, so that two jobs cannot wait for each other; on rank 0."""
         locks: dict[Path, ExitStack] = {}
-        unfinished = {arm.folder: arm for arm in arms if self.find_action(arm) != "reuse"} if is_main() else {}
+        unfinished = {arm.folder: arm for arm in arms if not arm.is_trained} if is_main() else {}
         for folder, arm in sorted(unfinished.items()):
             locks[folder] = held.enter_context(ExitStack())
             locks[folder].enter_context(hold_lock(folder))
-            if self.find_action(arm) == "reuse":  # another job finished it meanwhile
+            if arm.is_trained:  # by another job meanwhile
                 locks.pop(folder).close()
         return locks
 
@@ -156,21 +164,29 @@ class ArmRunner:
             if action == "train":
                 callbacks = [TrainingLoss(arm.folder)] if self.keeps_losses else []
                 self._train(arm, arm.name, callbacks, experiment_logger=opened)
-            if action != "reuse" and self.evaluates:
-                evaluate_arm(
-                    arm,
-                    self.data,
-                    problems=self.problems,
-                    sampling=self.sampling,
-                    checker=self.checker,
-                    device=self.data.device,
-                )
+            figures: dict[str, Any] = {}
+            if self.evaluator is not None:
+                figures = self.evaluator.evaluate(self._make_backend(self.evaluator, arm), arm.name)
             if opened is not None:
-                if arm.name in ("before", *self.data.rules):
+                self.figures[arm.name], texts = figures, {}
+                is_shown = arm.name in ("before", *self.data.rules)
+                if self.evaluator is not None:
+                    texts = self.evaluator.list_files(figures)
+                    if is_shown:
+                        self.evaluator.write_figures(self.run / arm.name, figures)
+                if is_shown:
                     link_arm(arm, self.run / arm.name)
-                log_arm(opened, self.tracker, arm, self.run, self.data, action=action, taken=self.data.get_action)
-                if self.evaluates:  # now, as later the arm is no longer locked
-                    self.figures[arm.name] = read_figures(arm, list(self.problems))
+                log_arm(
+                    opened,
+                    self.tracker,
+                    arm,
+                    self.run,
+                    self.data,
+                    figures,
+                    action=action,
+                    taken=self.data.get_action,
+                    texts=texts,
+                )
 
     def _train(
         self, arm: Arm, label: str, callbacks: Sequence[Callback], experiment_logger: Logger | None = None

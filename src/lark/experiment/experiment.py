@@ -16,6 +16,7 @@ from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.comparison.printing import print_run
 from lark.config import build, build_model_option
 from lark.diagnostics.diagnostics import Diagnosis
+from lark.evaluation.evaluate import Evaluator
 from lark.experiment import console
 from lark.experiment.arm import ArmRunner
 from lark.experiment.bill import Bill, announce_bill, compare_bill, make_bill, print_bill
@@ -105,7 +106,7 @@ class Experiment:
             print_bill(bill) if is_main() else None
             return self._stop("cost", self.folder / "summary.json", bill=bill.to_record())
         announce_bill(bill)
-        with self.runner.checker:
+        with self.checker:
             self._score()
             if self.config.stop_after == "statistics":
                 return self._stop("statistics", self.folder / "statistics.parquet")
@@ -137,18 +138,27 @@ class Experiment:
         problems = {name: read_problems(path, limit=data.task.eval_limit) for name, path in files.items()}
         if problems and self.config.stop_after is None:
             check_answer_room(data.student, data.task.max_new_tokens)
+        self.checker = Checker(data.task.checker, pattern=data.task.pattern)
+        evaluator = Evaluator(
+            task=data.task,
+            chat=data.trajectories.chat,
+            problems=problems,
+            sampling=build(self.config.evaluation),
+            checker=self.checker,
+            seed=data.seed,
+            folder=self.logs / "samples",
+            plan=self.plan,
+            make_trainer=self.trainers.make,
+        )
         self.runner = ArmRunner(
             data,
             make_trainer=self.trainers.make,
             plan=self.plan,
-            problems=problems,
-            sampling=build(self.config.evaluation),
-            checker=Checker(data.task.checker, pattern=data.task.pattern),
+            evaluator=evaluator if self.config.stop_after is None else None,
             tracker=self.tracker,
             open_logger=self._open_logger,
             arms=self.logs / "arms",
             run=self.folder,
-            evaluates=self.config.stop_after is None,
             keeps_losses=self.config.diagnostics.name != "none",
         )
 
@@ -200,7 +210,7 @@ class Experiment:
     def _run_arms(self) -> list[Arm]:
         """Train and evaluate the arms; returns them in the order of the table."""
         runner, rules = self.runner, self.data.rules
-        before = [runner.make_before()] if runner.evaluates else []
+        before = [runner.make_before()] if runner.evaluator is not None else []
         trained = {name: runner.make(name, rule.name) for name, rule in rules.items()}
         console.announce_training(
             self.data, trained, {name: runner.find_action(arm) for name, arm in trained.items()}, self.tracker

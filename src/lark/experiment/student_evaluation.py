@@ -4,19 +4,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader
 
 from lark.answers.checker import Checker
-from lark.common.cache import check_writable, hold_lock, read_json
+from lark.common.cache import check_writable, hold_lock, read_json, write_json
 from lark.common.errors import LarkError
 from lark.common.log import announce, open_log
 from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.config import build
-from lark.evaluation.arm_evaluation import evaluation_identity, identify_weights, is_evaluated
-from lark.evaluation.evaluate import describe_set, evaluate_student
+from lark.evaluation.evaluate import Evaluator, identify_weights, link_samples
 from lark.evaluation.evaluation_table import print_metrics
+from lark.evaluation.samples import describe_set
 from lark.experiment.console import quiet_libraries
 from lark.student.context_length import check_answer_room
 from lark.student.student import Student
@@ -28,7 +27,7 @@ from lark.training.trainer import TrainerFactory
 
 
 def run(config: DictConfig, folder: Path, *, group: str) -> float:
-    """Evaluate the student into `folder`, or find it evaluated there; returns avg@k on the first set.
+    """Evaluate the student and write what it came to into `folder`; returns avg@k on the first set.
 
     Raises LarkError for settings and data a user can correct; samples that were drawn are kept.
     """
@@ -48,7 +47,8 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     config = DictConfig(plain)  # every interpolation resolved
     seed_everything(config.seed, verbose=False)
     task, student, sampling, tracker = (build(config[name]) for name in ("task", "model", "evaluation", "logger"))
-    trainer: Trainer = TrainerFactory(config.trainer, folder).make()
+    trainers = TrainerFactory(config.trainer, folder)
+    trainer: Trainer = trainers.make()
     check_ranks(trainer.world_size, config.trainer.name)
     arm = None if config.checkpoint is None else Path(config.checkpoint)
     announce("evaluation", str(folder))
@@ -56,48 +56,43 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
     _check_base(student, arm)
     problems = _read_sets(task, cache)
     check_answer_room(student, task.max_new_tokens)
-    # What the metrics depend on, all of it: another identity in metrics.json is another evaluation.
-    device, chat = trainer.strategy.root_device, student.load_chat()
-    weights = identify_weights(student, arm)
-    dtype = str(student.resolve_dtype(device))
-    identity = evaluation_identity(task, problems, sampling, seed=config.seed, dtype=dtype)
-    identity |= {"weights": weights, "chat": chat.prompt_identity}
-    plan = Plan(folder)
+    chat = student.load_chat()
+    backend = sampling.make_backend(
+        student,
+        chat,
+        trained=arm / "checkpoint" if arm is not None and student.lora is not None else None,
+        weights=identify_weights(student, arm),
+        device=trainer.strategy.root_device,
+    )
     with ExitStack() as held:
         if is_main():
             held.enter_context(hold_lock(folder))
-        plan.share(evaluation="reuse" if is_main() and is_evaluated(folder, identity) else "run")
-        if plan["evaluation"] == "reuse":
-            announce("reuse", "metrics.json is of these settings, problems and weights")
-        else:
-            _launch_ranks(trainer)
-            with Checker(task.checker, pattern=task.pattern) as checker:
-                evaluate_student(
-                    student,
-                    chat,
-                    task,
-                    problems,
-                    folder,
-                    trained=arm / "checkpoint" if arm is not None and student.lora is not None else None,
-                    weights=weights,
-                    sampling=sampling,
-                    checker=checker,
-                    device=device,
-                    seed=config.seed,
-                    identity=identity,
-                    label=student.name,
-                )
+        evaluator = Evaluator(
+            task=task,
+            chat=chat,
+            problems=problems,
+            sampling=sampling,
+            checker=held.enter_context(Checker(task.checker, pattern=task.pattern)),
+            seed=config.seed,
+            folder=logs / "samples",
+            plan=Plan(folder),
+            make_trainer=trainers.make,
+        )
+        if is_main() and evaluator.is_done(backend):
+            announce("reuse", "samples and verdicts of this student and these problems and settings are there")
+        figures = evaluator.evaluate(backend, student.name)
         if not is_main():
             return float("nan")
-        metrics = read_json(folder / "metrics.json")
+        write_json(folder / "metrics.json", figures)
+        link_samples(folder, evaluator.folder, figures["answers"])
     where = {"group": group, "folder": logs}
     with open_run(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as run:
-        run.log_metrics(list_evaluation_metrics(metrics["sets"], metrics["intervals"]))
+        run.log_metrics(list_evaluation_metrics(figures["metrics"], figures["intervals"]))
         run.save()
-        tracker.keep_texts(run, f"evaluation-{folder.name}", sorted(folder.glob("*.jsonl")))
-    print_metrics(f"{task.name} · {student.name} · seed {config.seed}", metrics)
+        tracker.keep_texts(run, f"evaluation-{folder.name}", evaluator.list_files(figures))
+    print_metrics(f"{task.name} · {student.name} · seed {config.seed}", figures)
     announce("metrics", str(folder / "metrics.json"))
-    return next(iter(metrics["intervals"].values()))["estimate"]
+    return next(iter(figures["intervals"].values()))["estimate"]
 
 
 def _read_sets(task: Task, cache: Path) -> dict[str, list[dict[str, Any]]]:
@@ -131,16 +126,3 @@ def _describe_student(student: Student, arm: Path | None) -> str:
     adapters = "".join(f" + {folder}" for folder in student.adapters)
     trained = "" if arm is None else f", trained in {arm}"
     return f"{student.name}: {student.path or student.id}{adapters}{trained}"
-
-
-class _EmptyModule(LightningModule):
-    """Stand in for a model: what matters is that a Trainer launches its ranks before the first pass."""
-
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        pass
-
-
-def _launch_ranks(trainer: Trainer) -> None:
-    """Start the other ranks, if the trainer has any, as it would before its first pass."""
-    if trainer.world_size > 1:
-        trainer.predict(_EmptyModule(), DataLoader([0] * trainer.world_size), return_predictions=False)  # type: ignore[arg-type]

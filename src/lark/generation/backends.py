@@ -1,117 +1,146 @@
 """Students that answer prompts: by transformers in this process, or by vLLM in one of its own."""
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lark.common.ranks import world_size
 from lark.generation.transformers_backend import Sample, generate_samples
 from lark.student.chat import Chat
+from lark.student.distributed import Parallelism
 from lark.student.student import Student
 
 ENGINES = ("transformers", "vllm")
 _PACKAGES = ("lark-select", "torch", "transformers", "tokenizers", "peft", "math-verify", "reasoning-gym")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Hold a student that can be asked."""
+    """Hold a student that can be asked; a subclass says by which engine."""
 
-    generate: Callable[..., Iterator[list[Sample]]]
-    """Prompts, keys, a folder to work in and the settings of `generate_samples` -> samples, as they come."""
-    encode_prompt: Callable[[list[dict[str, str]]], list[int]]
-    """Messages of a prompt -> token ids, generation prompt included."""
-    stop_ids: list[int]
-    """Tokens that end an answer."""
-    identity: dict[str, Any]
-    """What samples depend on besides prompts and settings: weights, dtype, kind of device, engine."""
-    every_rank: bool = True
-    """Whether every rank asks the student for its share of the problems, or rank 0 for all of them."""
+    ranks = 1
+    """Ranks whose devices one engine takes: the first of each so many asks for all of them."""
 
+    def __init__(
+        self, student: Student, chat: Chat, *, trained: Path | None, weights: dict[str, Any], device: torch.device
+    ) -> None:
+        """Take a student; its weights are read when `generate` first needs them.
 
-def make_transformers_backend(
-    student: Student,
-    chat: Chat,
-    *,
-    trained: Path | None,
-    weights: dict[str, Any],
-    device: torch.device,
-    batch_size: int | None,
-) -> Backend:
-    """Run the student in this process (lark.generation.transformers_backend); it loads when the first sample is wanted.
+        trained: the checkpoint of an arm that trained this student; None: the student as it is.
+        weights: what tells these weights from others.
+        """
+        self.student, self.chat, self.trained, self.weights, self.device = student, chat, trained, weights, device
+        self.dtype = student.resolve_dtype(device)
+        self.stop_ids = find_stop_ids(chat)
 
-    trained: the checkpoint of an arm that trained this student; None: the student as it is.
-    weights: what tells these weights from others.
-    """
-    dtype = student.resolve_dtype(device)
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what samples depend on besides prompts and settings."""
+        return {"weights": self.weights, "dtype": _dtype_name(self.dtype)}
 
-    @cache
-    def load_model() -> torch.nn.Module:
-        loaded: Any = student.load_model(dtype) if trained is None else student.load_trained(trained, dtype)
-        return loaded.to(device).eval()
+    def start(self, parallelism: Parallelism) -> None:
+        """Prepare to be asked; all ranks of the job call it."""
 
     def generate(
-        prompts: Sequence[Sequence[int]], keys: Sequence[str], folder: Path, **settings: Any
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[str], folder: Path, **settings: Any
     ) -> Iterator[list[Sample]]:
-        return generate_samples(load_model(), chat.tokenizer, prompts, keys, **settings, batch_size=batch_size)
+        """Yield samples as they come. folder: to work in. settings: those of `generate_samples`."""
+        raise NotImplementedError
 
-    identity = {"engine": "transformers", "weights": weights, "dtype": _dtype_name(dtype)}
-    return Backend(
-        generate=generate,
-        encode_prompt=chat.encode_prompt,
-        stop_ids=find_stop_ids(chat),
-        identity=identity | {"attention": student.attention, "device": device.type},
-    )
+    def finish(self) -> None:
+        """Wait until no other rank needs this one; all ranks that called `start` call it."""
+
+    def describe(self) -> dict[str, Any]:
+        """Describe for a manifest who answered, and where."""
+        student, device = self.student, self.device
+        return {
+            "model": {"name": student.name, "id": student.id, "path": student.path, "end_token": student.end_token},
+            "chat": {"template_name": student.template} | self.chat.prompt_identity,
+            "stops": [str(self.chat.tokenizer.convert_ids_to_tokens(token)) for token in self.stop_ids],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "packages": {"python": platform.python_version()} | dict(_list_versions()),
+        }
 
 
-def make_vllm_backend(
-    student: Student,
-    chat: Chat,
-    *,
-    trained: Path | None,
-    weights: dict[str, Any],
-    device: torch.device,
-    python: str | None,
-    tensor_parallel_size: int | None,
-    gpu_memory_utilization: float,
-) -> Backend:
-    """Run the student in vLLM (lark.generation.vllm_backend), which rank 0 starts for every set.
+class TransformersBackend(Backend):
+    """Ask the student in this process, whole on each rank, or divided over all of them under trainer=fsdp."""
 
-    Raises:
-        LarkError: vLLM does not read weights of this kind.
-    """
-    from lark.generation.vllm_backend import find_vllm_source, generate_with_vllm
+    def __init__(self, *student: Any, batch_size: int | None, **weights: Any) -> None:
+        super().__init__(*student, **weights)
+        self.batch_size = batch_size
+        self.parallelism = Parallelism()
 
-    source, dtype = find_vllm_source(student, trained), _dtype_name(student.resolve_dtype(device))
+    @property
+    def identity(self) -> dict[str, Any]:
+        own = {"engine": "transformers", "attention": self.student.attention, "device": self.device.type}
+        return super().identity | own
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        student, trained = self.student, self.trained
+        loaded: Any = student.load_model(self.dtype) if trained is None else student.load_trained(trained, self.dtype)
+        loaded = loaded.eval().requires_grad_(False)
+        self.parallelism.divide_layers(loaded)  # while it is on the CPU: no device holds all of it
+        return loaded.to(self.device)
+
+    def start(self, parallelism: Parallelism) -> None:
+        self.parallelism = parallelism
 
     def generate(
-        prompts: Sequence[Sequence[int]], keys: Sequence[str], folder: Path, **settings: Any
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[str], folder: Path, **settings: Any
     ) -> Iterator[list[Sample]]:
+        return generate_samples(self.model, self.chat.tokenizer, prompts, keys, **settings, batch_size=self.batch_size)
+
+    def finish(self) -> None:
+        if self.parallelism.is_divided:
+            _ = self.model  # a rank without a share of the problems takes part in the others' forward passes
+            self.parallelism.finish_forward_passes()
+
+
+class VllmBackend(Backend):
+    """Ask the student in vLLM (lark.generation.vllm_backend): one engine for all GPUs, or one for each rank's own.
+
+    Raises LarkError for weights that vLLM does not read.
+    """
+
+    def __init__(self, *student: Any, python: str | None, gpus: int | None, memory: float, **weights: Any) -> None:
+        from lark.generation.vllm_backend import find_vllm_source
+
+        super().__init__(*student, **weights)
+        self.source = find_vllm_source(self.student, self.trained)
+        self.python, self.gpus, self.memory = python, gpus, memory
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return super().identity | {"engine": "vllm"}
+
+    @property
+    def ranks(self) -> int:  # type: ignore[override]
+        return 1 if world_size() == 1 else self.gpus or 1
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[str], folder: Path, **settings: Any
+    ) -> Iterator[list[Sample]]:
+        from lark.generation.vllm_backend import generate_with_vllm
+
+        own, first = world_size() > 1 and self.device.type == "cuda", self.device.index or 0
         return generate_with_vllm(
             folder,
-            chat.tokenizer,
+            self.chat.tokenizer,
             prompts,
             keys,
-            **source,
+            **self.source,
             **settings,
-            dtype=dtype,
-            python=python,
-            tensor_parallel_size=tensor_parallel_size,
-            gpu_memory_utilization=gpu_memory_utilization,
+            dtype=_dtype_name(self.dtype),
+            python=self.python,
+            devices=range(first, first + self.ranks) if own else None,
+            tensor_parallel_size=self.ranks if own else self.gpus,
+            gpu_memory_utilization=self.memory,
         )
-
-    return Backend(
-        generate=generate,
-        encode_prompt=chat.encode_prompt,
-        stop_ids=find_stop_ids(chat),
-        identity={"engine": "vllm", "weights": weights, "dtype": dtype},
-        every_rank=False,
-    )
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -127,19 +156,6 @@ def find_stop_ids(chat: Chat) -> list[int]:
     if chat.own_end is not None:
         ends.add(chat.tokenizer.convert_tokens_to_ids(chat.own_end))  # type: ignore[arg-type]
     return sorted(ends)
-
-
-def describe_backend(backend: Backend, student: Student, chat: Chat, device: torch.device) -> dict[str, Any]:
-    """Describe for evaluation.json who answered, and where."""
-    return {
-        "model": {"name": student.name, "id": student.id, "path": student.path, "end_token": student.end_token}
-        | backend.identity["weights"],
-        "engine": {key: value for key, value in backend.identity.items() if key != "weights"},
-        "chat": {"template_name": student.template} | chat.prompt_identity,
-        "stops": [str(chat.tokenizer.convert_ids_to_tokens(token)) for token in backend.stop_ids],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "versions": {"python": platform.python_version()} | dict(_list_versions()),
-    }
 
 
 def _list_versions() -> Iterator[tuple[str, str]]:

@@ -26,6 +26,16 @@ PYTHON = "LARK_VLLM_PYTHON"
 """Environment variable: the Python that has vLLM, where no setting names it."""
 REMEDY = "make vllm in the checkout installs it, or name a Python that has it in evaluation.vllm_python"
 _POLL_SECONDS = 0.2
+_OF_RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _LAST_LINES = 15
 
 
@@ -84,6 +94,7 @@ def generate_with_vllm(
     seed: int,
     stop_ids: Sequence[int],
     done: Collection[tuple[str, int]] = (),
+    devices: Sequence[int] | None = None,
     tensor_parallel_size: int | None = None,
     gpu_memory_utilization: float = 0.9,
     python: str | None = None,
@@ -97,6 +108,7 @@ def generate_with_vllm(
         model: a folder in transformers' format, or an id of the hub, with `revision`.
         adapter: folder of a peft LoRA adapter on top of it.
         dtype: auto (the weights' own), float32, bfloat16 or float16.
+        devices: the GPUs it may use, of those that are visible here; None: all.
         tensor_parallel_size: GPUs a model is divided over; None: all that are visible. vLLM wants it to divide the
             number of attention heads.
         gpu_memory_utilization: share of each GPU's memory that vLLM takes.
@@ -149,7 +161,7 @@ def generate_with_vllm(
     logger.info(
         "vllm: %d samples by %s; not reproducible bit for bit; output in %s", len(waiting), python, folder / "vllm.log"
     )
-    process = _start(python, folder)
+    process = _start(python, folder, devices)
     try:
         with open(folder / "tokens.jsonl", "rb") as tokens:
             code = None
@@ -191,10 +203,16 @@ def _read_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
     file.seek(-len(line), os.SEEK_CUR)
 
 
-def _start(python: str, folder: Path) -> subprocess.Popen[bytes]:
+def _start(python: str, folder: Path, devices: Sequence[int] | None) -> subprocess.Popen[bytes]:
     # Not as a module: that Python need not have this package. -P: nor may this package's modules hide others.
     command = [python, "-P", str(Path(vllm_worker.__file__).resolve()), str(folder)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # It is a job of its own, whatever ranks this process is one of.
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    environment["PYTHONUNBUFFERED"] = "1"
+    if devices is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names = visible.split(",") if visible else list(map(str, range(max(devices) + 1)))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in devices)
     with open(folder / "vllm.log", "wb") as log:
         try:
             return subprocess.Popen(

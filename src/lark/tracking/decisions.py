@@ -80,11 +80,12 @@ def collect_selection_decisions(selection: Selection) -> dict[str, Any]:
     return {"rule": record["rule"], "policy": policy, "matched": "yes" if record["matched"] else "no"}
 
 
-def collect_arm_decisions(arm: Arm, action: str) -> dict[str, Any]:
-    """Collect how an arm was trained and evaluated, from its folder. action: train | evaluate | reuse."""
-    files = [arm.folder / name for name in ("trained.json", RECORD, "evaluation.json")]
-    trained, end, evaluation = (read_if_there(path) for path in files)
-    training, engine = trained.get("training", {}), evaluation.get("engine", {})
+def collect_arm_decisions(arm: Arm, action: str, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect how an arm was trained, from its folder, and evaluated. action: train | evaluate | reuse. sampling: how
+    its samples were drawn.
+    """
+    trained, end = (read_if_there(arm.folder / name) for name in ("trained.json", RECORD))
+    training = trained.get("training", {})
     return {
         "action": action,
         "lr": arm.recipe.lr if arm.selection is not None else math.nan,
@@ -95,10 +96,10 @@ def collect_arm_decisions(arm: Arm, action: str) -> dict[str, Any]:
         "end_token_trained": {True: "yes", False: "no", None: NONE}[end.get("head_trained")],
         "end_token_ceiling": end.get("ceiling", math.nan),
         "without_end_token": end.get("without_end", math.nan),
-        "engine": engine.get("engine", NONE),
-        "engine_dtype": engine.get("dtype", NONE),
-        "engine_batch_size": evaluation.get("sampling", {}).get("batch_size") or math.nan,
-        "stops": ", ".join(evaluation.get("stops", ())) or NONE,
+        "engine": sampling.get("engine", NONE),
+        "engine_dtype": sampling.get("dtype", NONE),
+        "engine_batch_size": sampling.get("batch_size") or math.nan,
+        "stops": ", ".join(sampling.get("stops", ())) or NONE,
     }
 
 

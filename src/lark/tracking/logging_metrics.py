@@ -54,28 +54,37 @@ def log_choice(
 
 
 def log_arm(
-    logger: Any, tracker: Tracker, arm: Arm, run: Path, data: TrajectoryDataModule, *, action: str, taken: Taken
+    logger: Any,
+    tracker: Tracker,
+    arm: Arm,
+    run: Path,
+    data: TrajectoryDataModule,
+    figures: Mapping[str, Any],
+    *,
+    action: str,
+    taken: Taken,
+    texts: Mapping[str, Path],
 ) -> dict[str, float]:
     """Log an arm's final figures, its selection and what was decided; return what choosing cost.
 
-    run: the run's folder. action: train | evaluate | reuse. An arm that was not trained here gets its held-out curve
-    too, which this group of runs has not seen.
+    run: the run's folder. figures: what its evaluation came to (`Evaluator.evaluate`); empty: there was none. action:
+    train | evaluate | reuse. An arm that was not trained here gets its held-out curve too, which this group of runs has
+    not seen. texts: files of samples and verdicts, by name.
     """
     trained = read_if_there(arm.folder / "trained.json") if arm.selection is not None else {}
     if action != "train":
         for point in trained.get("curve", ()):
             logger.log_metrics({k: v for k, v in point.items() if k != "step"}, step=int(point["step"]))
-    written = read_if_there(arm.folder / "metrics.json")
-    metrics = list_evaluation_metrics(written.get("sets", {}), written.get("intervals", {}))
+    metrics = list_evaluation_metrics(figures.get("metrics", {}), figures.get("intervals", {}))
     logger.log_metrics(metrics, step=trained.get("steps", 0))
-    decided = collect_run_decisions(data, taken) | collect_arm_decisions(arm, action)
+    decided = collect_run_decisions(data, taken) | collect_arm_decisions(arm, action, figures.get("sampling", {}))
     tracker.summarise(logger, _prefix("decisions", decided))
     cost = data.cost_of(data.rules[arm.name]) if arm.name in data.rules else {}
     if cost:
         logger.log_metrics(_list_cost(cost))
     if arm.name in data.rules:
         _log_selection(logger, tracker, arm.name, run / arm.name, data)
-    tracker.keep_texts(logger, f"{arm.name}-{arm.folder.name}", sorted(arm.folder.glob("samples-*.jsonl")))
+    tracker.keep_texts(logger, f"{arm.name}-{arm.folder.name}", texts)
     logger.save()
     return cost
 

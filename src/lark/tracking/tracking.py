@@ -147,10 +147,10 @@ class Wandb:
         names = ("selection.json", *(("selection.jsonl", "dataset_info.json") if self.text else ()))
         stripped = {} if self.text else {"selection.jsonl": strip_texts(folder / "selection.jsonl")}
         about = about | {"texts": self.text}
-        self._keep(logger, name, "dataset", [folder / file for file in names], lines=stripped, metadata=about)
+        self._keep(logger, name, "dataset", {file: folder / file for file in names}, lines=stripped, metadata=about)
 
-    def keep_texts(self, logger: Any, name: str, files: list[Path]) -> None:
-        """Keep files that hold text, if they may leave the machine."""
+    def keep_texts(self, logger: Any, name: str, files: Mapping[str, Path]) -> None:
+        """Keep files that hold text, by name, if they may leave the machine."""
         if self.text and files:
             self._keep(logger, name, "arm", files)
 
@@ -159,19 +159,19 @@ class Wandb:
         logger: Any,
         name: str,
         kind: str,
-        files: Sequence[Path],
+        files: Mapping[str, Path],
         *,
         lines: Mapping[str, Iterator[str]] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        """Keep files, and further ones by name from their lines, as an artifact."""
+        """Keep files by name, and further ones from their lines, as an artifact."""
         import wandb
 
         if logger.experiment.disabled:  # an artifact stages copies all the same
             return
         artifact = wandb.Artifact(name, type=kind, metadata=metadata)
-        for path in files:
-            artifact.add_file(str(path), skip_cache=True)
+        for file, path in files.items():
+            artifact.add_file(str(path), name=file, skip_cache=True)
         for file, of_file in (lines or {}).items():
             with artifact.new_file(file, encoding="utf-8") as written:
                 written.writelines(of_file)
@@ -221,7 +221,7 @@ class Csv:
         """Write the values into hparams.yaml, as metrics.csv takes numbers by step only."""
         logger.log_hyperparams({"summary": dict(logger.experiment.hparams.get("summary", {})) | dict(values)})
 
-    def keep_texts(self, logger: Any, name: str, files: list[Path]) -> None:
+    def keep_texts(self, logger: Any, name: str, files: Mapping[str, Path]) -> None:
         """Leave the files where they are: on this machine."""
 
     def finish(self) -> None:

@@ -63,14 +63,13 @@ class Arm:
         return self.folder / "training" / "last.ckpt"
 
 
-def make_untrained_arm(data: TrajectoryDataModule, evaluation: dict[str, Any], arms: Path) -> Arm:
-    """Make the arm `before`: nothing but an evaluation (of that identity) of the student as it is."""
+def make_untrained_arm(data: TrajectoryDataModule, arms: Path) -> Arm:
+    """Make the arm `before`: the student as it is."""
     student = data.student
     identity = {
         "student": student.identity() | {"dtype": data.dtype, "attention": student.attention},
         "chat": data.trajectories.chat.prompt_identity,
         "versions": formula_versions("tokens", "forward", libraries=STUDENT_LIBRARIES),
-        "evaluation": evaluation,
     }
     folder = arms / identity_hash(identity)
     return Arm(

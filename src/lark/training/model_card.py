@@ -17,6 +17,7 @@ from lark.common.cache import read_json, write_text
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&])")
 _TEACHERS_SHOWN = 12
+_SAMPLING = ("samples", "pass_at", "temperature", "top_p", "engine", "dtype")
 _POLICY = ("kind", "budget", "tau", "radius", "prior", "match")
 
 _LOAD = """\
@@ -33,19 +34,19 @@ print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 def write_card(folder: Path, arm_folder: Path, **how: Any) -> None:
     """Write README.md of the arm in `arm_folder` to `folder`; `how`: see `render_card`."""
-    trained, selection, metrics = (
+    trained, selection, evaluation = (
         read_json(path) if (path := arm_folder / name).is_file() else None
         for name in ("trained.json", "selection.json", "metrics.json")
     )
     run = arm_folder.parent.absolute()
     replayed = str(run) if (run / "replay.yaml").is_file() else None
-    write_text(folder / "README.md", render_card(trained, selection, metrics, run=replayed, **how))
+    write_text(folder / "README.md", render_card(trained, selection, evaluation, run=replayed, **how))
 
 
 def render_card(
     trained: Mapping[str, Any],
     selection: Mapping[str, Any] | None,
-    metrics: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     *,
     run: str | None = None,
     merged: bool = False,
@@ -53,8 +54,8 @@ def render_card(
 ) -> str:
     """Render the card as Markdown with its YAML header.
 
-    trained, selection, metrics: the arm's JSON files; selection is None where it is not known which rule chose (an arm
-        outside its run), metrics before it is evaluated.
+    trained, selection, evaluation: trained.json, selection.json and metrics.json; selection is None where it is not
+        known which rule chose (an arm outside its run), evaluation before there is one.
     run: the folder to replay it from.  merged: the LoRA adapter has been added to the base's weights.  weights: what
         the files beside the card hold, in words.
     """
@@ -66,12 +67,12 @@ def render_card(
         pipeline_tag="text-generation",
         tags=["lark", "data-selection", "sft", *(["lora"] if student["lora"] is not None else [])],
     )
-    sets, teachers = (metrics or {}).get("sets", {}), list((selection or {}).get("teacher_share", {}).items())
+    sets, teachers = (evaluation or {}).get("metrics", {}), list((selection or {}).get("teacher_share", {}).items())
     policy = (selection or {}).get("policy", {})
     facts = {
         "trained": trained,
         "selection": selection,
-        "metrics": metrics,
+        "evaluation": evaluation,
         "student": student,
         "curve": trained["curve"],
         "is_adapter": is_adapter,
@@ -84,7 +85,7 @@ def render_card(
         "more_teachers": len(teachers[_TEACHERS_SHOWN:]),
         "set_names": [escape_markdown(name) for name in sets],
         "metric_names": list(dict.fromkeys(name for figures in sets.values() for name in figures)),
-        "sampling": _show(metrics["identity"]["sampling"]) if metrics else "",
+        "sampling": _show({name: evaluation["sampling"][name] for name in _SAMPLING}) if evaluation and sets else "",
         "replay": f"python -m lark.run --config-path {shlex.quote(run)} --config-name replay" if run else None,
     }
     functions = {"text": escape_markdown, "code": _quote, "fence": _fence, "counts": _count, "show": _show}

@@ -2,11 +2,11 @@
 
 selection.jsonl, selection.json   what its rule chose, and how that came about
 checkpoint/                       the trained student's files, as links, and a model card
-everything else                   links to the arm's files, and a copy of its figures
+metrics.json, samples/            what this run's evaluation came to (lark.evaluation), also of the untrained student
+everything else                   links to the arm's files
 """
 
 import os
-import shutil
 from pathlib import Path
 
 from lark.common.cache import remove_path, write_json
@@ -40,17 +40,13 @@ def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Pa
 
 def link_arm(arm: Arm, folder: Path) -> None:
     """Link what an arm left into the run's folder for it, beside the selection, and write the model card."""
-    folder.mkdir(exist_ok=True)
-    for path in sorted(arm.folder.iterdir()):
-        if path.name in ("metrics.json", "evaluation.json"):  # another run may evaluate the arm otherwise
-            shutil.copyfile(path, folder / path.name)
-        elif path.is_file():
-            _link(path, folder / path.name)
-    if arm.selection is not None:
-        (folder / "checkpoint").mkdir(exist_ok=True)
-        for path in sorted(arm.checkpoint.iterdir()):
-            _link(path, folder / "checkpoint" / path.name)
-        write_card(folder / "checkpoint", folder)
+    if arm.selection is None:
+        return  # the untrained student has no folder of its own
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    for path in [*sorted(arm.folder.iterdir()), *sorted(arm.checkpoint.iterdir())]:
+        if path.is_file():
+            _link(path, folder / path.relative_to(arm.folder))
+    write_card(folder / "checkpoint", folder)
 
 
 def _link(path: Path, link: Path) -> None:
