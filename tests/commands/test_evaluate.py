@@ -15,12 +15,11 @@ from trained_arm import LORA, write_arm
 from lark import config as configuration
 from lark import evaluate as command
 from lark.common.cache import read_json
-from lark.evaluation.samples import read_rows, write_rows
+from lark.evaluation.verdicts import read_answers
 
 LONG_ENOUGH = "task.max_new_tokens=60"
 FEW = ("task.eval_limit=6", LONG_ENOUGH, "evaluation.samples=2", "logger=csv", "trainer=cpu")
 PROGRAM = ("-m", "lark.evaluate")
-OF_TWO_SETS = {f"{kind}-{name}.jsonl" for kind in ("samples", "problems") for name in ("eval", "shifted")}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +39,17 @@ def folder_of(out: str) -> Path:
     return Path(line.split(maxsplit=1)[1])
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """What it came to, without what says how."""
-    files = {name: (folder / name).read_bytes() for name in OF_TWO_SETS}
-    return files | {key: value for key, value in read_json(folder / "metrics.json").items() if key != "identity"}
+def contents(folder: Path, prefix: str = "") -> dict[str, Any]:
+    """What a student answered in an evaluation or a run, and what that came to."""
+    if prefix:
+        figures = read_json(folder / "summary.json")["arms"][prefix.rstrip("-")]
+    else:
+        figures = read_json(folder / "metrics.json")
+    answers = {
+        name: read_answers(folder / "samples" / f"{prefix}{name}", kept["verdicts"])
+        for name, kept in figures["answers"].items()
+    }
+    return answers | {name: figures[name] for name in ("metrics", "intervals", "levels", "per_problem")}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +67,14 @@ def first(evaluate, logs) -> Done:
 def test_it_prints_a_table_leaves_files_and_finds_them_again(first, evaluate, logs):
     assert all(part in first.out for part in ("arithmetic · tiny · seed 0", "avg@2", "pass@2", "maj@2", "tokens"))
     folder = folder_of(first.out)
-    others = {"metrics.json", "evaluation.json", "replay.yaml", "plan.json", "run.log"}
-    assert {path.name for path in folder.iterdir()} == others | OF_TWO_SETS
+    assert {path.name for path in folder.iterdir()} == {
+        "metrics.json",
+        "samples",
+        "replay.yaml",
+        "plan.json",
+        "run.log",
+    }
+    assert {path.name for path in (folder / "samples").iterdir()} == {"eval", "shifted"}
     assert not first.err
     before = contents(folder)
     again = evaluate(*FEW, f"paths.logs={logs}")
@@ -75,29 +87,24 @@ def test_it_prints_a_table_leaves_files_and_finds_them_again(first, evaluate, lo
 def test_a_multirun(first, evaluate, logs, tmp_path):
     done = evaluate("-m", *FEW, "seed=0,1", f"paths.logs={tmp_path}", f"paths.cache={logs / 'cache'}")
     assert done.code == 0, done.err
-    samples = {path.parent.name: path.read_text() for path in tmp_path.glob("evaluations/*/*/samples-eval.jsonl")}
-    assert samples["0"] == (folder_of(first.out) / "samples-eval.jsonl").read_text() != samples["1"]
+    metrics = {path.parent.name: contents(path.parent) for path in tmp_path.glob("evaluations/*/*/metrics.json")}
+    assert metrics["0"] == contents(folder_of(first.out)) != metrics["1"]
 
 
 @pytest.fixture(scope="module")
 def run(logs) -> Path:
-    """A run with two trained arms."""
-    done = lark(*SMALL, LONG_ENOUGH, "trainer=cpu", f"paths.logs={logs}")
-    assert done.code == 0, done.err
+    """A run with two trained arms, which an earlier run left with one evaluation set."""
+    for words in (("~task.sets.shifted",), ()):
+        done = lark(*SMALL, LONG_ENOUGH, "trainer=cpu", f"paths.logs={logs}", *words)
+        assert done.code == 0, done.err
     return done.folder
 
 
 def test_a_checkpoint_does_as_it_did_in_its_run(run, first, evaluate, logs):
     for name, said in (("before", ()), ("selector", (f"checkpoint={run / 'selector'}",))):
         folder = folder_of(evaluate(*FEW, *said, f"paths.logs={logs}").out)
-        ours, theirs = (read_json(place / "metrics.json") for place in (folder, run / name))
-        assert ours["sets"] == theirs["sets"]
-        assert ours["intervals"] == theirs["intervals"]
-        for file in OF_TWO_SETS:
-            assert (folder / file).read_bytes() == (run / name / file).read_bytes()
-    assert read_json(folder / "evaluation.json")["model"]["path"].endswith("checkpoint")
-    summary = read_json(run / "summary.json")["arms"]["selector"]
-    assert summary["intervals"] == theirs["intervals"] and summary["levels"] == {}
+        assert contents(folder) == contents(run, f"{name}-")
+    assert read_json(folder / "samples" / "eval" / "manifest.json")["model"]["path"].endswith("checkpoint")
 
 
 def test_an_adapter_as_a_checkpoint_and_merged(make_student, student_folder, evaluate, tmp_path):
@@ -117,7 +124,7 @@ def test_an_adapter_as_a_checkpoint_and_merged(make_student, student_folder, eva
     assert "level 1" in as_checkpoint.out and "level 2" in as_checkpoint.out
     merged = evaluate(*words, "model=smollm2", f"model.path={student_folder}", f"model.adapter={arm / 'checkpoint'}")
     plain = evaluate(*words, "model=smollm2", f"model.path={student_folder}")
-    samples = [(folder_of(done.out) / "samples-eval.jsonl").read_text() for done in (as_checkpoint, merged, plain)]
+    samples = [contents(folder_of(done.out))["eval"] for done in (as_checkpoint, merged, plain)]
     assert samples[0] == samples[1] != samples[2]
     other = evaluate(*words, f"checkpoint={arm}", "model.path=shipped:tiny")
     assert other.code == 1 and "was trained on other weights" in other.err
@@ -143,49 +150,34 @@ def test_another_engine(student_folder, evaluate, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     folder = folder_of(done.out)
     assert "eval: 10 of 24 samples are there" in (folder / "run.log").read_text()
-    record = read_json(folder / "evaluation.json")
-    assert record["engine"]["engine"] == "vllm"
-    assert record["sets"]["eval"]["engine"]["bit_reproducible"] is False
-    assert len(read_rows(folder / "samples-eval.jsonl")) == 6 * 4
-    assert not list(folder.glob("engine-*"))
+    manifest = read_json(folder / "samples" / "eval" / "manifest.json")
+    assert manifest["identity"]["student"]["engine"] == "vllm"
+    assert manifest["engine"]["bit_reproducible"] is False
+    assert len(contents(folder)["eval"]) == 6 * 4
+    assert not (folder / "samples" / "eval" / "engine").exists()
 
 
-# ---- saved samples, checked again
+# ---- more is asked of a finished run
 
 
-def test_nothing_changes_where_nothing_has_changed(run, evaluate, logs):
-    before = {name: read_json(run / name / "metrics.json") for name in ("before", "baseline", "selector")}
-    done = evaluate(f"regrade={run}", f"paths.logs={logs}")
-    assert done.code == 0, done.err
-    assert done.out.count("0 of 12 verdicts") == 6
-    assert {name: read_json(run / name / "metrics.json") for name in before} == before
-    again = lark(*SMALL, LONG_ENOUGH, "trainer=cpu", f"paths.logs={logs}")
-    assert {arm["action"] for arm in read_json(again.folder / "plan.json")["arms"].values()} == {"reuse"}
+def test_another_set_and_another_checker_draw_nothing_again(run, logs):
+    """The plan says which samples were drawn: those of the new set alone."""
+    plan, arms = (read_json(run / f"{name}.json")["arms"] for name in ("plan", "summary"))
+    assert {arm["action"] for arm in plan.values()} == {"evaluate"}
+    shown = {name: contents(run, f"{name}-") for name in arms}
 
+    def repeat(*words: str) -> dict[str, Any]:
+        done = lark(*SMALL, LONG_ENOUGH, "trainer=cpu", f"paths.logs={logs}", *words)
+        assert done.code == 0, done.err
+        return read_json(done.folder / "plan.json")
 
-def test_changed_verdicts_are_counted(first, evaluate, tmp_path):
-    folder = tmp_path / "evaluation"
-    folder.mkdir()
-    for path in folder_of(first.out).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    problems, samples = (read_rows(folder / f"{name}-eval.jsonl") for name in ("problems", "samples"))
-    (wrong, *_) = (sample for sample in samples if not sample["correct"] and sample["answer"])
-    of_problem = [sample for sample in samples if sample["problem_id"] == wrong["problem_id"]]
-    changed = sum(sample["correct"] != (sample["answer"] == wrong["answer"]) for sample in of_problem)
-    for problem in problems:  # its right answer is now another
-        if problem["problem_id"] == wrong["problem_id"]:
-            problem["answer"] = wrong["answer"]
-    write_rows(folder / "problems-eval.jsonl", problems)
-    before = read_json(folder / "metrics.json")
-    done = evaluate(f"regrade={folder}", "task.checker=number", f"paths.logs={tmp_path}")
-    assert done.code == 0, done.err
-    assert f"eval: {changed} of 12 verdicts" in done.out and "shifted: 0 of 12 verdicts" in done.out
-    after = read_json(folder / "metrics.json")
-    assert read_json(folder / "metrics-before.json") == before
-    assert after["sets"]["shifted"] == before["sets"]["shifted"]
-    assert after["sets"]["eval"]["avg@2"] != before["sets"]["eval"]["avg@2"]
-    assert after["identity"]["task"][0] == read_json(folder / "evaluation.json")["task"]["checker"] == "number"
-    assert not list((tmp_path / "evaluations").glob("*/*"))
+    for name, arm in arms.items():
+        assert read_json(run / "plan.json")[f"samples of {name}"] == [arm["answers"]["shifted"]["samples"]]
+    plan = repeat("task.checker=exact")
+    assert all(plan[f"samples of {name}"] == [] for name in arms)
+    assert {arm["action"] for arm in plan["arms"].values()} == {"evaluate"}
+    assert {arm["action"] for arm in repeat()["arms"].values()} == {"reuse"}
+    assert {name: contents(run, f"{name}-") for name in arms} == shown  # the first run's links show what it saw
 
 
 # ---- errors
@@ -203,9 +195,7 @@ DEFECTS = [  # overrides; what the one sentence has to name
     (["model.path=/nowhere"], "model.path=/nowhere"),
     (["checkpoint=/nowhere"], "/nowhere"),
     (["checkpoint=3"], "checkpoint=3"),
-    (["regrade=/nowhere"], "regrade=/nowhere"),
-    (["regrade=.", "checkpoint=."], "regrade=."),
-    (["recheck=."], "recheck"),
+    (["regrade=."], "regrade"),
     (["trainer=gpu"], "trainer.accelerator=gpu"),
     (["paths.logs=3"], "paths.logs=3"),
 ]
@@ -234,7 +224,7 @@ def test_a_checkpoint_brings_its_own_student(run, evaluate, tmp_path):
 
 @pytest.mark.slow
 def test_help_and_cfg_import_nothing_heavy(tmp_path):
-    for words, part in ((["--help"], "checkpoint  regrade"), (["--cfg", "job"], "checkpoint: null")):
+    for words, part in ((["--help"], "checkpoint  seed"), (["--cfg", "job"], "checkpoint: null")):
         assert part in answered_lightly("evaluate", words, tmp_path)
 
 
@@ -249,8 +239,11 @@ def test_killed_and_resumed_it_is_as_if_it_had_not_been(first, evaluate, logs, t
     words = (*FEW, "evaluation.batch_size=2", f"paths.cache={logs / 'cache'}", f"paths.logs={tmp_path}")
 
     def drawn(name: str) -> int:
-        paths = list(tmp_path.glob(f"evaluations/*/*/samples-{name}.*.rank0.partial"))
-        return sum(len(path.read_bytes().splitlines()) - 1 for path in paths)
+        parts = [path.read_bytes().splitlines() for path in tmp_path.glob("samples/*/rank0.partial")]
+        return sum(len(lines) - 1 for lines in parts if lines and read_set(lines[0]) == name)
+
+    def read_set(header: bytes) -> str:
+        return json.loads(header)["set"]
 
     lark_process.kill_when(lark_process.start(*words, program=PROGRAM), lambda: drawn("shifted") >= 2)
     assert drawn("eval") == 12 and 2 <= drawn("shifted") < 12
@@ -267,4 +260,21 @@ def test_two_ranks(first, logs, tmp_path):
     out = lark_process.finish(lark_process.start(*words, *lark_process.TWO_RANKS, *places, program=PROGRAM))
     assert out.count("arithmetic · tiny · seed 0") == 1
     assert contents(folder_of(out)) == contents(folder_of(first.out))
-    assert read_json(folder_of(out) / "evaluation.json")["sampling"]["ranks"] == 2
+    assert read_json(folder_of(out) / "metrics.json")["sampling"]["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_run_evaluate_the_untrained_student_too(run, logs, tmp_path):
+    """Scoring is cached and nothing is trained: the evaluation starts the ranks. Divided, no rank holds the student."""
+    for trainer in ("ddp", "fsdp"):
+        words = [f"trainer={trainer}", *lark_process.TWO_DEVICES, f"paths.logs={tmp_path / trainer}"]
+        cached = (f"paths.cache={logs / 'cache'}", "baseline=none", "stop_after=null")
+        arms = tmp_path / trainer / "arms"
+        arms.parent.mkdir()
+        arms.symlink_to(logs / "arms")
+        out = lark_process.finish(lark_process.start(*SMALL, LONG_ENOUGH, *words, *cached))
+        (folder,) = (tmp_path / trainer / "runs").glob("*/*/*")
+        assert contents(folder, "before-") == contents(run, "before-"), out
+        assert read_json(folder / "summary.json")["arms"]["before"]["sampling"]["ranks"] == 2
+        log = (folder / "run.log").read_text()
+        assert ("layers are divided over 2 ranks" in log) == (trainer == "fsdp")

@@ -13,6 +13,8 @@ import pytest
 from lark_command import SMALL, Done, lark
 from wandb_file import read_wandb
 
+from lark.evaluation.verdicts import read_answers
+
 ROLES = ("baseline", "selector")
 ROWS = ("before training", "baseline: random", "selector: lark", "selector - baseline")
 RULES = """
@@ -107,17 +109,17 @@ def test_arm_folders(first: Done) -> None:
     for name in ("baseline", "selector"):
         arm = first.folder / name
         expected = {"selection.jsonl", "selection.json", "metrics.json", "loss.csv", "checkpoint", "trained.json"}
-        assert {path.name for path in arm.iterdir()} >= expected | {"samples-eval.jsonl", "samples-shifted.jsonl"}
+        assert {path.name for path in arm.iterdir()} >= expected | {"samples"}
         assert not list(arm.glob("*partial*"))
         assert (arm / "checkpoint" / "model.safetensors").is_file()
         with (arm / "loss.csv").open() as file:
             assert [float(row["step"]) for row in csv.DictReader(file)] == [0, 1, 2, 3]
         assert json.loads((arm / "trained.json").read_text())["identity"]["steps"] == 3
-        metrics = json.loads((arm / "metrics.json").read_text())["sets"]
+        figures = json.loads((arm / "metrics.json").read_text())
         for of_set in ("eval", "shifted"):
-            samples = [json.loads(line) for line in (arm / f"samples-{of_set}.jsonl").read_text().splitlines()]
-            assert len(samples) == 6 * 2
-            assert metrics[of_set]["avg@2"] == pytest.approx(np.mean([sample["correct"] for sample in samples]))
+            answers = read_answers(arm / "samples" / of_set, figures["answers"][of_set]["verdicts"])
+            assert len(answers) == 6 * 2
+            assert figures["metrics"][of_set]["avg@2"] == pytest.approx(np.mean([one["correct"] for one in answers]))
 
 
 def test_selections_match(first: Done) -> None:
@@ -266,7 +268,7 @@ def test_the_seed_matters(first: Done, logs: Path) -> None:
     [
         ("statistics", ["statistics.parquet"], ["selector", "baseline"]),
         ("selection", ["selector/selection.jsonl", "baseline/selection.json"], ["selector/checkpoint", "before"]),
-        ("training", ["selector/checkpoint", "baseline/loss.csv"], ["selector/metrics.json", "before"]),
+        ("training", ["selector/checkpoint", "baseline/loss.csv"], ["samples", "before"]),
     ],
 )
 def test_stop_after(stop: str, there: list[str], not_there: list[str], first: Done, logs: Path) -> None:

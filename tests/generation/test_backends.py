@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from lark.generation.backends import describe_backend, find_stop_ids, make_transformers_backend, make_vllm_backend
+from lark.generation.backends import TransformersBackend, VllmBackend, find_stop_ids
 
 
 def test_what_ends_an_answer(make_student):
@@ -16,7 +18,7 @@ def test_what_ends_an_answer(make_student):
 def make_backend(make_student, **changes):
     student = make_student(**changes)
     of_weights = {"trained": None, "weights": dict(student.identity()), "device": torch.device("cpu")}
-    return make_transformers_backend(student, student.load_chat(), **of_weights, batch_size=None)
+    return TransformersBackend(student, student.load_chat(), **of_weights, batch_size=None)
 
 
 def test_identity_tells_what_samples_depend_on(make_student):
@@ -39,26 +41,37 @@ def test_the_student_is_loaded_once_and_when_it_is_wanted(make_student, tmp_path
 
 
 def test_the_record_says_who_answered(make_student):
-    student = make_student()
-    record = describe_backend(make_backend(make_student), student, student.load_chat(), torch.device("cpu"))
-    assert record["model"].items() >= student.identity().items()
-    assert record["engine"] == {"engine": "transformers", "dtype": "float32", "attention": "sdpa", "device": "cpu"}
+    backend = make_backend(make_student)
+    assert backend.identity["weights"] == dict(make_student().identity())
+    record = backend.describe()
     assert record["stops"] == ["<end>", "<|im_end|>"]
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["packages"]["torch"] == torch.__version__
 
 
-def test_weights_that_vllm_does_not_read_are_refused_at_once(make_student, tmp_path):
-    student, chat = make_student(), make_student().load_chat()
-    gguf = tmp_path / "student.gguf"
-    gguf.touch()
+def make_vllm(student, gpus=None):
+    own = {"trained": None, "weights": dict(student.identity()), "device": torch.device("cuda", 4)}
+    return VllmBackend(student, student.load_chat(), **own, python=None, gpus=gpus, memory=0.9)
+
+
+def test_weights_that_vllm_does_not_read_are_refused_at_once(make_student, tmp_path, monkeypatch):
+    chat, gguf = make_student().load_chat(), make_student(path=str(tmp_path / "student.gguf"))
+    monkeypatch.setattr(type(gguf), "load_chat", lambda _: chat)
     with pytest.raises(ValueError, match=r"evaluation\.engine=transformers"):
-        make_vllm_backend(
-            make_student(path=str(gguf)),
-            chat,
-            trained=None,
-            weights=dict(student.identity()),
-            device=torch.device("cpu"),
-            python=None,
-            tensor_parallel_size=None,
-            gpu_memory_utilization=0.9,
-        )
+        own = {"trained": None, "weights": {}, "device": torch.device("cpu")}
+        VllmBackend(gguf, chat, **own, python=None, gpus=None, memory=0.9)
+
+
+@pytest.mark.parametrize(
+    ("world", "gpus", "devices", "size"),
+    [(1, None, None, None), (1, 2, None, 2)] + [(8, None, [4], 1), (8, 2, [4, 5], 2)],
+)
+def test_each_rank_gives_vllm_its_own_gpus(make_student, monkeypatch, world, gpus, devices, size):
+    given = {}
+    monkeypatch.setattr("lark.generation.backends.world_size", lambda: world)
+    monkeypatch.setattr(
+        "lark.generation.vllm_backend.generate_with_vllm", lambda *_, **settings: given.update(settings)
+    )
+    backend = make_vllm(make_student(dtype="float32"), gpus)
+    backend.generate([[1]], ["p"], Path())
+    assert (given["devices"] and list(given["devices"]), given["tensor_parallel_size"]) == (devices, size)
+    assert backend.ranks == (1 if world == 1 else gpus or 1)
