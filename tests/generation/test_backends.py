@@ -63,7 +63,7 @@ def test_weights_that_vllm_does_not_read_are_refused_at_once(make_student, tmp_p
 
 @pytest.mark.parametrize(
     ("world", "gpus", "devices", "size"),
-    [(1, None, None, None), (1, 2, None, 2)] + [(8, None, [4], 1), (8, 2, [4, 5], 2)],
+    [(1, None, None, None), (1, 2, None, 2), (8, None, [4], 1), (8, 2, [4, 5], 2)],
 )
 def test_each_rank_gives_vllm_its_own_gpus(make_student, monkeypatch, world, gpus, devices, size):
     given = {}
