@@ -73,7 +73,7 @@ def sample(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_table(manifest: dict[str, Any]) -> None:
-    """Every teacher's trajectories, and what they took: requests and tokens in all, seconds and speed of this time."""
+    """Every teacher's trajectories, and what they took: tokens in all, seconds and speed of this time."""
     teachers = manifest["teachers"]
     cells = {name: _cells(teacher) for name, teacher in teachers.items()}
     table = make_table("trajectories")
@@ -112,8 +112,6 @@ def _cells(teacher: dict[str, Any]) -> dict[str, str]:
         "cut\noff": share("truncated"),
         "none": f"{sum(figures['failures'].values()):,}" if figures["failures"] else "",
         "mean\ntokens": f"{figures['trajectory_tokens'] / counted:,.0f}" if counted else "",
-        "requests": f"{figures['requests']:,}" if is_endpoint else "",
-        "retries": f"{figures['retries']:,}" if is_endpoint else "",
         "prompt\ntokens": f"{figures['prompt_tokens']:,}" if is_endpoint else "",
         "sampled\ntokens": f"{figures['tokens']:,}",
         "seconds": f"{seconds:,.1f}" if seconds else "",
@@ -156,7 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="trajectories at a time under transformers (as many as fit into memory)")
     add("--checker", default="math", help="how answers are checked, as task.checker (math)")
     add("--pattern", help="regular expression whose group 1 is the answer, where it is not boxed")
-    add("--keep", choices=("all", "ended", "correct"), default="all", help="trajectories that become rows (all)")
+    add(
+        "--keep",
+        choices=("all", "ended", "correct"),
+        default="ended",
+        help="trajectories that become rows (ended: a thought that was cut off must not be taught an end)",
+    )
     add("--thinking", choices=("keep", "drop"), default="keep", help="reasoning that endpoints return apart (keep)")
     add("--limit", type=int, help="the first so many problems only")
     add("--again", action="store_true", help="ask again where a teacher gave nothing (filtered, empty, too long)")

@@ -1,7 +1,7 @@
 """The table of single changes: what each change must have recomputed, and what it must not.
 
 Keys are those of the real code path, compared without a forward pass: tokens (tokenising), scoring (the statistics'
-pass), before (the untrained student's evaluation), arm (a training; its rule needs no student's opinion).
+pass), samples (the untrained student's), verdicts (on samples), arm (a training; its rule needs no student's opinion).
 """
 
 import dataclasses
@@ -13,22 +13,24 @@ from pathlib import Path
 import pytest
 from conftest import rows_of_a_pool
 
+from lark.answers.checker import Checker
 from lark.common import versions
-from lark.evaluation.arm_evaluation import evaluation_identity
-from lark.evaluation.evaluate import Sampling
+from lark.common.ranks import Plan
+from lark.evaluation.evaluate import Evaluator, Sampling, identify_weights
+from lark.evaluation.verdicts import locate_verdicts
 from lark.scoring.pass_module import ScoringSettings
 from lark.scoring.passes import GradientMatches, Statistics
 from lark.selection.scores.statistics import Length, Random
 from lark.student.chat import load_template
 from lark.student.student import Student
 from lark.tasks.task import Task
-from lark.training.arms import make_arm, make_untrained_arm
+from lark.training.arms import make_arm
 from lark.training.recipe import Recipe
 
 NOTHING = set()
-SCORES, TRAINS, EVALUATES = {"tokens", "scoring", "arm"}, {"arm"}, {"before"}
-STUDENT = {"scoring", "before", "arm"}
-EVERYTHING = SCORES | EVALUATES
+SCORES, TRAINS, SAMPLES, CHECKS = {"tokens", "scoring", "arm"}, {"arm"}, {"samples"}, {"verdicts"}
+STUDENT = {"scoring", "samples", "arm"}
+EVERYTHING = SCORES | SAMPLES
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 DROPOUT = LORA | {"lora_dropout": 0.1}
 
@@ -106,14 +108,14 @@ FILES = {
 }
 TASK = {
     "name": ("other", NOTHING),
-    "checker": ("exact", EVALUATES),
-    "pattern": ("is (.*)", EVALUATES),
-    "system": ("Be brief.", EVALUATES),
+    "checker": ("exact", CHECKS),
+    "pattern": ("is (.*)", CHECKS),
+    "system": ("Be brief.", SAMPLES),
     "held_out": (0.5, {"scoring", "arm"}),
     "limit": (7, SCORES),
     "max_length": (250, NOTHING),  # no row is longer
     "overlong": ("error", NOTHING),
-    "max_new_tokens": (7, EVALUATES),
+    "max_new_tokens": (7, SAMPLES),
     "on_error": ("drop", NOTHING),
     "overlap": ("drop", NOTHING),  # no problem is in two places
 }
@@ -157,25 +159,26 @@ RECIPE = {
     "checkpoint_every": (3, NOTHING),
 }
 SAMPLING = {
-    "samples": (5, EVALUATES),
-    "pass_at": ((1,), EVALUATES),
-    "temperature": (0.5, EVALUATES),
-    "top_p": (0.5, EVALUATES),
+    "samples": (5, SAMPLES),
+    "pass_at": ((1,), NOTHING),
+    "temperature": (0.5, SAMPLES),
+    "top_p": (0.5, SAMPLES),
     "batch_size": (3, NOTHING),
-    "engine": ("vllm", EVALUATES),
+    "engine": ("vllm", SAMPLES),
     "vllm_python": ("/elsewhere", NOTHING),
     "vllm_gpus": (1, NOTHING),
     "vllm_memory": (0.5, NOTHING),
 }
 OTHERS = {
-    "seed": ({"seed": 1}, {"before", "arm"}),
+    "seed": ({"seed": 1}, {"samples", "arm"}),
     "precision": ({"precision": "bf16-mixed"}, TRAINS),
     "ranks": ({"world_size": 2}, NOTHING),
     "an evaluation problem": (
         {"problems": {"set": [{"problem_id": "0", "problem": "How?", "answer": "1"}]}},
-        EVALUATES,
+        SAMPLES,
     ),
-    "a renamed set": ({"problems": {"other": [{"problem_id": "0", "problem": "What?", "answer": "1"}]}}, EVALUATES),
+    "a right answer": ({"problems": {"set": [{"problem_id": "0", "problem": "What?", "answer": "2"}]}}, CHECKS),
+    "a renamed set": ({"problems": {"other": [{"problem_id": "0", "problem": "What?", "answer": "1"}]}}, NOTHING),
 }
 TOGETHER = {"task": TASK, "student": MODEL, "probe": PROBE, "recipe": RECIPE}
 
@@ -205,14 +208,26 @@ def keys(make_data, student_folder, cache, tmp_path):
         data.prepare_data()
         data.setup("fit")
         problems = others.get("problems", {"set": [{"problem_id": "0", "problem": "What?", "answer": "1"}]})
-        evaluation = evaluation_identity(
-            data.task, problems, Sampling(**sampling or {}), seed=data.seed, dtype=data.dtype
+        evaluator = Evaluator(
+            task=data.task,
+            chat=data.trajectories.chat,
+            problems=problems,
+            sampling=Sampling(**sampling or {}),
+            checker=Checker(data.task.checker, pattern=data.task.pattern),
+            seed=data.seed,
+            folder=tmp_path,
+            plan=Plan(tmp_path),
+            make_trainer=lambda: pytest.fail("nothing is sampled"),
         )
+        untrained = {"trained": None, "weights": identify_weights(data.student, None), "device": data.device}
+        backend = evaluator.sampling.make_backend(data.student, data.trajectories.chat, **untrained)
+        (asked,) = evaluator.ask_sets(backend)
         arm = make_arm("selector", "r", data, recipe=data.recipe, steps=data.recipe.count_steps(9), arms=tmp_path)
         return {
             "tokens": Path(data.trajectories.tokens.cache_files[0]["filename"]).parent.name,
             "scoring": data.pass_folder(Statistics()).name,
-            "before": make_untrained_arm(data, evaluation, tmp_path).folder.name,
+            "samples": asked.folder.name,
+            "verdicts": locate_verdicts(asked, evaluator.checker)[0].name,
             "arm": arm.folder.name,
         }
 
@@ -312,7 +327,14 @@ def test_another_version_of_a_library(library, keys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("formula", "expected"),
-    {"tokens": EVERYTHING, "forward": STUDENT, "training": TRAINS, "samples": EVALUATES, "metrics": EVALUATES}.items(),
+    {
+        "tokens": SCORES,  # prompts are keyed by their tokens
+        "forward": {"scoring", "arm"},
+        "training": TRAINS,
+        "samples": SAMPLES,
+        "verdicts": CHECKS,
+        "metrics": NOTHING,  # computed each time
+    }.items(),
 )
 def test_another_version_of_a_formula(formula, expected, keys, monkeypatch):
     plain = keys()

@@ -45,7 +45,7 @@ def test_the_record_says_who_answered(make_student):
     assert backend.identity["weights"] == dict(make_student().identity())
     record = backend.describe()
     assert record["stops"] == ["<end>", "<|im_end|>"]
-    assert record["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["packages"]["torch"])
 
 
 def make_vllm(student, gpus=None):

@@ -60,6 +60,26 @@ def test_batch_size_and_order_of_problems_change_no_sample(draw):
     assert differing(alone, shuffled) <= 0.01 * 32
 
 
+def test_positions_that_depend_on_the_longest_row_of_a_batch(draw, tokenizer, caplog):
+    """A sample is the one that its problem alone would get; what stays below the border shares batches."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0}
+    model, rows = tiny_model(tokenizer, rope_parameters=rope | {"original_max_position_embeddings": 24}), []
+
+    def record(module, arguments, keywords):
+        rows.append(keywords["input_ids"].shape[0])
+
+    with model.register_forward_pre_hook(record, with_kwargs=True):
+        together = draw(model=model, max_new_tokens=16)
+    assert max(rows) == 8 and "positions" in caplog.text
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}  # its border is its last position
+    with pytest.raises(ValueError, match="exceeds the model's 24 positions"):
+        draw(model=tiny_model(tokenizer, rope_parameters=dynamic, max_position_embeddings=24))
+    alone = {}
+    for problem in ("p0", "p2", "p3", "p5", "p6"):  # prompts of 3 to 17 tokens: the later ones may pass 24
+        alone |= draw(model=model, max_new_tokens=16, order=[problem])
+    assert alone == {key: sample for key, sample in together.items() if key in alone}
+
+
 def test_a_batch_that_has_mostly_ended_is_given_up(model, tokenizer):
     # One token in twelve is an end. Batches of 16 that wait for their longest sample would compute as many rows as if
     # all were nearly as long as that; the rows that are left over are read again, together.

@@ -26,14 +26,13 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
 
 
-def tiny_model(tokenizer):
+def tiny_model(tokenizer, **settings):
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    defaults = {
         **SHAPE,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.4,  # peaked distributions, different at every position
-    )
-    return Qwen3ForCausalLM(config).eval()
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.4,  # peaked distributions, different at every position
+    }
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), **defaults | settings)).eval()

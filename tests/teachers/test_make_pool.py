@@ -98,7 +98,7 @@ def test_only_what_is_new_is_asked_for(tmp_path: Path) -> None:
     assert len(rows) == 15
 
 
-def test_keep_and_thinking_choose_among_what_is_there(tmp_path: Path) -> None:
+def test_keep_and_thinking_choose_among_what_is_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "pool.jsonl"
 
     def reply(seen: Seen, before: int) -> Reply:
@@ -109,7 +109,7 @@ def test_keep_and_thinking_choose_among_what_is_there(tmp_path: Path) -> None:
 
     with chat_server(reply) as server:
         found = {}
-        for settings in [{}, {"keep": "ended"}, {"keep": "correct"}, {"thinking": "drop"}]:
+        for settings in [{"keep": "all"}, {}, {"keep": "correct"}, {"thinking": "drop"}]:
             manifest, rows = make(output, [teacher(server)], **settings)
             found[str(settings)] = [(row["problem_id"], row["messages"][-1]["content"]) for row in rows]
         assert len(server.seen) == 5
@@ -121,6 +121,7 @@ def test_keep_and_thinking_choose_among_what_is_there(tmp_path: Path) -> None:
     assert ended == everything[1:] and correct == everything[1:2]
     assert without == [(str(n), f"\n\\boxed{{{n + 1}}}") for n in range(1, 5)]
     assert manifest["teachers"]["far"]["figures"]["failures"] == {"thinking only": 1}
+    assert [line.getMessage().split(" ")[0] for line in caplog.records] == ["1", "4"]  # left out, and said
 
 
 def test_failures_are_counted_and_asked_for_again_when_told(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from chat_server import ChatServer, Reply, Seen, chat_server, fault, said
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark.teachers.openai_teacher import Endpoint, Halt, Pace, Request, Tally, without_key
+from lark.teachers.openai_teacher import Endpoint, Pace, Request, Tally, without_key
 from lark.teachers.teacher import Teacher
 
 KEY = "sk-0123456789abcdefghijKLMNOP"
@@ -51,7 +51,7 @@ def ask(one: Teacher, count: int = 1, pace: Pace | None = None) -> tuple[list[di
     records: list[dict[str, Any]] = []
 
     async def go() -> Tally:
-        endpoint = Endpoint(one, halt=Halt(), pace=pace)
+        endpoint = Endpoint(one, halt=asyncio.Event(), pace=pace)
         await endpoint.ask_all(requests(count), records.append)
         return endpoint.tally
 
@@ -92,9 +92,8 @@ def test_a_request_says_all_that_sampling_depends_on() -> None:
         "model": "stand-in-1",
         "num_tokens": 7,
         "prompt_tokens": 11,
-        "tries": 1,
     }
-    assert (tally.requests, tally.retries, tally.tokens) == (1, 0, 7)
+    assert tally.tokens == 7
 
 
 def test_body_adds_and_takes_out_fields_and_without_a_key_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +137,9 @@ def test_content_in_parts_surrogates_and_missing_usage() -> None:
 )
 def test_a_prompt_without_a_trajectory_is_counted_and_loses_no_other(reply: Reply, failure: str) -> None:
     with chat_server(lambda seen, _: reply if seen.question == "problem 1" else Reply()) as server:
-        records, tally = ask(teacher(server), 3)
+        records, _ = ask(teacher(server), 3)
     assert [record.get("failure") for record in records] == [None, failure, None]
-    assert "content" not in records[1]
-    assert len(server.seen) == tally.requests == 3
+    assert "content" not in records[1] and len(server.seen) == 3
 
 
 def test_cut_off_while_thinking_is_a_trajectory() -> None:
@@ -169,27 +167,23 @@ def test_cut_off_while_thinking_is_a_trajectory() -> None:
 )
 def test_tried_again(first: Reply) -> None:
     with chat_server(first_then(first)) as server:
-        records, tally = ask(teacher(server, timeout=0.3 if first.held else 60), 2)
-    assert [record["tries"] for record in records] == [2, 2]
-    assert all("content" in record for record in records)
-    assert (tally.requests, tally.retries) == (4, 2) and len(server.seen) == 4
+        records, _ = ask(teacher(server, timeout=0.3 if first.held else 60), 2)
+    assert ["content" in record for record in records] == [True, True] and len(server.seen) == 4
 
 
 def test_retry_after_holds_every_request_back() -> None:
     wait = Reply(status=429, body=fault("slow down"), headers={"Retry-After": "0.4"})
     with chat_server(lambda seen, before: wait if seen is server.seen[0] else Reply()) as server:
-        _, tally = ask(teacher(server, concurrency=1), 3)
+        ask(teacher(server, concurrency=1), 3)
         first, *others = [seen.at for seen in server.seen]
         assert len(others) == 3 and min(others) >= first + 0.4
-        assert tally.waited == 0.4
 
 
 def test_given_up_after_its_tries_and_not_recorded() -> None:
     with chat_server(lambda seen, _: Reply(status=500) if seen.question == "problem 1" else Reply()) as server:
         records, tally = ask(teacher(server, tries=3), 4)
     assert [record["problem_id"] for record in records] == ["0", "2", "3"]
-    assert tally.lost == {"answered 500": 1}
-    assert (tally.requests, tally.retries) == (6, 2)
+    assert tally.lost == {"answered 500": 1} and len(server.seen) == 6
 
 
 def test_an_endpoint_that_is_down_is_not_asked_forever() -> None:
@@ -237,7 +231,7 @@ def test_what_is_under_way_when_another_stops_is_kept() -> None:
         return Reply(status=401) if seen.question == "problem 0" else Reply()
 
     async def go(url: str) -> None:
-        halt = Halt()
+        halt = asyncio.Event()
         endpoints = [Endpoint(Teacher(name=name, model="m", url=url, concurrency=2), halt=halt) for name in "ab"]
         outcomes = await asyncio.gather(
             endpoints[0].ask_all(requests(9), records.append),
@@ -277,7 +271,8 @@ def test_many_who_wait_get_turns_apart_and_in_order() -> None:
         await pace.wait_for_turn()
         turns.append((clock(), number))
         if number == 1:
-            assert pace.pause(10) and not pace.pause(5)
+            pace.pause(10)
+            pace.pause(5)  # shorter: changes nothing
 
     async def go() -> None:
         pace = Pace(120, clock=clock, sleep=clock.sleep)

@@ -3,13 +3,13 @@
 import platform
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lark.common.ranks import world_size
+from lark.common.versions import library_version
 from lark.generation.transformers_backend import Sample, generate_samples
 from lark.student.chat import Chat
 from lark.student.distributed import Parallelism
@@ -62,7 +62,7 @@ class Backend:
             "chat": {"template_name": student.template} | self.chat.prompt_identity,
             "stops": [str(self.chat.tokenizer.convert_ids_to_tokens(token)) for token in self.stop_ids],
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "packages": {"python": platform.python_version()} | dict(_list_versions()),
+            "packages": {"python": platform.python_version()} | {name: library_version(name) for name in _PACKAGES},
         }
 
 
@@ -156,11 +156,3 @@ def find_stop_ids(chat: Chat) -> list[int]:
     if chat.own_end is not None:
         ends.add(chat.tokenizer.convert_tokens_to_ids(chat.own_end))  # type: ignore[arg-type]
     return sorted(ends)
-
-
-def _list_versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a checkout that was not installed
-            continue

@@ -25,6 +25,7 @@ from transformers import (
 from lark.common.errors import LarkError
 from lark.common.log import logger
 from lark.generation.sampling import draw_tokens, make_noise
+from lark.student.context_length import find_rope_border
 from lark.student.memory import get_free_bytes, is_out_of_memory, release_memory
 from lark.student.student import get_base_model
 
@@ -125,9 +126,17 @@ def generate_samples(
     fresh = deque(sorted(rows, key=lambda row: -len(row.prompt)))  # what needs most memory comes first
     begun: deque[_Row] = deque()  # left over when most of their batch had ended
     size = batch_size or choose_batch_size(model, longest + max_new_tokens)
+    border = find_rope_border(model)
+    if crossing := sum(len(row.prompt) + max_new_tokens > border for row in rows):
+        logger.warning(
+            "%d of %d samples may pass %d tokens, from where on this student's positions depend on the longest row of "
+            "a batch: they are drawn one at a time",
+            *(crossing, len(rows), border),
+        )
     while fresh or begun:
         queue = begun if len(begun) >= size or not fresh else fresh
-        batch = [queue.popleft() for _ in range(min(size, len(queue)))]
+        alone = len(queue[0].prompt) + max_new_tokens > border
+        batch = [queue.popleft() for _ in range(1 if alone else min(size, len(queue)))]
         shortage = None
         try:
             with _generating(model):
@@ -137,15 +146,15 @@ def generate_samples(
                 raise
             shortage = str(error).partition("\n")[0]
         if shortage is not None:  # outside the handler: the error would keep the failed pass alive
-            if size == 1:
+            if len(batch) == 1:
                 raise LarkError(
                     f"one sample of up to {longest + max_new_tokens} tokens does not fit into memory ({shortage}); "
                     "lower task.max_new_tokens, or set model.dtype=bfloat16"
                 )
-            size //= 2
+            size = len(batch) // 2
             logger.warning(
                 "out of memory with %d samples at once: going on with %d; evaluation.batch_size=%d saves the attempt",
-                *(2 * size, size, size),
+                *(len(batch), size, size),
             )
             queue.extendleft(reversed(batch))
             release_memory(base.device)

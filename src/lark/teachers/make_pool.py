@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from lark.common.errors import LarkError
 from lark.common.log import announce, logger
 from lark.common.progress_line import show_progress
 from lark.common.record_file import RecordFile
+from lark.common.versions import library_version
 from lark.pool.rows import normalise_row
 from lark.tasks.problems import make_answer, make_prompt
 from lark.teachers.local_teacher import LocalTeacher
-from lark.teachers.openai_teacher import Endpoint, Halt, Request, Tally
+from lark.teachers.openai_teacher import Endpoint, Request, Tally
 from lark.teachers.pool_rows import SAMPLING, Figures, Source, hash_prompt, make_rows
 from lark.teachers.teacher import Teacher
 
@@ -58,7 +58,7 @@ def make_pool(
     *,
     checker: Checker,
     system: str | None = None,
-    keep: str = "all",
+    keep: str = "ended",
     thinking: str = "keep",
     again: bool = False,
     source: Path | None = None,
@@ -70,7 +70,8 @@ def make_pool(
         output: .jsonl file of the pool; `<output>.manifest.json` and the folder `<output>.samples` go beside it.
         checker: decides what is correct.
         system: system turn put before each `problem`, asked with and stored; rows with `messages` have their own.
-        keep: which trajectories become rows: all, ended (not cut off) or correct.
+        keep: which trajectories become rows: all, ended (not cut off: training would teach a cut-off one to end where
+            it does) or correct.
         thinking: keep puts what an endpoint returns as reasoning into <think>...</think> before the answer, drop
             leaves it out. It is in the samples either way.
         again: ask once more where a teacher gave no trajectory before (filtered, refused, empty, too long).
@@ -96,8 +97,14 @@ def make_pool(
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             if not sum(figure.rows for figure in figures):
                 raise LarkError(f"no trajectory is left for {output}: {_explain_none(figures, keep)}")
+        rows, drawn = (sum(getattr(figure, name) for figure in figures) for name in ("rows", "trajectories"))
+        if rows < drawn:
+            logger.warning(
+                f"{drawn - rows:,} of {drawn:,} trajectories are not {keep} and no rows of the pool; --keep all takes "
+                "them, without asking again"
+            )
         found = {
-            "rows": sum(figure.rows for figure in figures),
+            "rows": rows,
             "sha256": file_hash(output),
             "problems": {
                 "file": str(source) if source else None,
@@ -178,7 +185,7 @@ def _list_missing(one: _Asked, again: bool) -> list[Key]:
 
 
 async def _ask_endpoints(asked: Sequence[_Asked], wanted: Sequence[list[Key]], prompts: Prompts) -> None:
-    halt = Halt()
+    halt = asyncio.Event()
     endpoints = [Endpoint(one.teacher, halt=halt) for one in asked]
     total, missing = sum(len(one.keys) for one in asked), sum(map(len, wanted))
     with show_progress("asking", total, "trajectories", initial=total - missing) as progress:
@@ -262,14 +269,6 @@ def _describe_teacher(one: _Asked, figure: Figures) -> dict[str, Any]:
 
 def _list_versions(asked: Sequence[_Asked]) -> dict[str, str]:
     engines = {"endpoint" if one.local is None else one.teacher.engine for one in asked}
-    names = [name for engine in sorted(engines) for name in _LIBRARIES[engine]]
+    names = ["lark-select", *(name for engine in sorted(engines) for name in _LIBRARIES[engine])]
     # vLLM may live in another Python, which keeps its own record
-    known = {name: _find_version(name) for name in ("lark-select", *names)}
-    return {name: found for name, found in known.items() if found is not None}
-
-
-def _find_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {name: found for name in names if (found := library_version(name)) is not None}

@@ -1,7 +1,6 @@
 """An OpenAI-compatible endpoint as a teacher: asked at its pace by openai's client, its key kept out of everything.
 
-The client makes a request again (`max_retries`, `Retry-After`, exponential back-off). Hooks on its HTTP client see
-every
+The client makes a request again (`max_retries`, `Retry-After`, exponential back-off). Hooks on its HTTP client see each
 try: they wait for a turn, hold all requests back when the endpoint wants to be left alone, and turn bodies that are not
 an answer into the errors they are.
 """
@@ -22,7 +21,6 @@ from lark.teachers.teacher import Teacher, derive_seed
 
 LONGEST_WAIT = 120.0
 """Seconds; the client waits no longer, and an endpoint that asks for more is left for another day."""
-_RETRY_COUNT = "x-stainless-retry-count"  # header in which the client says how often it has tried before
 _SECRET = 16  # a key from this length on is taken out of trajectories too; "EMPTY" need not be kept
 _PIECE = 8  # so many characters of a key are not shown either
 _SHOWN = 300
@@ -73,28 +71,15 @@ class Pace:
                 await self._sleep(wait)
             self._free_at = self._clock() + self._interval
 
-    def pause(self, seconds: float) -> bool:
-        """Give no turn for so long; returns whether that is later than it would have been."""
-        until = self._clock() + seconds
-        later = until > self._free_at
-        self._free_at = max(self._free_at, until)
-        return later
-
-
-@dataclass(kw_only=True)
-class Halt:
-    """Shared by endpoints that are asked together: once one cannot go on, none begins another request."""
-
-    halted: bool = False
+    def pause(self, seconds: float) -> None:
+        """Give no turn for so long."""
+        self._free_at = max(self._free_at, self._clock() + seconds)
 
 
 @dataclass(kw_only=True)
 class Tally:
     """What asking came to. lost: trajectories given up after all tries, by reason; they are not in the file."""
 
-    requests: int = 0
-    retries: int = 0
-    waited: float = 0.0
     seconds: float = 0.0
     tokens: int = 0
     lost: dict[str, int] = field(default_factory=dict)
@@ -107,7 +92,8 @@ class Endpoint:
     unknown model, a refused request, an endpoint that is down.
     """
 
-    def __init__(self, teacher: Teacher, *, halt: Halt, pace: Pace | None = None) -> None:
+    def __init__(self, teacher: Teacher, *, halt: asyncio.Event, pace: Pace | None = None) -> None:
+        """Take the endpoint. halt: shared by those asked together: once one cannot go on, none begins a request."""
         assert teacher.url is not None
         self.teacher, self.halt = teacher, halt
         self.key = teacher.read_key()
@@ -123,12 +109,12 @@ class Endpoint:
 
             async def work() -> None:
                 try:
-                    while pending and not self.halt.halted:
+                    while pending and not self.halt.is_set():
                         record = await self._ask(client, pending.popleft())
                         if record is not None:
                             keep(record)
                 except BaseException:
-                    self.halt.halted = True
+                    self.halt.set()
                     raise
 
             count = min(self.teacher.concurrency, len(pending))
@@ -138,7 +124,7 @@ class Endpoint:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        if sum(self.tally.lost.values()) == len(requests) > 0 and not self.halt.halted:
+        if sum(self.tally.lost.values()) == len(requests) > 0 and not self.halt.is_set():
             raise self._down(" and ".join(self.tally.lost))
 
     def _open_client(self) -> AsyncOpenAI:
@@ -158,8 +144,6 @@ class Endpoint:
 
     async def _before_try(self, request: Any) -> None:
         await self.pace.wait_for_turn()
-        self.tally.requests += 1
-        self.tally.retries += request.headers.get(_RETRY_COUNT, "0") != "0"
 
     async def _after_try(self, response: Any) -> None:
         """Make an error of an answer that is none; hold every request back as long as the endpoint asks."""
@@ -175,11 +159,11 @@ class Endpoint:
                 response.status_code = 502
         if response.status_code == 425:  # too early, which the client does not know
             response.headers["x-should-retry"] = "true"
-        if self.halt.halted or "insufficient_quota" in response.text:
+        if self.halt.is_set() or "insufficient_quota" in response.text:
             response.headers["x-should-retry"] = "false"
         after = _read_retry_after(response)
         if response.status_code in (429, 503) and after is not None and after <= LONGEST_WAIT:
-            self.tally.waited += after if self.pace.pause(after) else 0.0
+            self.pace.pause(after)
 
     async def _ask(self, client: AsyncOpenAI, request: Request) -> dict[str, Any] | None:
         teacher, begun = self.teacher, time.monotonic()
@@ -200,27 +184,27 @@ class Endpoint:
                 extra_headers=None if self.key else without_authorization,
                 extra_body={name: value for name, value in body.items() if value is not None},
             )
-            tries, reply = answer.retries_taken + 1, self._read_answer(json.loads(answer.text))
+            reply = self._read_answer(json.loads(answer.text))
         except APITimeoutError:
             return self._lose(f"gave no answer within {teacher.timeout:g} s")
         except APIConnectionError as error:
             return self._lose(f"could not be reached ({type(error.__cause__).__name__})")
         except APIStatusError as error:
-            response = error.response
-            if (reply := self._read_refusal(response)) is None:
-                return self._lose(f"answered {response.status_code}")
-            tries = int(response.request.headers.get(_RETRY_COUNT, 0)) + 1
+            refusal = self._read_refusal(error.response)
+            if refusal is None:
+                return self._lose(f"answered {error.response.status_code}")
+            reply = refusal
         self._lost_in_a_row = 0
         self.tally.tokens += reply.get("num_tokens") or 0
         record = {"problem_id": request.problem_id, "prompt": request.prompt, "sample": request.sample}
         record |= {"seed": None if body["seed"] is None else seed}
-        return record | reply | {"tries": tries, "seconds": round(time.monotonic() - begun, 3)}
+        return record | reply | {"seconds": round(time.monotonic() - begun, 3)}
 
     def _lose(self, reason: str) -> None:
         """Give a trajectory up; the endpoint as well once it answers nothing any more."""
         self.tally.lost[reason] = self.tally.lost.get(reason, 0) + 1
         self._lost_in_a_row += 1
-        if self._lost_in_a_row >= max(3, self.teacher.concurrency) and not self.halt.halted:
+        if self._lost_in_a_row >= max(3, self.teacher.concurrency) and not self.halt.is_set():
             raise self._down(reason)
 
     def _down(self, reason: str) -> LarkError:
@@ -329,18 +313,6 @@ def without_key(text: str, key: str | None) -> str:
         for i, (char, hide) in enumerate(zip(text, hidden, strict=True))
     )
     return "".join(shown)
-
-
-def _joined(content: Any) -> Any:
-    """Content that comes in parts, as one text."""
-    if not isinstance(content, list):
-        return content
-    return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
-
-
-def _count(usage: Any, name: str) -> int | None:
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) else None
 
 
 def _parse_json(response: Any) -> Any:

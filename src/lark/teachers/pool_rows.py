@@ -23,7 +23,7 @@ class Figures:
     """Counts over one teacher's trajectories to these problems, in whatever command they were asked for.
 
     rows: of the pool.  tokens: sampled, those of failures included.  without_tokens: trajectories whose endpoint did
-    not say how many.  requests, retries: what got a record; requests given up are in the command's own tally.
+    not say how many.
     """
 
     trajectories: int = 0
@@ -35,8 +35,6 @@ class Figures:
     trajectory_tokens: int = 0
     without_tokens: int = 0
     prompt_tokens: int = 0
-    requests: int = 0
-    retries: int = 0
     rows: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     models: set[str] = field(default_factory=set)
@@ -90,9 +88,6 @@ def _count_record(record: dict[str, Any] | None, figure: Figures, thinking: str)
     if record is None:
         figure.failures["missing"] += 1
         return None
-    tries = record.get("tries", 0)
-    figure.requests += tries
-    figure.retries += max(0, tries - 1)
     figure.prompt_tokens += record.get("prompt_tokens") or 0
     figure.tokens += record.get("num_tokens") or 0
     text = None if "failure" in record else _join_text(record, thinking)
