@@ -162,8 +162,10 @@ def test_another_engine(student_folder, evaluate, tmp_path, monkeypatch):
 
 def test_another_set_and_another_checker_draw_nothing_again(run, logs):
     """The plan says which samples were drawn: those of the new set alone."""
-    plan, arms = (read_json(run / f"{name}.json")["arms"] for name in ("plan", "summary"))
-    assert {arm["action"] for arm in plan.values()} == {"evaluate"}
+    plan, arms = read_json(run / "plan.json"), read_json(run / "summary.json")["arms"]
+    for name in ("selector", "baseline"):
+        assert plan["arms"][name]["action"] == "evaluate"
+        assert plan[f"samples of {name}"] == [arms[name]["answers"]["shifted"]["samples"]]
     shown = {name: contents(run, f"{name}-") for name in arms}
 
     def repeat(*words: str) -> dict[str, Any]:
@@ -171,8 +173,6 @@ def test_another_set_and_another_checker_draw_nothing_again(run, logs):
         assert done.code == 0, done.err
         return read_json(done.folder / "plan.json")
 
-    for name, arm in arms.items():
-        assert read_json(run / "plan.json")[f"samples of {name}"] == [arm["answers"]["shifted"]["samples"]]
     plan = repeat("task.checker=exact")
     assert all(plan[f"samples of {name}"] == [] for name in arms)
     assert {arm["action"] for arm in plan["arms"].values()} == {"evaluate"}

@@ -98,7 +98,7 @@ ROWS = {
 }
 FILES = {
     "the end of texts": (change_file("tokenizer_config.json", eos_token="<|im_start|>"), EVERYTHING),
-    "the beginning of texts": (change_file("tokenizer_config.json", bos_token="<|im_start|>"), EVERYTHING),
+    "the beginning of texts": (change_file("tokenizer_config.json", bos_token="<|im_start|>"), SCORES),
     "a template of its own that is not used": (change_file("tokenizer_config.json", chat_template="x"), NOTHING),
     "the longest text its tokenizer warns of": (change_file("tokenizer_config.json", model_max_length=99), NOTHING),
     "how numbers are normed": (change_file("config.json", rms_norm_eps=1e-3), STUDENT),

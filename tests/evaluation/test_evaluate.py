@@ -219,6 +219,7 @@ def test_verdicts_are_made_once_and_stay(make_evaluator, make_backend, monkeypat
 
 
 def test_changed_verdicts_are_counted(make_evaluator, make_backend, caplog):
+    caplog.set_level("INFO", "lark")
     sets = {"eval": PROBLEMS}
     before = make_evaluator(sets=sets).evaluate(make_backend(), "student")
     assert "changed" not in caplog.text

@@ -1,5 +1,6 @@
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -150,4 +151,4 @@ def test_the_interval_and_each_problem():
     assert (interval["metric"], interval["estimate"], interval["problems"]) == ("avg@2", 0.25, 2)
     assert 0 <= interval["low"] <= 0.25 <= interval["high"] <= 1
     one = summarise_samples(RECORDS[:2], [problem("a")], pass_at=[1], kind="math")["interval"]
-    assert one["low"] is None and one["label"] == "one problem, no interval"
+    assert np.isnan(one["low"]) and one["label"] == "one problem, no interval"

@@ -53,9 +53,10 @@ def make_vllm(student, gpus=None):
     return VllmBackend(student, student.load_chat(), **own, python=None, gpus=gpus, memory=0.9)
 
 
-def test_weights_that_vllm_does_not_read_are_refused_at_once(make_student, tmp_path, monkeypatch):
-    chat, gguf = make_student().load_chat(), make_student(path=str(tmp_path / "student.gguf"))
-    monkeypatch.setattr(type(gguf), "load_chat", lambda _: chat)
+def test_weights_that_vllm_does_not_read_are_refused_at_once(make_student, tmp_path):
+    path = tmp_path / "student.gguf"
+    path.touch()
+    chat, gguf = make_student().load_chat(), make_student(path=str(path))
     with pytest.raises(ValueError, match=r"evaluation\.engine=transformers"):
         own = {"trained": None, "weights": {}, "device": torch.device("cpu")}
         VllmBackend(gguf, chat, **own, python=None, gpus=None, memory=0.9)

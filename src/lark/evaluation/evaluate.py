@@ -142,7 +142,7 @@ class Evaluator:
         self._draw_missing(backend, sets, label)
         figures: dict[str, Any] = {}
         if is_main():
-            figures = self._summarise(sets)
+            figures = nan_to_none(self._summarise(sets))  # as summary.json and metrics.json have them
         barrier()
         return figures
 
