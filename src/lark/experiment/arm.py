@@ -92,8 +92,10 @@ class ArmRunner:
         """Do what is left of the arms, in their order; returns what that was, by the arm's name."""
         with ExitStack() as held:
             locks = self._lock_unfinished(arms, held)
-            found: dict[str, str] = {}
-            for i, arm in enumerate(arms):  # two rules may choose the same rows and weights: one arm serves both
+            found = dict.fromkeys((arm.name for arm in arms), "")  # what rank 0 finds counts
+            for i, arm in enumerate(
+                arms if is_main() else ()
+            ):  # two rules may choose the same rows and weights: one arm serves both
                 is_twin = any(arm.folder == other.folder for other in arms[:i])
                 found[arm.name] = "reuse" if is_twin else self.find_action(arm)
             planned = {arm.name: {"hash": arm.folder.name, "action": found[arm.name]} for arm in arms}
@@ -166,7 +168,10 @@ class ArmRunner:
                 self._train(arm, arm.name, callbacks, experiment_logger=opened)
             figures: dict[str, Any] = {}
             if self.evaluator is not None:
+                start = time.monotonic()
                 figures = self.evaluator.evaluate(self._make_backend(self.evaluator, arm), arm.name)
+                is_whole = len(self.plan[f"samples of {arm.name}"]) == len(self.evaluator.problems)
+                self.seconds["sampling"] += time.monotonic() - start if is_whole else math.nan
             if opened is not None:
                 self.figures[arm.name], texts = figures, {}
                 is_shown = arm.name in ("before", *self.data.rules)

@@ -106,7 +106,7 @@ class Experiment:
             print_bill(bill) if is_main() else None
             return self._stop("cost", self.folder / "summary.json", bill=bill.to_record())
         announce_bill(bill)
-        with self.checker:
+        with self.evaluator.checker:
             self._score()
             if self.config.stop_after == "statistics":
                 return self._stop("statistics", self.folder / "statistics.parquet")
@@ -138,13 +138,12 @@ class Experiment:
         problems = {name: read_problems(path, limit=data.task.eval_limit) for name, path in files.items()}
         if problems and self.config.stop_after is None:
             check_answer_room(data.student, data.task.max_new_tokens)
-        self.checker = Checker(data.task.checker, pattern=data.task.pattern)
-        evaluator = Evaluator(
+        self.evaluator = Evaluator(
             task=data.task,
             chat=data.trajectories.chat,
             problems=problems,
             sampling=build(self.config.evaluation),
-            checker=self.checker,
+            checker=Checker(data.task.checker, pattern=data.task.pattern),
             seed=data.seed,
             folder=self.logs / "samples",
             plan=self.plan,
@@ -154,7 +153,7 @@ class Experiment:
             data,
             make_trainer=self.trainers.make,
             plan=self.plan,
-            evaluator=evaluator if self.config.stop_after is None else None,
+            evaluator=self.evaluator if self.config.stop_after is None else None,
             tracker=self.tracker,
             open_logger=self._open_logger,
             arms=self.logs / "arms",
@@ -167,7 +166,7 @@ class Experiment:
             self.data,
             build(self.config.cost),
             is_divided=self.config.trainer.strategy == "fsdp",
-            sampled=self.runner.sampling.samples * sum(map(len, self.runner.problems.values())),
+            sampled=self.evaluator.sampling.samples * sum(map(len, self.evaluator.problems.values())),
             max_answer=self.data.task.max_new_tokens,
         )
 
