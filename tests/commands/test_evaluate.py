@@ -39,15 +39,11 @@ def folder_of(out: str) -> Path:
     return Path(line.split(maxsplit=1)[1])
 
 
-def contents(folder: Path, prefix: str = "") -> dict[str, Any]:
-    """What a student answered in an evaluation or a run, and what that came to."""
-    if prefix:
-        figures = read_json(folder / "summary.json")["arms"][prefix.rstrip("-")]
-    else:
-        figures = read_json(folder / "metrics.json")
+def contents(folder: Path) -> dict[str, Any]:
+    """What a student answered in an evaluation or as an arm of a run, and what that came to."""
+    figures = read_json(folder / "metrics.json")
     answers = {
-        name: read_answers(folder / "samples" / f"{prefix}{name}", kept["verdicts"])
-        for name, kept in figures["answers"].items()
+        name: read_answers(folder / "samples" / name, kept["verdicts"]) for name, kept in figures["answers"].items()
     }
     return answers | {name: figures[name] for name in ("metrics", "intervals", "levels", "per_problem")}
 
@@ -103,7 +99,7 @@ def run(logs) -> Path:
 def test_a_checkpoint_does_as_it_did_in_its_run(run, first, evaluate, logs):
     for name, said in (("before", ()), ("selector", (f"checkpoint={run / 'selector'}",))):
         folder = folder_of(evaluate(*FEW, *said, f"paths.logs={logs}").out)
-        assert contents(folder) == contents(run, f"{name}-")
+        assert contents(folder) == contents(run / name)
     assert read_json(folder / "samples" / "eval" / "manifest.json")["model"]["path"].endswith("checkpoint")
 
 
@@ -166,7 +162,7 @@ def test_another_set_and_another_checker_draw_nothing_again(run, logs):
     for name in ("selector", "baseline"):
         assert plan["arms"][name]["action"] == "evaluate"
         assert plan[f"samples of {name}"] == [arms[name]["answers"]["shifted"]["samples"]]
-    shown = {name: contents(run, f"{name}-") for name in arms}
+    shown = {name: contents(run / name) for name in arms}
 
     def repeat(*words: str) -> dict[str, Any]:
         done = lark(*SMALL, LONG_ENOUGH, "trainer=cpu", f"paths.logs={logs}", *words)
@@ -177,7 +173,7 @@ def test_another_set_and_another_checker_draw_nothing_again(run, logs):
     assert all(plan[f"samples of {name}"] == [] for name in arms)
     assert {arm["action"] for arm in plan["arms"].values()} == {"evaluate"}
     assert {arm["action"] for arm in repeat()["arms"].values()} == {"reuse"}
-    assert {name: contents(run, f"{name}-") for name in arms} == shown  # the first run's links show what it saw
+    assert {name: contents(run / name) for name in arms} == shown  # the first run's links show what it saw
 
 
 # ---- errors
@@ -274,7 +270,7 @@ def test_the_ranks_of_a_run_evaluate_the_untrained_student_too(run, logs, tmp_pa
         arms.symlink_to(logs / "arms")
         out = lark_process.finish(lark_process.start(*SMALL, LONG_ENOUGH, *words, *cached))
         (folder,) = (tmp_path / trainer / "runs").glob("*/*/*")
-        assert contents(folder, "before-") == contents(run, "before-"), out
+        assert contents(folder / "before") == contents(run / "before"), out
         assert read_json(folder / "summary.json")["arms"]["before"]["sampling"]["ranks"] == 2
         log = (folder / "run.log").read_text()
         assert ("layers are divided over 2 ranks" in log) == (trainer == "fsdp")

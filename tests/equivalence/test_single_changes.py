@@ -15,7 +15,6 @@ from conftest import rows_of_a_pool
 
 from lark.answers.checker import Checker
 from lark.common import versions
-from lark.common.ranks import Plan
 from lark.evaluation.evaluate import Evaluator, Sampling, identify_weights
 from lark.evaluation.verdicts import locate_verdicts
 from lark.scoring.pass_module import ScoringSettings
@@ -216,7 +215,6 @@ def keys(make_data, student_folder, cache, tmp_path):
             checker=Checker(data.task.checker, pattern=data.task.pattern),
             seed=data.seed,
             folder=tmp_path,
-            plan=Plan(tmp_path),
             make_trainer=lambda: pytest.fail("nothing is sampled"),
         )
         untrained = {"trained": None, "weights": identify_weights(data.student, None), "device": data.device}

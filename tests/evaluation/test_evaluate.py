@@ -6,7 +6,6 @@ import pytest
 from tiny_student import byte_tokenizer, tiny_model
 
 from lark.answers.checker import Checker
-from lark.common.ranks import Plan
 from lark.evaluation.evaluate import Evaluator, Sampling
 from lark.evaluation.samples import draw_samples, read_rows
 from lark.evaluation.verdicts import read_answers
@@ -71,7 +70,6 @@ def make_evaluator(tiny, tmp_path):
             checker=Checker(checker, pattern=pattern),
             seed=seed,
             folder=tmp_path / "samples",
-            plan=Plan(tmp_path),
             make_trainer=lambda: SimpleNamespace(world_size=1, global_rank=0, strategy=None, precision=""),  # type: ignore[arg-type,return-value]
         )
 

@@ -26,13 +26,12 @@ from lark.api.parts import (
     run_passes,
 )
 from lark.api.results import Chosen, Comparison, Evaluation, Pool, Scores, TrainedStudent
-from lark.common.cache import hold_lock, identity_hash
+from lark.common.cache import hold_lock
 from lark.common.errors import LarkError
 from lark.common.log import announce
 from lark.comparison.inference import compute_paired_difference
 from lark.config import build_part, compose, list_options
-from lark.evaluation.arm_evaluation import evaluation_identity, identify_weights, is_evaluated
-from lark.evaluation.evaluate import Sampling, evaluate_student
+from lark.evaluation.evaluate import Evaluator, Sampling, identify_weights
 from lark.experiment.console import announce_scoring
 from lark.pool.files import store_rows
 from lark.scoring.passes import Statistics
@@ -230,30 +229,26 @@ def evaluate(
         sets = {name: read_problems(path, limit=task.eval_limit) for name, path in files.items()}
         trained = student if isinstance(student, TrainedStudent) else None
         asked = trained.student if trained is not None else _to_student(student)  # type: ignore[arg-type]
-        on = TrainerFactory(config.trainer, cache).make().strategy.root_device
-        chat, weights = asked.load_chat(), identify_weights(asked, None if trained is None else trained.folder)
-        identity = evaluation_identity(task, sets, sampling, seed=seed, dtype=str(asked.resolve_dtype(on)))
-        identity |= {"weights": weights, "chat": chat.prompt_identity}
-        folder = cache / "evaluations" / identity_hash(identity)
-        with hold_lock(folder):
-            if not is_evaluated(folder, identity):
-                with Checker(task.checker, pattern=task.pattern) as checker:
-                    evaluate_student(
-                        asked,
-                        chat,
-                        task,
-                        sets,
-                        folder,
-                        trained=None if trained is None else trained.checkpoint,
-                        weights=weights,
-                        sampling=sampling,
-                        checker=checker,
-                        device=on,
-                        seed=seed,
-                        identity=identity,
-                        label=asked.name,
-                    )
-        return Evaluation(folder=folder)
+        trainers, chat = TrainerFactory(config.trainer, cache), asked.load_chat()
+        backend = sampling.make_backend(
+            asked,
+            chat,
+            trained=None if trained is None else trained.checkpoint,
+            weights=identify_weights(asked, None if trained is None else trained.folder),
+            device=trainers.make().strategy.root_device,
+        )
+        with Checker(task.checker, pattern=task.pattern) as checker:
+            evaluator = Evaluator(
+                task=task,
+                chat=chat,
+                problems=sets,
+                sampling=sampling,
+                checker=checker,
+                seed=seed,
+                folder=cache / "samples",
+                make_trainer=trainers.make,
+            )
+            return Evaluation(figures=evaluator.evaluate(backend, asked.name), samples=evaluator.folder)
 
 
 def compare(

@@ -9,7 +9,7 @@ import numpy as np
 
 from lark.common.cache import identity_hash, read_json
 from lark.comparison.inference import Interval
-from lark.evaluation.samples import read_verdicts
+from lark.evaluation.verdicts import read_answers
 from lark.experiment.console import describe_choice
 from lark.pool.pool import read_pool
 from lark.selection.rule import Rule
@@ -176,18 +176,24 @@ class TrainedStudent:
 class Evaluation:
     """A student's answers to the problems of evaluation sets, checked."""
 
-    folder: Path
-    """Holds every sample, the problems as they were asked, and metrics.json."""
+    figures: dict[str, Any]
+    """What they came to (`lark.evaluation.evaluate.Evaluator.evaluate`)."""
+    samples: Path
+    """The folder of all samples."""
 
-    @cached_property
+    @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """avg@k, pass@k, maj@k, ... by evaluation set."""
-        return read_json(self.folder / "metrics.json")["sets"]
+        return self.figures["metrics"]
 
     def average_by_problem(self, name: str) -> dict[str, float]:
         """Return each problem's share of correct samples in the set of that name."""
-        verdicts = read_verdicts(self.folder / f"samples-{name}.jsonl")
-        return {problem: float(np.mean(values)) for problem, values in verdicts.items()}
+        return self.figures["per_problem"][name]
+
+    def read_answers(self, name: str) -> list[dict[str, Any]]:
+        """Read every sample of the set of that name with its verdict: problem_id, text, answer, gold, correct, ..."""
+        kept = self.figures["answers"][name]
+        return read_answers(self.samples / kept["samples"], kept["verdicts"])
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return the metrics, a row an evaluation set."""

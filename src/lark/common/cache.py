@@ -23,7 +23,8 @@ from lark.common.errors import LarkError
 from lark.common.log import announce
 
 MANIFESTS = {
-    **dict.fromkeys(("manifest.json", "trained.json", "metrics.json"), "identity"),
+    **dict.fromkeys(("manifest.json", "trained.json"), "identity"),
+    "metrics.json": "answers",
     "selection.json": "inputs",
     "summary.json": "status",
 }

@@ -96,9 +96,10 @@ class Evaluator:
     seed: int
     folder: Path
     """The folder of all samples, logs/samples."""
-    plan: Plan
     make_trainer: Callable[[], Trainer]
     """Makes the Trainer that launches the job's ranks, where no pass and no training has done so."""
+    plan: Plan | None = None
+    """How ranks learn what rank 0 found; None: there is one rank."""
 
     def __post_init__(self) -> None:
         for name, rows in self.problems.items():
@@ -154,7 +155,8 @@ class Evaluator:
                 for folder in sorted(place for place, asked in places.items() if not asked.is_drawn):
                     held.enter_context(hold_lock(folder))
             missing = [folder.name for folder, asked in places.items() if not asked.is_drawn]
-            missing = self.plan.decide(f"samples of {label}", missing)
+            if self.plan is not None:
+                missing = self.plan.decide(f"samples of {label}", missing)
             if not missing:
                 return
             trainer = self._start_ranks()
