@@ -8,12 +8,12 @@ from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from lark.answers.checker import Checker
-from lark.common.cache import check_writable, hold_lock, read_json, write_json
+from lark.common.cache import check_writable, hold_lock, read_json
 from lark.common.errors import LarkError
 from lark.common.log import announce, open_log
 from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.config import build
-from lark.evaluation.evaluate import Evaluator, identify_weights, link_samples
+from lark.evaluation.evaluate import Evaluator, identify_weights
 from lark.evaluation.evaluation_table import print_metrics
 from lark.evaluation.samples import describe_set
 from lark.experiment.console import quiet_libraries
@@ -83,8 +83,7 @@ def _run(config: DictConfig, folder: Path, *, logs: Path, cache: Path, group: st
         figures = evaluator.evaluate(backend, student.name)
         if not is_main():
             return float("nan")
-        write_json(folder / "metrics.json", figures)
-        link_samples(folder, evaluator.folder, figures["answers"])
+        evaluator.write_figures(folder, figures)
     where = {"group": group, "folder": logs}
     with open_run(tracker, title=f"evaluation-{student.name}", job_type="evaluation", config=plain, **where) as run:
         run.log_metrics(list_evaluation_metrics(figures["metrics"], figures["intervals"]))
