@@ -16,6 +16,7 @@ from lark.student.token_statistics import (
     Head,
     TokenStatistics,
     compute_token_statistics,
+    compute_weighted_surprisal,
     find_compile_failure,
     sum_by_step,
     sum_by_trajectory,
@@ -264,14 +265,13 @@ def test_bfloat16_weights_have_the_gradients_of_a_plain_product(monkeypatch):
     hidden_ND, target_N, head = random_case()
     hidden_ND, weight_VD = hidden_ND.bfloat16().requires_grad_(), head.weight_VD.bfloat16().requires_grad_()
     bias_V = torch.randn(len(weight_VD))
-
-    def gradients(logits_NV):
-        loss = F.cross_entropy(logits_NV, target_N, reduction="sum")
-        return torch.autograd.grad(loss, (hidden_ND, weight_VD))
-
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = gradients(Head(weight_VD=weight_VD, bias_V=bias_V).compute_logits(hidden_ND))
-    for a, b in zip(ours, gradients(F.linear(hidden_ND.float(), weight_VD.float(), bias_V)), strict=True):
+        ones_1N = torch.ones(1, len(target_N))
+        loss = compute_weighted_surprisal(hidden_ND, target_N, ones_1N, Head(weight_VD=weight_VD, bias_V=bias_V))
+        ours = torch.autograd.grad(loss, (hidden_ND, weight_VD))
+    logits_NV = F.linear(hidden_ND.float(), weight_VD.float(), bias_V)
+    theirs = torch.autograd.grad(F.cross_entropy(logits_NV, target_N, reduction="sum"), (hidden_ND, weight_VD))
+    for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.bfloat16
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 

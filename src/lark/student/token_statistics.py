@@ -8,8 +8,8 @@ and Brier = (1 - p_y)^2 + sum over v != y of p_v^2, so that confident tokens (p_
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 RANK_CLIPS = (50, 100, 500)
 CHUNK_BYTES = 32 * 2**20  # float32 logits alive at a time; a smaller product would read the head's weights too often
@@ -36,10 +36,12 @@ class Head:
     scale: float = 1.0
 
     def compute_logits(self, hidden_ND: Tensor) -> Tensor:
-        """Compute float32 logits [N, V]; weights of half precision are multiplied as such, but no logit is rounded."""
+        """Compute float32 logits [N, V]; weights of half precision are multiplied as such, but no logit is rounded.
+        (Such weights have no gradient here: see `compute_weighted_surprisal`.)
+        """
         hidden_ND = hidden_ND.to(self.weight_VD.dtype)
         if self.weight_VD.dtype in (torch.bfloat16, torch.float16):
-            logits_NV = _Float32Product.apply(hidden_ND, self.weight_VD)
+            logits_NV = _multiply_in_float32(hidden_ND, self.weight_VD)
             logits_NV = logits_NV if self.bias_V is None else logits_NV + self.bias_V.float()
         else:
             logits_NV = F.linear(hidden_ND, self.weight_VD, self.bias_V).float()  # bfloat16 under autocast
@@ -60,29 +62,18 @@ class Head:
         return max(1, min(CHUNK_BYTES // row_bytes, max(in_cache, self.weight_VD.shape[1])))
 
 
-class _Float32Product(torch.autograd.Function):
-    """hidden_ND @ weight_VD.T of two half-precision matrices, accumulated and returned in float32 [N, V].
+def _multiply_in_float32(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """Compute hidden_ND @ weight_VD.T of two half-precision matrices, accumulated and returned in float32 [N, V].
 
     A plain product would round the logits to the weights' dtype: in bfloat16 to 3 digits, by which choices change.
     """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_ND, weight_VD)
-        if hidden_ND.device.type == "cuda":
-            return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
-        # Elsewhere no kernel returns float32: cast the weights, a few rows at a time so that no copy is whole.
-        rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[1]))
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            hidden_ND = hidden_ND.float()
-            return torch.cat([F.linear(hidden_ND, block_vD.float()) for block_vD in weight_VD.split(rows)], 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden_ND, weight_VD = ctx.saved_tensors
-        gradient_NV = gradients[0].to(weight_VD.dtype)
-        needs_hidden, needs_weight = ctx.needs_input_grad
-        return gradient_NV @ weight_VD if needs_hidden else None, gradient_NV.T @ hidden_ND if needs_weight else None
+    if hidden_ND.device.type in ("cuda", "meta"):
+        return torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
+    # Elsewhere no kernel returns float32: cast the weights, a few rows at a time so that no copy is whole.
+    rows = max(1, CHUNK_BYTES // (4 * weight_VD.shape[1]))
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        hidden_ND = hidden_ND.float()
+        return torch.cat([F.linear(hidden_ND, block_vD.float()) for block_vD in weight_VD.split(rows)], 1)
 
 
 @dataclass(frozen=True)
@@ -112,14 +103,17 @@ def compute_token_statistics(
     pieces = [
         compute(logits_NV, piece_N)
         for i in range(0, max(len(target_N), 1), chunk)
-        for logits_NV, piece_N in _split(head.compute_logits(hidden_ND[i : i + chunk]), target_N[i : i + chunk])
+        for logits_NV, piece_N in zip(
+            *_split(head.compute_logits(hidden_ND[i : i + chunk]), target_N[i : i + chunk]), strict=True
+        )
     ]
     return TokenStatistics(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
 
-def _split(logits_NV: Tensor, target_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, PIECE_BYTES // (4 * logits_NV.shape[1])) if logits_NV.device.type == "cpu" else len(target_N)
-    return zip(logits_NV.split(rows), target_N.split(rows), strict=True)
+def _split(logits_NV: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Split tensors of N tokens into pieces whose logits a CPU holds in its cache; on a GPU there is one piece."""
+    rows = max(1, PIECE_BYTES // (4 * logits_NV.shape[1])) if logits_NV.device.type == "cpu" else len(logits_NV)
+    return [x.split(max(rows, 1)) for x in (logits_NV, *others)]
 
 
 def _compute_in_place(logits_NV: Tensor, target_N: Tensor, top_k: int | None) -> tuple[Tensor, ...]:
@@ -198,22 +192,86 @@ def _brier_top_k(logits_NV: Tensor, rank_N: Tensor, top_k: int) -> Tensor:
 
 
 def compute_weighted_surprisal(hidden_ND: Tensor, target_N: Tensor, coefficient_CN: Tensor, head: Head) -> Tensor:
-    """Compute sum_N coefficient_CN * -ln p(target_N), [C] in float32 (nats), in chunks whose logits are recomputed in
-    the backward pass: memory is one chunk's logits, whatever N and the vocabulary.
+    """Compute sum_N coefficient_CN * -ln p(target_N), [C] in float32 (nats), in chunks: memory is one chunk's logits,
+    whatever N and the vocabulary. With gradients there is one set of coefficients.
+    """
+    if torch.is_grad_enabled():
+        (coefficient_N,) = coefficient_CN
+        return _WeightedSurprisal.apply(hidden_ND, head.weight_VD, head.bias_V, target_N, coefficient_N, head)
+    size = head.choose_chunk()
+    surprisal_N = torch.cat(
+        [
+            F.cross_entropy(head.compute_logits(hidden_ND[i : i + size]), target_N[i : i + size], reduction="none")
+            for i in range(0, max(len(target_N), 1), size)
+        ]
+    )
+    # not a matrix product: under autocast that would round coefficients and surprisals to bfloat16
+    return (coefficient_CN * surprisal_N).sum(-1)
+
+
+class _WeightedSurprisal(torch.autograd.Function):
+    """The sum of coefficient_N * surprisal_N, [1]. As the coefficients are known, its gradient is taken in the forward
+    pass, where the logits are: three products with the head's weights, and none of the logits is computed twice.
     """
 
-    def chunk(hidden: Tensor, target: Tensor, coefficient: Tensor) -> Tensor:
-        # not a matrix product: under autocast that would round coefficients and surprisals to bfloat16
-        return (coefficient * F.cross_entropy(head.compute_logits(hidden), target, reduction="none")).sum(-1)
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        coefficient_N: Tensor,
+        head: Head,
+    ) -> Tensor:
+        kind = hidden_ND.device.type
+        is_cast = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if is_cast else weight_VD.dtype
+        cast_VD, size = weight_VD.to(dtype), head.choose_chunk()
+        # Half-precision weights are multiplied as such, but on a CPU only where they are stored so.
+        head = replace(head, weight_VD=cast_VD) if kind == "cuda" else head
+        gradients = [
+            torch.zeros_like(x) if x is not None and needed else None
+            for x, needed in zip((hidden_ND, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
+        ]
+        total = torch.zeros(1, device=hidden_ND.device)
+        for i in range(0, len(target_N), size):
+            part = slice(i, i + size)
+            error_NV = head.compute_logits(hidden_ND[part])
+            for piece in zip(*_split(error_NV, target_N[part], coefficient_N[part]), strict=True):
+                total += _compute_error_in_place(*piece, head)
+            cast_NV = error_NV.to(dtype)
+            if gradients[0] is not None:
+                gradients[0][part] = cast_NV @ cast_VD
+            if gradients[1] is not None:
+                gradients[1] += cast_NV.T @ hidden_ND[part].to(dtype)
+            if gradients[2] is not None:
+                gradients[2] += error_NV.sum(0)
+        ctx.gradients = gradients
+        return total
 
-    size = head.choose_chunk()
-    total_C = coefficient_CN.new_zeros(coefficient_CN.shape[0])
-    for i in range(0, len(target_N), size):
-        part = (hidden_ND[i : i + size], target_N[i : i + size], coefficient_CN[:, i : i + size])
-        total_C = total_C + (
-            checkpoint(chunk, *part, use_reentrant=False) if torch.is_grad_enabled() else chunk(*part)  # type: ignore[operator]
-        )
-    return total_C
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: once
+        return (*(None if x is None else x.mul_(upstream[0]) for x in gradients), None, None, None)
+
+
+def _compute_error_in_place(logits_NV: Tensor, target_N: Tensor, coefficient_N: Tensor, head: Head) -> Tensor:
+    """Compute the sum of coefficient_N * surprisal_N; overwrite `logits_NV` with its gradient with respect to the
+    product of hidden states and weights: coefficient * (p - onehot) * the slope of softcap and scale.
+    """
+    slope_NV = None if head.softcap is None else 1 - (logits_NV / head.softcap).square()
+    target_N1 = target_N[:, None]
+    own_N, peak_N = logits_NV.gather(1, target_N1).squeeze(1), logits_NV.amax(1)
+    mass_N = logits_NV.sub_(peak_N[:, None]).exp_().sum(1)
+    loss = (coefficient_N * (mass_N.log() - (own_N - peak_N))).sum()
+    logits_NV.mul_((coefficient_N / mass_N)[:, None]).scatter_add_(1, target_N1, -coefficient_N[:, None])
+    if slope_NV is not None:
+        logits_NV.mul_(slope_NV)
+    if head.scale != 1.0:
+        logits_NV.mul_(head.scale)
+    return loss
 
 
 def sum_by_trajectory(
