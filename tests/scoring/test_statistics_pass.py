@@ -283,7 +283,7 @@ def test_identity_follows_what_changes_a_statistic(make_data, tmp_path):
         name(probe={"skip": 3}),
         name(probe={"step_splitter": "blank_lines"}),
         name(task={"held_out": 0.5}),
-        name(task={"max_length": 100}),
+        name(task={"max_length": 90}),
         name(task={"limit": 5}),
     ]
     assert len({base, *changed}) == len(changed) + 1

@@ -18,6 +18,7 @@ from lark.student.token_statistics import (
     compute_token_statistics,
     compute_weighted_surprisal,
     find_compile_failure,
+    name_sums,
     sum_by_step,
     sum_by_trajectory,
 )
@@ -294,7 +295,7 @@ def measured() -> tuple[TokenStatistics, torch.Tensor, torch.Tensor]:
 
 def test_sums_of_trajectories(measured):
     tokens, row_N, position_N = measured
-    sums = sum_by_trajectory(tokens, row_N, position_N, torch.tensor([2, 0, -1]), rows=3)
+    sums = name_sums(sum_by_trajectory(tokens, row_N, position_N, torch.tensor([2, 0, -1])).numpy())
     expected = {
         "num_tokens": [3, 0, 4],
         "sum_surprisal": [7.0, 0.0, 11.75],
@@ -314,14 +315,14 @@ def test_sums_of_trajectories(measured):
     assert sums.keys() == expected.keys()
     assert {f"sum_rank_{clip}" for clip in RANK_CLIPS} <= sums.keys()
     for name, values in expected.items():
-        np.testing.assert_allclose(sums[name].numpy(), values, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(sums[name], values, rtol=1e-6, err_msg=name)
         counted = "rank" in name or name in ("num_tokens", "top1", "has_end")
-        assert sums[name].dtype == (torch.int64 if counted else torch.float64)
+        assert sums[name].dtype == (np.int64 if counted else np.float64)
 
 
 def test_an_end_token_need_not_be_the_last(measured):
     tokens, row_N, position_N = measured
-    sums = sum_by_trajectory(tokens, row_N, position_N, torch.tensor([1, 0, 2]), rows=3)
+    sums = name_sums(sum_by_trajectory(tokens, row_N, position_N, torch.tensor([1, 0, 2])).numpy())
     assert sums["end_rank"].tolist() == [60, 0, 120]
     assert sums["end_surprisal"].tolist() == [2.0, 0.0, 8.0]
 
@@ -338,7 +339,7 @@ def test_long_trajectories_are_summed_in_float64():
         log_sum_p2_N=values_N,
     )
     zero_N = torch.zeros(many, dtype=torch.int64)
-    sums = sum_by_trajectory(tokens, zero_N, torch.arange(many), torch.tensor([many - 1]), rows=1)
+    sums = name_sums(sum_by_trajectory(tokens, zero_N, torch.arange(many), torch.tensor([many - 1])).numpy())
     np.testing.assert_allclose(sums["sum_surprisal"].item(), math.fsum(values_N.tolist()), rtol=1e-12)
 
 

@@ -19,6 +19,7 @@ from lark.student.chat import TokenizedTrajectory
 from lark.student.context_length import find_rope_border
 from lark.student.student import get_head
 from lark.student.token_statistics import compute_token_statistics, sum_by_step
+from lark.student.transfer import copy_to_host
 
 
 class LocalWindowsModule(PassModule):
@@ -126,12 +127,13 @@ class MeanHiddenModule(PassModule):
     @torch.inference_mode()
     def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
         micro = self.collate(rows)
-        counts = torch.bincount(micro.row_N, minlength=len(micro.rows)).tolist()
-        by_row = self.compute_hidden(micro)[micro.observed_N].float().split(counts)
-        lengths = self.inputs.pool.length[list(micro.rows)].tolist()
+        observed_ND = self.compute_hidden(micro)[micro.observed_N].float()
+        spans = self.inputs.pool.span_tokens[list(micro.rows)].tolist()
+        mean_RD = torch.stack([hidden_TD.mean(0) for hidden_TD in observed_ND.split(spans)])
+        lengths = [len(row.input_ids) for row in micro.encoded]
         return [
-            {"row": row, "vector": hidden_TD.mean(0).cpu().numpy(), "forward_tokens": length}
-            for row, hidden_TD, length in zip(micro.rows, by_row, lengths, strict=True)
+            {"row": row, "vector": vector_D, "forward_tokens": length}
+            for row, vector_D, length in zip(micro.rows, copy_to_host(mean_RD)()[0], lengths, strict=True)
         ]
 
 
@@ -149,16 +151,17 @@ def compute_surprisals(module: PassModule, sequences: Sequence[TokenizedTrajecto
         others = np.flatnonzero(~long)
         batches = list(np.flatnonzero(long)[:, None])
         batches += [others[piece] for piece in plan_consecutive(lengths[others], budget=module.batch_tokens)]
+    copies = []
     for piece in batches:
         of_piece, numbers = [sequences[i] for i in piece], piece.tolist()
         packed = module.unpacked_reason is None
         micro = pack_rows(of_piece, numbers, share=share) if packed else lay_out_row(*of_piece, *numbers)
         micro = micro.to(head.weight_VD.device)
-        surprisal_N = compute_token_statistics(
-            module.compute_hidden(micro)[micro.predict_N], micro.target_N, head
-        ).surprisal_N
-        counts = np.bincount(micro.row_N.cpu().numpy(), minlength=len(piece))
-        pieces = np.split(surprisal_N.cpu().numpy().astype(np.float64), np.cumsum(counts)[:-1])
-        for i, surprisal_T in zip(piece.tolist(), pieces, strict=True):
+        tokens = compute_token_statistics(module.compute_hidden(micro)[micro.predict_N], micro.target_N, head)
+        copies.append((micro, copy_to_host(tokens.surprisal_N)))
+    for micro, read in copies:
+        counts = [len(row.input_ids) - max(row.prompt_tokens, 1) for row in micro.encoded]
+        pieces = np.split(read()[0].astype(np.float64), np.cumsum(counts)[:-1])
+        for i, surprisal_T in zip(micro.rows, pieces, strict=True):
             surprisals[i] = surprisal_T
     return surprisals

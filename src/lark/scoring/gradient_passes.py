@@ -174,7 +174,7 @@ class HeadGradientsModule(PassModule):
         gram_KK = compute_head_gram(
             hidden_ND,
             torch.cat([m.target_N for m in batch]),
-            [count for m in batch for count in torch.bincount(m.row_N, minlength=len(m.rows)).tolist()],
+            [int(self.inputs.pool.span_tokens[row]) for m in batch for row in m.rows],
             get_head(self.student_model),
             sketch=self.wanted.sketch,
             seed=self.wanted.projection_seed,

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,8 +38,8 @@ from lark.student.student import Student, compute_hidden_states, get_head
 from lark.student.token_statistics import VERSION, find_compile_failure
 from lark.student.tokenized_pool import TokenizedPool
 
-COMPILE_FROM = {"cpu": 3e10, "cuda": 1e12}
-"""Logits from which on compiling the statistics (15 s) pays: measured on a CPU (0.7 ns a logit), estimated for CUDA."""
+COMPILE_FROM = {"cpu": 3e10, "cuda": 0}
+"""Logits from which on compiling the statistics pays: 15 s, measured on a CPU (0.7 ns a logit); on CUDA, always."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,8 @@ class PassModule(LightningModule):
         self.student_model: Any = None
         self.parallelism = Parallelism()
         self.buffer: list[dict[str, Any]] = []
+        self.waiting: tuple[Iterable[dict[str, Any]], int, float] | None = None
+        """The last unit: its columns to come, the tokens computed, and the seconds spent so far."""
         self.computed_tokens = 0  # of the unit at work
         self.tokens_reduced = False  # whether memory ran out at `batch_tokens`
 
@@ -136,9 +138,9 @@ class PassModule(LightningModule):
     def resolve_dtype(cls, student: Student, device: torch.device) -> torch.dtype:
         return student.resolve_dtype(device)
 
-    def measure(self, rows: np.ndarray) -> list[dict[str, Any]]:
+    def measure(self, rows: np.ndarray) -> Iterable[dict[str, Any]]:
         """Compute the columns of a unit, one dict a row with its number under "row"; arrays become lists in the
-        file.
+        file. What waits for the device may wait until the rows are asked for, one unit later.
         """
         raise NotImplementedError
 
@@ -255,17 +257,28 @@ class PassModule(LightningModule):
         # The student's own dtype decides, and is what the cache is keyed by; the Trainer's precision is for training.
         with torch.autocast(self.device.type, enabled=False):
             measured = self._measure_within_memory(rows)
-        seconds = (time.monotonic() - start) / len(measured)
-        each, rest = divmod(self.computed_tokens, len(measured))
-        self.computed_tokens = 0
+        spent = time.monotonic() - start
+        self._collect_last()  # while the device is at work on this unit
+        self.waiting, self.computed_tokens = (measured, self.computed_tokens, spent), 0
+        return len(rows)  # Lightning warns of a step that returns nothing
+
+    def _collect_last(self) -> None:
+        """Put the last unit's columns into the buffer, and the buffer into a file once it is full."""
+        if self.waiting is None:
+            return
+        (columns, computed_tokens, spent), self.waiting = self.waiting, None
+        start = time.monotonic()
+        measured = list(columns)
+        seconds = (spent + time.monotonic() - start) / len(measured)
+        each, rest = divmod(computed_tokens, len(measured))
         for i, row in enumerate(measured):
             computed = each + (rest if i == 0 else 0) or row.get("forward_tokens", 0)
             self.buffer.append({"backward_tokens": 0, "computed_tokens": computed, "seconds": seconds} | row)
         if len(self.buffer) >= self.inputs.settings.shard_rows:
             self._write_buffer()
-        return len(measured)  # Lightning warns of a step that returns nothing
 
     def on_predict_end(self) -> None:
+        self._collect_last()
         self._write_buffer()
 
     def teardown(self, stage: str) -> None:
@@ -277,7 +290,7 @@ class PassModule(LightningModule):
             write_rows(self.folder, self.buffer, rank=self.global_rank)
             self.buffer = []
 
-    def _measure_within_memory(self, rows: np.ndarray) -> list[dict[str, Any]]:
+    def _measure_within_memory(self, rows: np.ndarray) -> Iterable[dict[str, Any]]:
         """Measure a unit; where memory runs out, again with half as many tokens at a time, as all units from then
         on.
         """

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from lark.student.transfer import copy_to_device
+
 TREE_ATTENTION = "prefix_tree"  # its name among transformers' implementations
 TRIAL_ATTENTION = "prefix_tree_trial"
 LEAST_SAVING = 0.05  # of the tokens, for which gathering the keys pays
@@ -47,12 +49,7 @@ class PrefixTree:
 
     def to(self, device: torch.device) -> "PrefixTree":
         """Copy to `device`."""
-        return replace(self, **{k: move(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)})
-
-
-def move(x: Tensor, device: torch.device) -> Tensor:
-    """Copy to `device`; to a GPU by way of pinned memory, so that nobody waits."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+        return replace(self, **{k: copy_to_device(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 def build_prefix_tree(
@@ -131,7 +128,7 @@ def _attend_tree(
         key, value = _gather(key, tree.node_K), _gather(value, tree.node_K)
     if tree is not None and dropout == 0.0 and _has_kernel(query, value):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
+        rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         borders = (tree.cu_q, tree.cu_k, tree.longest_q, tree.longest_k)
         return varlen_attn(*rows, *borders, scale=scaling, window_size=window, enable_gqa=True)[None], None  # type: ignore[union-attr]
     if query.device.type == "cuda" and query.shape[1] > key.shape[1]:  # no kernel for groups of heads in float32
@@ -147,8 +144,7 @@ def _attend_tree(
 
 def _gather(x: Tensor, node_K: Tensor) -> Tensor:
     """Gather the nodes of all paths: [1, G, X, E] -> [1, G, K, E]."""
-    x_XD = x[0].transpose(0, 1).flatten(1)  # one piece of memory a node
-    return x_XD.index_select(0, node_K).view(len(node_K), x.shape[1], -1).transpose(0, 1)[None]
+    return x.squeeze(0).transpose(0, 1).index_select(0, node_K).transpose(0, 1)[None]  # a node is one piece of memory
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:

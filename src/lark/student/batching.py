@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lark.common.errors import LarkError
 from lark.common.groups import Groups
-from lark.student.attention import PrefixTree, build_prefix_tree, move
+from lark.student.attention import PrefixTree, build_prefix_tree
 from lark.student.chat import TokenizedTrajectory
+from lark.student.transfer import copy_to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class MicroBatch:
 
     `tree` says which tokens belong to which trajectory; None: there is one trajectory, for any student's attention.
     `predict_N` indexes the hidden states [X] that predict `target_N`, `observed_N` those that have seen it; `row_N` and
-    `position_N` say which trajectory of the micro-batch, and which place in its span, that is.
+    `position_N` say which trajectory of the micro-batch, and which place in its span, that is; `end_of_turn_R` is the
+    place of each one's end-of-turn token (-1: cut off). `encoded` are the trajectories.
     """
 
     input_ids_1X: Tensor
@@ -32,6 +34,8 @@ class MicroBatch:
     observed_N: Tensor
     row_N: Tensor
     position_N: Tensor
+    end_of_turn_R: Tensor
+    encoded: tuple[TokenizedTrajectory, ...]
     rows: tuple[int, ...]
     tree: PrefixTree | None = None
 
@@ -42,7 +46,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copy to `device`."""
-        moved = {name: move(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        moved = {name: copy_to_device(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved, tree=None if self.tree is None else self.tree.to(device))
 
 
@@ -81,6 +85,8 @@ def _lay_out(
         observed_N=observed_N,
         row_N=torch.from_numpy(np.repeat(np.arange(len(encoded)), [len(span) for span in observed])),
         position_N=torch.from_numpy(np.concatenate(positions)),
+        end_of_turn_R=torch.tensor([row.end_of_turn for row in encoded]),
+        encoded=tuple(encoded),
         rows=tuple(rows),
         tree=tree,
     )

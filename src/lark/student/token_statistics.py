@@ -274,32 +274,29 @@ def _compute_error_in_place(logits_NV: Tensor, target_N: Tensor, coefficient_N: 
     return loss
 
 
-def sum_by_trajectory(
-    tokens: TokenStatistics, row_N: Tensor, position_N: Tensor, end_of_turn_R: Tensor, *, rows: int
-) -> dict[str, Tensor]:
-    """Sum over each trajectory's span, float64 [R] (counts int64).
+_COUNTS = ("num_tokens", "top1", "has_end", "sum_rank", *(f"sum_rank_{clip}" for clip in RANK_CLIPS), "end_rank")
+_SUMS = ("sum_surprisal", "sum_brier", "sum_entropy", "end_surprisal", "end_brier", "end_entropy")
+
+
+def sum_by_trajectory(tokens: TokenStatistics, row_N: Tensor, position_N: Tensor, end_of_turn_R: Tensor) -> Tensor:
+    """Sum over each trajectory's span, float64 [columns, R]; `name_sums` tells what the columns are.
 
     `row_N` says which trajectory a token belongs to, `position_N` its place in the span, `end_of_turn_R` the span
     index of each row's end-of-turn token (-1: cut off; its values are then 0 and `has_end` is 0).
-    The sums are taken on the CPU, where their order is fixed.
     """
-    row_N, position_N, end_of_turn_R = row_N.cpu(), position_N.cpu(), end_of_turn_R.cpu()
-    tokens = TokenStatistics(**{name: values_N.cpu() for name, values_N in vars(tokens).items()})
-
-    def total(x_N: Tensor) -> Tensor:
-        dtype = torch.int64 if x_N.dtype in (torch.bool, torch.int64) else torch.float64
-        return torch.zeros(rows, dtype=dtype).index_add_(0, row_N, x_N.to(dtype))
-
     is_end_N = position_N == end_of_turn_R[row_N]
-    columns = {name: vars(tokens)[f"{name}_N"] for name in ("surprisal", "brier", "entropy", "rank")}
-    return {
-        "num_tokens": total(torch.ones_like(row_N)),
-        **{f"sum_{name}": total(x_N) for name, x_N in columns.items()},
-        "top1": total(tokens.rank_N == 1),
-        "has_end": total(is_end_N),
-        **{f"end_{name}": total(torch.where(is_end_N, x_N, 0)) for name, x_N in columns.items()},
-        **{f"sum_rank_{clip}": total(tokens.rank_N.clamp(max=clip)) for clip in RANK_CLIPS},
-    }
+    rank_N = tokens.rank_N
+    values = (tokens.surprisal_N, tokens.brier_N, tokens.entropy_N)
+    counted = (torch.ones_like(rank_N), rank_N == 1, is_end_N, rank_N, *(rank_N.clamp(max=clip) for clip in RANK_CLIPS))
+    columns = (*counted, rank_N * is_end_N, *values, *(torch.where(is_end_N, x_N, 0) for x_N in values))
+    value_CN = torch.stack([x_N.double() for x_N in columns])
+    return value_CN.new_zeros(len(columns), len(end_of_turn_R)).index_add_(1, row_N, value_CN)
+
+
+def name_sums(sum_CR: np.ndarray) -> dict[str, np.ndarray]:
+    """Name the columns of `sum_by_trajectory`; counts become int64 [R]."""
+    named = dict(zip((*_COUNTS, *_SUMS), sum_CR, strict=True))
+    return {name: values_R.astype(np.int64) if name in _COUNTS else values_R for name, values_R in named.items()}
 
 
 def sum_by_step(

@@ -29,7 +29,7 @@ from lark.selection.scores.statistics import (
     RankSurprisal,
 )
 from lark.selection.selection import select
-from lark.student.token_statistics import TokenStatistics, sum_by_step, sum_by_trajectory
+from lark.student.token_statistics import TokenStatistics, name_sums, sum_by_step, sum_by_trajectory
 
 
 def candidates(problem_id, candidate_id=None, **statistics) -> Candidates:
@@ -54,8 +54,8 @@ def from_tokens(problem_id, surprisal, rank, end_of_turn=None) -> Candidates:
         surprisal_N=surprisal_N, brier_N=surprisal_N, entropy_N=surprisal_N, rank_N=rank_N, log_sum_p2_N=surprisal_N
     )
     end_R = [len(values) - 1 for values in surprisal] if end_of_turn is None else end_of_turn
-    sums = sum_by_trajectory(tokens, row_N, position_N, torch.tensor(end_R), rows=len(surprisal))
-    return candidates(problem_id, **{name: values.numpy() for name, values in sums.items()})
+    sums = name_sums(sum_by_trajectory(tokens, row_N, position_N, torch.tensor(end_R)).numpy())
+    return candidates(problem_id, **sums)
 
 
 def ragged(arrays) -> np.ndarray:
