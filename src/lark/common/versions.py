@@ -14,7 +14,7 @@ FORMULAS = {
     "imported": 2,  # how pools of others become rows
     "benchmarks": 1,  # how benchmarks become evaluation sets
     "overlap": 1,  # which problems count as the same
-    "tokens": 1,  # rendering, spans and steps (lark.student.chat)
+    "tokens": 2,  # rendering, spans and steps (lark.student.chat)
     "verdicts": 2,  # whether an answer is right (lark.answers)
     "forward": 2,  # hidden states, and how rows share a forward pass
     "training": 3,  # batches, loss, optimizer, held-out loss

@@ -1,21 +1,23 @@
 """Conversations to tokens: chat templates with generation marks, the trained span, the steps inside it.
 
 The span of a row is its last assistant turn: the trajectory's content plus its end-of-turn token. Exactly these
-tokens are scored and trained. They are found by position in the rendered text, never by token id (some tokenizers
-use their end token as padding), and from one tokenisation of the whole text, since tokens may merge across the
-border between prompt and trajectory.
+tokens are scored and trained, and what the template marks after them, such as a newline. They are found by position
+in the rendered text, never by token id (some tokenizers use their end token as padding). The tokens before the span
+are those that the student is sampled after: where one would reach over the border, as a newline of the header and one
+of the trajectory may be one token, the text is cut there.
 
 What a row says is text: where a prompt or trajectory spells out a special token (`<|im_end|>`), it is tokenised as
 ordinary characters, so that no row can end its own span or forge a turn. Added tokens that are not special, such as
 Qwen3's `<think>`, stay tokens.
 """
 
+import datetime
 import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lark.common.errors import LarkError
+from lark.common.log import logger
 
 SPANS = ("content", "authors")
 STEPS = ("sentences", "blank_lines")
@@ -34,6 +37,8 @@ _STEP_END = {  # white space after a sentence or with a newline in it; with two 
 }
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}.*?\{%[-+]?\s*endgeneration\s*[-+]?%\}", re.DOTALL)
 _TURNS = [{"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)]
+_ADDED = re.compile(r"\s*(?:<think>\s*</think>\s*)?")  # by a template, before what a row says and within its mark
+_TODAY = re.compile(r"""\bstrftime_now\s*\(\s*(['"])(.*?)\1\s*\)""")
 _MASK = "\ue000"  # a private-use character: no tokenizer's special tokens hold it
 Offsets = list[tuple[int, int]]
 
@@ -155,15 +160,29 @@ class Chat:
         """
         texts, marks = self._render(conversations, return_assistant_tokens_mask=True)
         tokens = self._tokenise(texts, conversations)
-        return [
-            self._find_span(text, spans, conversation[-1]["content"], ids, offsets)
-            for text, spans, conversation, (ids, offsets) in zip(texts, marks, conversations, tokens, strict=True)
-        ]
+        prompts: dict[str, tuple[str, list[int]]] = {}  # candidates of a problem have theirs in common
+        rows = []
+        for text, spans, conversation, (ids, offsets) in zip(texts, marks, conversations, tokens, strict=True):
+            key = json.dumps(conversation[:-1])
+            if key not in prompts:
+                prompts[key] = self._tokenise_prompt(conversation[:-1])
+            prompt, prompt_ids = prompts[key]
+            begin, content_begin, end = _find_marks(text, spans, conversation[-1]["content"], prompt)
+            if not text.startswith(prompt):
+                _warn_of_prompt(self.template)
+            if begin == len(prompt) and ids[: len(prompt_ids)] != prompt_ids:
+                ids, offsets = self._tokenise_literally(text, conversation, border=begin)
+            span = begin, content_begin, content_begin + len(conversation[-1]["content"]), end
+            rows.append(self._find_span(text, span, ids, offsets))
+        return rows
 
     def encode_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Tokenise a prompt that asks the student for its turn."""
+        return self._tokenise_prompt(messages)[1]
+
+    def _tokenise_prompt(self, messages: Sequence[dict[str, str]]) -> tuple[str, list[int]]:
         texts, _ = self._render([messages], add_generation_prompt=True)
-        return self._tokenise(texts, [messages], add_generation_prompt=True)[0][0]
+        return texts[0], self._tokenise(texts, [messages], add_generation_prompt=True)[0][0]
 
     def _render(
         self, conversations: Sequence[Sequence[dict[str, str]]], **how: bool
@@ -199,9 +218,10 @@ class Chat:
         return tokens
 
     def _tokenise_literally(
-        self, text: str, conversation: Sequence[dict[str, str]], **how: bool
+        self, text: str, conversation: Sequence[dict[str, str]], border: int = 0, **how: bool
     ) -> tuple[list[int], Offsets]:
-        """Tokenise a row whose messages spell out special tokens, so that only the template's own are special.
+        """Tokenise a row so that only the template's special tokens are special, none that messages spell out, and that
+        no token reaches over `border`.
 
         The template's are those left when the messages' are masked by as many other characters. No token crosses a
         special one, so the text between them can be tokenised by itself.
@@ -222,10 +242,12 @@ class Chat:
                 f"a message that spells out a special token ({self._special.findall(text)[-1]!r}, in the row that "
                 f"ends {text[-60:]!r}) cannot be told from a real one with this template and tokenizer; take it out"
             )
-        return self._tokenise_between(text, fixed)
+        return self._tokenise_between(text, sorted([*fixed, (None, border, border)], key=lambda one: one[1:]))
 
-    def _tokenise_between(self, text: str, fixed: Sequence[tuple[int, int, int]]) -> tuple[list[int], Offsets]:
-        """Tokenise `text` between the `fixed` tokens (id, start, stop) as tokens none of which is special."""
+    def _tokenise_between(self, text: str, fixed: Sequence[tuple[int | None, int, int]]) -> tuple[list[int], Offsets]:
+        """Tokenise `text` between the `fixed` tokens (id, start, stop) as tokens none of which is special; None for an id
+        is only a border.
+        """
         ids: list[int] = []
         offsets: Offsets = []
         done = 0
@@ -242,35 +264,31 @@ class Chat:
         return ids, offsets
 
     def _find_span(
-        self, text: str, marks: list[tuple[int, int]], content: str, ids: list[int], offsets: Offsets
+        self, text: str, span: tuple[int, int, int, int], ids: list[int], offsets: Offsets
     ) -> TokenizedTrajectory:
-        """Find the trained span of a rendered row by the character positions that its template marks."""
-        if not marks or marks[-1][0] >= marks[-1][1]:
-            raise LarkError(
-                "the chat template marks nothing as generated by the assistant, so no token could be trained; set "
-                "model.template=chatml, llama3, or a file with {% generation %} ... {% endgeneration %} in it"
-            )
-        begin, end = marks[-1]
-        if not text.startswith(content, begin):
-            raise LarkError(
-                f"the chat template changes the trajectory (it prints {text[begin : begin + 40]!r} for "
-                f"{content[:40]!r}); set model.template=chatml, llama3, or a file that prints content as it is"
-            )
-        content_end = begin + len(content)
+        """Find the trained tokens of a row; `span`: where they begin, where the content begins and ends, the end."""
+        begin, content_begin, content_end, end = span
         first = next(i for i, (_, stop) in enumerate(offsets) if stop > begin)
         # Some tokenizers (Llama 3) trim white space off the offsets: only a token's stop says where it lies.
         inside = [i for i, (start, stop) in enumerate(offsets) if start < end and stop > content_end]
-        if len(inside) != 1 or offsets[inside[0]][0] < content_end:
+        rest = text[offsets[inside[0]][1] : end].strip() if inside else ""
+        if (
+            not inside
+            or offsets[inside[0]][0] < content_end
+            or (rest and not self._special.fullmatch(self._decode(ids[inside[0] : inside[0] + 1])))
+        ):
             raise LarkError(
                 f"the template ends a turn with {text[content_end:end]!r}, which is not one token of this tokenizer "
                 f"(but in {len(inside)}); set model.template to the family the tokenizer belongs to"
             )
-        last = inside[0] if self.span == "content" else min(inside[0] + 1, len(ids) - 1)
+        last = inside[-1] if self.span == "content" else max(inside[-1], min(inside[0] + 1, len(ids) - 1))
+        steps_first = next(i for i, (_, stop) in enumerate(offsets) if stop > content_begin)
+        steps = self._find_steps(text[content_begin:content_end], content_begin, offsets[steps_first : inside[0]])
         return TokenizedTrajectory(
             input_ids=ids[: last + 1],
             prompt_tokens=first,
             end_of_turn=inside[0] - first,
-            steps=self._find_steps(content, begin, offsets[first : inside[0]]),
+            steps=[0, *(steps_first - first + step for step in steps[1:])],
         )
 
     def _find_steps(self, content: str, begin: int, offsets: Offsets) -> list[int]:
@@ -300,8 +318,66 @@ class Chat:
         return str(self.tokenizer.decode(list(ids))).rstrip("\ufffd")  # a character may be cut in its midst
 
 
-def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Load the template called `name`: chatml, llama3, `own` (the tokenizer's) or a path to a Jinja file."""
+def _find_marks(text: str, marks: list[tuple[int, int]], content: str, prompt: str) -> tuple[int, int, int]:
+    """Find in a rendered row where the span begins, where the trajectory's content does, and where the span ends.
+
+    It begins at the template's mark, or, where the mark covers the end of the `prompt` to sample after, behind that.
+    Raises LarkError where nothing is marked, or the trajectory is not printed as it is.
+    """
+    if not marks or marks[-1][0] >= marks[-1][1]:
+        raise LarkError(
+            "the chat template marks nothing as generated by the assistant, so no token could be trained; set "
+            "model.template=chatml, llama3, or a file with {% generation %} ... {% endgeneration %} in it"
+        )
+    starts = [marks[-1][0]]
+    for earlier, stop in marks[-2::-1]:  # marks that touch may be one
+        if stop != starts[-1]:
+            break
+        starts.append(earlier)
+    end, behind = marks[-1][1], len(prompt) if text.startswith(prompt) else 0
+    content_begin = -1
+    for begin in (later for start in starts for later in (max(start, behind), start)):
+        added = _ADDED.match(text, begin)
+        assert added is not None, "it matches nothing too"
+        content_begin = text.find(content, begin, min(end, added.end() + len(content)))
+        if content_begin >= 0:
+            return min(max(begin, behind), content_begin), content_begin, end
+    begin = starts[0]
+    raise LarkError(
+        f"the chat template changes the trajectory (it prints {text[begin : begin + 40]!r} for "
+        f"{content[:40]!r}); set model.template=chatml, llama3, or a file that prints content as it is"
+    )
+
+
+@cache
+def _warn_of_prompt(_template: str) -> None:
+    logger.warning(
+        "the chat template begins the assistant's turn otherwise in rows than when it asks for an answer, so students "
+        "are sampled after another prompt than they are trained after; set model.template=chatml, llama3 or another file"
+    )
+
+
+def load_template(name: str, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> str:
+    """Load the template called `name`: chatml, llama3, `own` (the tokenizer's) or a path to a Jinja file.
+
+    date: ISO; stands in the template in place of today's. Raises LarkError where the template asks for one.
+    """
+    template = _read_template(name, tokenizer)
+    if date is not None:
+        try:
+            day = datetime.date.fromisoformat(date)
+        except ValueError as error:
+            raise LarkError(f"model.date={date!r} is not a date; write it as '2026-01-31'") from error
+        template = _TODAY.sub(lambda match: repr(day.strftime(match[2])), template)
+    if re.search(r"\bstrftime_now\s*\(", template):
+        raise LarkError(
+            f"model.template={name!r} prints the date of the day by strftime_now, so rows and prompts would change "
+            "from day to day; set model.date to one date, such as '2026-01-31', or take the call out of a file"
+        )
+    return template
+
+
+def _read_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if name == "own":
         if not isinstance(tokenizer.chat_template, str):
             raise LarkError("model.template=own, but the tokenizer brings no chat template; set chatml or llama3")

@@ -66,6 +66,8 @@ class Student:
     """A folder with a peft adapter (such as an arm's checkpoint), or several, which are merged into the weights in
     their order. What is trained starts from there.
     """
+    date: str | None = None
+    """What stands for today in templates that print the date (strftime_now), such as '2026-01-31'."""
     config: dict[str, Any] | None = None
     """Entries of the student's config.json that are changed, such as {max_position_embeddings: 32768}."""
 
@@ -183,7 +185,7 @@ class Student:
     def load_chat(self, *, span: str = "content", step_splitter: str = "sentences") -> Chat:
         """Load how rows become tokens: tokenizer, template, end token."""
         tokenizer = self.load_tokenizer()
-        template = load_template(self.template, tokenizer)
+        template = load_template(self.template, tokenizer, self.date)
         chat = Chat(tokenizer=tokenizer, template=template, span=span, step_splitter=step_splitter)
         return chat if self.end_token is None else chat.replace_end_token(self.end_token)
 
