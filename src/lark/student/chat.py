@@ -245,9 +245,7 @@ class Chat:
         return self._tokenise_between(text, sorted([*fixed, (None, border, border)], key=lambda one: one[1:]))
 
     def _tokenise_between(self, text: str, fixed: Sequence[tuple[int | None, int, int]]) -> tuple[list[int], Offsets]:
-        """Tokenise `text` between the `fixed` tokens (id, start, stop) as tokens none of which is special; None for an id
-        is only a border.
-        """
+        """Tokenise `text` between `fixed` tokens (id or None for a border, start, stop), with none special."""
         ids: list[int] = []
         offsets: Offsets = []
         done = 0
@@ -352,8 +350,8 @@ def _find_marks(text: str, marks: list[tuple[int, int]], content: str, prompt: s
 @cache
 def _warn_of_prompt(_template: str) -> None:
     logger.warning(
-        "the chat template begins the assistant's turn otherwise in rows than when it asks for an answer, so students "
-        "are sampled after another prompt than they are trained after; set model.template=chatml, llama3 or another file"
+        "the chat template begins the assistant's turn otherwise in rows than when it asks for an answer: students are "
+        "sampled after another prompt than they are trained after; set model.template=chatml, llama3 or another file"
     )
 
 
