@@ -91,7 +91,7 @@ def arms_and_figures(tmp_path, losses, accuracies):
         folder.mkdir()
         if loss is not None:
             points = [{"step": 0, "held_out/loss": 3.0}, {"step": 2, "held_out/loss": loss}]
-            (folder / "trained.json").write_text(json.dumps({"curve": points}))
+            (folder / "trained.json").write_text(json.dumps({"curve": points, "held_out": {"end": points[-1]}}))
         arms.append(Trained(folder=folder, selection=selection))
         problems = {} if accuracy is None else {"eval": {str(i): float(i < 10 * accuracy) for i in range(10)}}
         figures.append({"per_problem": problems})

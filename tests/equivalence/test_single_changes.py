@@ -111,6 +111,7 @@ TASK = {
     "pattern": ("is (.*)", CHECKS),
     "system": ("Be brief.", SAMPLES),
     "held_out": (0.5, {"scoring", "arm"}),
+    "held_out_rows": (3, NOTHING),  # points of the curve; the student is the same
     "limit": (7, SCORES),
     "max_length": (250, NOTHING),  # no row is longer
     "overlong": ("error", NOTHING),

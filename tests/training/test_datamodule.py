@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import rows_of_a_pool
 
+from lark.common.cache import read_json
 from lark.common.table_cache import read_columns, read_row_numbers
 from lark.pool.pool import mask_held_out
 from lark.scoring.pass_module import PassModule
@@ -19,6 +20,8 @@ from lark.selection.scores.coverage import Coverage
 from lark.selection.scores.gradients import GradNorm, LarkExact, LarkHead, LossDrop
 from lark.selection.scores.statistics import InstructionDifficulty, Length, LocalLikelihood, Random
 from lark.student.chat import load_template
+from lark.training.arms import make_arm, train
+from lark.training.batches import compute_held_out_coefficients
 from lark.training.sft_module import SFTModule
 
 POLICY = TopB(budget=2)
@@ -79,7 +82,7 @@ def test_held_out_problems_are_never_candidates(make_data):
     assert len(out) == 2
     assert not out & set(data.candidates["problem_id"])
     assert set(data.candidates["problem_id"]) | out == set(pool.problem_id)
-    assert set(pool.problem_id[data.held_out_coefficients()[0]]) == out
+    assert set(pool.problem_id[data.held_out_sample]) == out
 
 
 def test_the_baseline_takes_as_many_rows_of_each_problem(make_data):
@@ -115,11 +118,40 @@ def test_held_out_loss_by_brute_force(make_data, make_trainer, tmp_path):
 
 def test_held_out_coefficients_add_up(make_data):
     data = ready(make_data())
-    row, coefficient_CR = data.held_out_coefficients()
+    row = data.trajectories.find_held_out()
+    coefficient_CR = compute_held_out_coefficients(data.trajectories, row)
     tokens = data.trajectories.span_tokens[row]
     np.testing.assert_allclose((coefficient_CR * tokens).sum(1), 1)  # a constant surprisal comes out as itself
     wrong = data.trajectories.correct[row] != 1
     assert wrong.any() and not coefficient_CR[1][wrong].any()
+
+
+def test_the_curve_takes_a_sample_the_ends_take_all(make_data, make_trainer, tmp_path, monkeypatch):
+    """All held-out rows are read before training, once a student, and after it."""
+    read, validate = [], SFTModule.validation_step
+
+    def record(self, step, number):
+        read.append(step.rows)
+        validate(self, step, number)
+
+    monkeypatch.setattr(SFTModule, "validation_step", record)
+    losses = []
+    for seed, passes in ((0, ["all", "some", "some", "all"]), (1, ["some", "some", "all"])):
+        data = ready(make_data(task={"held_out_rows": 3}, recipe={"validations": 2}))
+        data.seed = seed
+        arm = make_arm("selector", "r", data, recipe=data.recipe, steps=4, arms=tmp_path / "arms")
+        train(arm, data, make_trainer=make_trainer)
+        assert [{3: "some", 8: "all"}[len(rows)] for rows in read] == passes
+        assert all(set(rows) == set(data.held_out_sample) for rows in read if len(rows) == 3)
+        facts = read_json(arm.folder / "trained.json")
+        assert [point["step"] for point in facts["curve"]] == [0, 2, 4]
+        assert (facts["held_out"]["start"]["step"], facts["held_out"]["end"]["step"]) == (0, 4)
+        assert facts["curve"][-1]["held_out/loss"] != facts["held_out"]["end"]["held_out/loss"]
+        losses.append((facts["curve"][0], facts["held_out"]["start"]))
+        read.clear()
+    assert losses[0] == losses[1]
+    of_all = ready(make_data(task={"held_out_rows": None}))
+    np.testing.assert_array_equal(of_all.held_out_sample, of_all.trajectories.find_held_out())
 
 
 def test_null_verdicts_are_filled_by_the_checker_and_counted(make_data, monkeypatch):
@@ -127,7 +159,7 @@ def test_null_verdicts_are_filled_by_the_checker_and_counted(make_data, monkeypa
     truth = np.array([row["truth"] for row in rows_of_a_pool()], float)
     np.testing.assert_array_equal(pool.correct, truth)
     assert 0 < truth[:4].sum() < 4, "the four that were null are not all alike"
-    assert pool.verdicts == {"filled": 4, "timed_out": 0}
+    assert pool.verdicts == {"filled": 4, "timed_out": 0, "no_gold": 0}
     monkeypatch.setattr("lark.student.tokenized_pool.Checker", lambda *_, **__: pytest.fail("checked again"))
     np.testing.assert_array_equal(ready(make_data()).trajectories.correct, truth)
 
@@ -136,7 +168,8 @@ def test_a_null_verdict_without_an_answer_stays_unknown(make_data):
     rows = [row | {"answer": None, "correct": None} for row in rows_of_a_pool()]
     data = ready(make_data(rows))
     assert np.isnan(data.trajectories.correct).all()
-    assert not data.held_out_coefficients()[1][1].any()
+    pool = data.trajectories
+    assert not compute_held_out_coefficients(pool, pool.find_held_out())[1].any()
     exported = list(data.trajectories.read_rows(np.array([3, 1])))
     assert [row["correct"] for row in exported] == [None, None]
     assert [row["candidate_id"] for row in exported] == ["3", "1"]
@@ -148,7 +181,7 @@ def test_overlong_rows_are_dropped_and_counted(make_data):
     overlong = pool.length > 70
     assert 0 < overlong.sum() < len(overlong)
     assert pool.dropped["overlong"] == overlong.sum() and pool.truncated == 0
-    assert not set(np.flatnonzero(overlong)) & {*pool.scored, *data.held_out_coefficients()[0]}
+    assert not set(np.flatnonzero(overlong)) & {*pool.scored, *data.trajectories.find_held_out()}
 
 
 def test_overlong_rows_are_cut_and_counted(make_data):

@@ -55,7 +55,7 @@ def test_the_card_says_what_the_files_say(make_student):
 
 
 def test_what_was_not_measured_is_not_there(make_student):
-    text = render_card(trained_json(make_student(), curve=[]), None)
+    text = render_card(trained_json(make_student(), curve=[], held_out={}), None)
     for section in ("Evaluation", "Held-out", "Again", "weight by teacher", "policy", "effective", "rule"):
         assert section not in text
     assert "on 44 trajectories, each" in text

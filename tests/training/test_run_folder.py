@@ -57,11 +57,3 @@ def test_what_is_linked_is_found_after_all_logs_have_moved(make_run, tmp_path):
         os.rename(tmp_path / name, tmp_path / "moved" / name)
     assert (tmp_path / "moved" / "longest" / "baseline" / "checkpoint" / "config.json").is_file()
     assert not folder.exists()
-
-
-def test_a_folder_of_the_users_own_is_left_alone(make_run, tmp_path):
-    (tmp_path / "longest" / "baseline").mkdir(parents=True)
-    (tmp_path / "longest" / "baseline" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is in the way"):
-        make_run("longest", Length(sign=1))
-    assert [path.name for path in (tmp_path / "longest" / "baseline").iterdir()] == ["notes.txt"]

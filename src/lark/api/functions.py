@@ -286,10 +286,8 @@ def compare(
             f"selector: {selector.rule.name}": first,
         }
         for name, one in students.items():
-            start = first.facts["curve"][:1]
-            loss = (
-                one.held_out_loss if isinstance(one, TrainedStudent) else start[0]["held_out/loss"] if start else np.nan
-            )
+            start = first.facts["held_out"].get("start", {})
+            loss = one.held_out_loss if isinstance(one, TrainedStudent) else start.get("held_out/loss", np.nan)
             held_out.setdefault(name, []).append(loss)
             if problems is not None:
                 made = evaluate(one, problems, seed=seed, device=device, cache=pool.cache, **evaluation or {})

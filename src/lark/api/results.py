@@ -168,8 +168,7 @@ class TrainedStudent:
     @property
     def held_out_loss(self) -> float:
         """The held-out loss after training, nats/token; NaN without held-out problems."""
-        curve = self.facts["curve"]
-        return curve[-1]["held_out/loss"] if curve else float("nan")
+        return self.facts["held_out"].get("end", {}).get("held_out/loss", float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -70,8 +70,8 @@ def summarise_bins(
     rows = []
     for number, (arm, figure) in enumerate(zip(arms, figures, strict=True)):
         assert arm.selection is not None
-        curve = read_json(arm.folder / "trained.json")["curve"] if is_complete(arm.folder, "trained.json") else []
-        loss = curve[-1].get("held_out/loss") if curve else None
+        trained = read_json(arm.folder / "trained.json") if is_complete(arm.folder, "trained.json") else {}
+        curve, loss = trained.get("curve", []), trained.get("held_out", {}).get("end", {}).get("held_out/loss")
         rows.append(
             {
                 "bin": number + 1,

@@ -138,7 +138,7 @@ class ArmRunner:
                 f"{wanted.epochs} epochs, {arm.steps} optimizer steps"
             )
             if to_do:
-                self._train(arm, "warm-up", [EpochSaver(arm)])
+                self._train(arm, "warm-up", [EpochSaver(arm)], validate=False)
         del data.selections[arm.name]
         data.set_active_arm("selector")
         return read_warm_up(arm, data)
@@ -194,7 +194,12 @@ class ArmRunner:
                 )
 
     def _train(
-        self, arm: Arm, label: str, callbacks: Sequence[Callback], experiment_logger: Logger | None = None
+        self,
+        arm: Arm,
+        label: str,
+        callbacks: Sequence[Callback],
+        experiment_logger: Logger | None = None,
+        validate: bool = True,
     ) -> None:
         is_resumed, start = arm.last.exists(), time.monotonic()
         train(
@@ -204,5 +209,6 @@ class ArmRunner:
             experiment_logger=experiment_logger,
             callbacks=[self.end_check, *callbacks],
             plan=self.plan,
+            validate=validate,
         )
         self.seconds["training"] += math.nan if is_resumed else time.monotonic() - start

@@ -143,7 +143,7 @@ def make_bill(
         arms=len(data.rules),
         steps=recipe.count_steps(min(budget * problems, len(rows))),
         batch_size=recipe.batch_size,
-        held_out_rows=len(data.held_out_coefficients()[0]) * (recipe.validations + 1),
+        held_out_rows=len(pool.find_held_out()) + len(data.held_out_sample) * recipe.validations,
         sampled=sampled,
         answer_tokens=settings.answer_tokens or min(float(pool.span_tokens[rows].mean()), max_answer),
     )

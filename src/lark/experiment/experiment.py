@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from lark.answers.checker import Checker
-from lark.common.cache import check_writable, is_complete, write_json
+from lark.common.cache import check_writable, is_complete, remove_path, write_json
 from lark.common.log import announce, open_log
 from lark.common.ranks import Plan, check_ranks, in_ranks, is_main
 from lark.comparison.printing import print_run
@@ -196,7 +196,7 @@ class Experiment:
             write_statistics(self.folder / "statistics.parquet", data.candidates, data.selections, data.rules)
             write_sample(self.folder, data, dict(settings(self.config)))
             for name, rule in data.rules.items():
-                write_selection(name, rule.name, data, self.folder / name)
+                write_selection(name, rule.name, data, remove_path(self.folder / name))
         console.announce_selections(data)
         self.diagnosis.diagnose_selections(self.plan.claim)
 

@@ -58,7 +58,9 @@ def summarise_run(
     }
     start = read_held_out_at_start(arms)
     for arm in arms:
-        curve = [start] if arm.selection is None else read_json(arm.folder / "trained.json")["curve"]
+        trained = read_json(arm.folder / "trained.json") if arm.selection is not None else None
+        curve = [start] if trained is None else trained["curve"]
+        at_end = start if trained is None else trained["held_out"].get("end", {})
         record = arm.selection.record if arm.selection is not None else {}
         summary["arms"][arm.name] = {
             "rule": arm.rule,
@@ -70,8 +72,8 @@ def summarise_run(
             "trajectories": record["counts"]["chosen"] if record else 0,
             "tokens": record.get("tokens", 0),
             "effective_sample_size": record.get("effective_sample_size", 0.0),
-            "held_out_loss": curve[-1].get("held_out/loss") if curve else None,
-            "held_out_loss_correct": curve[-1].get("held_out/loss_correct") if curve else None,
+            "held_out_loss": at_end.get("held_out/loss"),
+            "held_out_loss_correct": at_end.get("held_out/loss_correct"),
             "curve": curve,
             "selection": record,
             **figures[arm.name],

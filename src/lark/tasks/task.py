@@ -45,6 +45,10 @@ class Task:
     """System turn of evaluation prompts (the pool's rows bring their own)."""
     held_out: float = 0.1
     """Share of the pool's problems kept for held-out loss, 0 to 1."""
+    held_out_rows: int | None = 256
+    """Most held-out trajectories, chosen by hash, that the curve on the way is taken over; None: all. Before and after
+    training it is all.
+    """
     limit: int | None = None
     """At most this many problems of the pool."""
     eval_limit: int | None = None
@@ -70,6 +74,10 @@ class Task:
             check_name(name, "the name of a set in task.eval")
         if not 0 <= self.held_out < 1:
             raise LarkError(f"task.held_out={self.held_out} is not a share of problems; set it from 0 to below 1")
+        if self.held_out_rows is not None and self.held_out_rows < 1:
+            raise LarkError(
+                f"task.held_out_rows={self.held_out_rows} leaves no curve; set it to 1 or more, or null for all"
+            )
         for name in ("limit", "eval_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise LarkError(f"task.{name}={value} leaves no problem; set it to 1 or more, or null for all")

@@ -114,26 +114,34 @@ def train(
     experiment_logger: Any = None,
     callbacks: Sequence[Callback] = (),
     plan: Plan | None = None,
+    validate: bool = True,
 ) -> None:
     """Train the arm's student (all ranks), from where it was if it was interrupted.
 
     make_trainer: makes a Trainer with further settings. plan: how ranks learn what rank 0 found; None: there is one
-    rank.
+    rank. validate: whether held-out losses are computed, if anything is held out.
     """
     assert arm.selection is not None
     if is_main():
         arm.folder.mkdir(parents=True, exist_ok=True)
     found = find_checkpoint(arm.last)
-    last = str(found) if found else None
+    start_path = _locate_start(arm, data)
+    known = {
+        "last": str(found) if found else None,
+        "start": read_json(start_path) if validate and start_path.is_file() else None,
+    }
     if plan is not None:
-        last = plan.decide(f"training {arm.folder.name}", last)
+        known = plan.decide(f"training {arm.folder.name}", known)
+    last, start_points = known["last"], known["start"]
     if last:
         logger.info("%s goes on from %s", arm.name, last)
 
     data.set_active_arm(arm.name, arm.recipe)
     module = SFTModule(student=data.student, recipe=arm.recipe, steps=arm.steps, seed=data.seed, folder=arm.folder)
+    if start_points is not None:
+        module.held_out, module.curve = {"start": start_points["all"]}, [start_points["curve"]]
     validate_every = max(1, arm.steps // arm.recipe.validations)
-    has_held_out = len(data.held_out_coefficients()[0]) > 0
+    has_held_out = validate and len(data.held_out_sample) > 0
     saver = CheckpointSaver(
         arm.last, every=arm.recipe.checkpoint_every, validate_every=validate_every if has_held_out else None
     )
@@ -142,7 +150,8 @@ def train(
         callbacks=[*callbacks, saver],
         enable_checkpointing=False,  # Lightning's own
         logger=experiment_logger or False,
-        num_sanity_val_steps=-1,  # the whole held-out set: the curve's point before the first step
+        num_sanity_val_steps=-1 if start_points is None else 0,  # all held-out rows, before the first step
+        limit_val_batches=None if has_held_out else 0,
         val_check_interval=validate_every,
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
@@ -151,7 +160,7 @@ def train(
     start = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     assert trainer.global_step == arm.steps, f"{trainer.global_step} of {arm.steps} optimizer steps done"
-    if module.curve and module.curve[-1]["step"] != arm.steps:
+    if has_held_out and module.held_out.get("end", {}).get("step") != arm.steps:
         trainer.validate(module, datamodule=data, verbose=False)
 
     state = module.parallelism.collect_state(module.student_model)
@@ -163,17 +172,27 @@ def train(
         "trajectories": len(arm.selection.row),
         "tokens": int(data.trajectories.span_tokens[arm.selection.row].sum()),
         "curve": module.curve,
+        "held_out": module.held_out,
         "training": collect_training_facts(trainer, module),
     }
     if facts["training"]["steps"]:
         logger.info("%s: %s", arm.name, describe_training(facts["training"]))
     if is_main():
         save_student(module.student_model, data.trajectories.chat, arm.checkpoint, student=data.student, state=state)
+        if has_held_out and start_points is None:
+            write_json(start_path, {"all": module.held_out["start"], "curve": module.curve[0]})
         write_json(arm.folder / "trained.json", facts)
         shutil.rmtree(arm.folder / "training", ignore_errors=True)
     del trainer, module, state
     _release_student(data)
     barrier()
+
+
+def _locate_start(arm: Arm, data: TrajectoryDataModule) -> Path:
+    """Name the file of the untrained student's held-out losses, which all arms of a student and pool begin with."""
+    shared = ("student", "tokens", "held_out", "versions", "precision")
+    identity = {name: arm.identity[name] for name in shared} | {"curve": _hash_array(data.held_out_sample)}
+    return data.cache / "held_out" / f"{identity_hash(identity)}.json"
 
 
 def describe_student(student: Student) -> dict[str, Any]:
@@ -203,10 +222,10 @@ def _release_student(data: TrajectoryDataModule) -> None:
 
 
 def read_held_out_at_start(arms: Sequence[Arm]) -> dict[str, float]:
-    """Read the held-out loss of the student before training, with which any trained arm's curve begins."""
+    """Read the held-out loss of the student before training, which any trained arm knows."""
     for arm in arms:
-        if arm.selection is not None and arm.is_trained and (curve := read_json(arm.folder / "trained.json")["curve"]):
-            return curve[0]
+        if arm.selection is not None and arm.is_trained:
+            return read_json(arm.folder / "trained.json")["held_out"].get("start", {})
     return {}
 
 

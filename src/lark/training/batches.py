@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from lark.common.groups import unit_hash
 from lark.selection.selection import Selection
 from lark.student.batching import (
     compute_loss_coefficients,
@@ -120,15 +121,23 @@ def _make_step(
     )
 
 
-def compute_held_out_coefficients(pool: TokenizedPool) -> tuple[np.ndarray, np.ndarray]:
-    """Find the held-out rows [R] that fit, and compute coefficients [C, R] whose sums of coefficient * surprisal are
-    the held-out losses (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over
-    their correct candidates (zeros when none is known to be correct).
-    """
+def sample_held_out(pool: TokenizedPool, limit: int | None) -> np.ndarray:
+    """Find the held-out rows that fit, ascending; where more than `limit`, that many by the hash of their ids."""
     row = pool.find_held_out()
+    if limit is None or len(row) <= limit:
+        return row
+    draw_R = unit_hash(0, pool.problem_id[row], pool.candidate_id[row], salt="held-out curve")
+    return np.sort(row[np.argsort(draw_R, kind="stable")[:limit]])
+
+
+def compute_held_out_coefficients(pool: TokenizedPool, row: np.ndarray) -> np.ndarray:
+    """Compute coefficients [C, R] of held-out rows whose sums of coefficient * surprisal are held-out losses
+    (nats/token): [0] the mean over problems of the mean L of their candidates, [1] the same over their correct
+    candidates (zeros when none is known to be correct).
+    """
     sets = [np.ones(len(row), bool), pool.correct[row] == 1]
     means = [compute_problem_mean_coefficients(pool.problem_id[row], mask) for mask in sets]
-    return row, np.array(means) / pool.span_tokens[row]
+    return np.array(means) / pool.span_tokens[row]
 
 
 def iterate_held_out_steps(

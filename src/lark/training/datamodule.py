@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from lark.common.cache import identity_hash, is_complete, read_json
@@ -36,6 +37,7 @@ from lark.training.batches import (
     compute_held_out_coefficients,
     iterate_held_out_steps,
     make_training_step,
+    sample_held_out,
 )
 from lark.training.recipe import Recipe
 
@@ -338,15 +340,30 @@ class TrajectoryDataModule(LightningDataModule):
             self.trajectories, selection, recipe, seed=self.seed, number=number, rank=rank, world=world
         )
 
-    def held_out_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
-        return compute_held_out_coefficients(self.trajectories)
+    @property
+    def held_out_sample(self) -> np.ndarray:
+        """Rows of the pool that the held-out curve is taken over."""
+        return sample_held_out(self.trajectories, self.task.held_out_rows)
+
+    def _iterate_held_out_steps(self) -> Iterator[Step]:
+        """Yield the held-out rows: all of them before and after training, a sample on the way.
+
+        A step has four sets of coefficients: those of all rows, which are 0 on the way, and those of the sample.
+        """
+        trainer, pool, sample = self.trainer, self.trajectories, self.held_out_sample
+        assert trainer is not None
+        row, of_sample = pool.find_held_out(), compute_held_out_coefficients(pool, sample)
+        is_whole = trainer.sanity_checking or trainer.state.fn == TrainerFn.VALIDATING or len(sample) == len(row)
+        row = row if is_whole else sample
+        coefficients_CR = np.zeros((4, len(row)))
+        coefficients_CR[2:, np.isin(row, sample)] = of_sample
+        if is_whole:
+            coefficients_CR[:2] = compute_held_out_coefficients(pool, row)
+        yield from iterate_held_out_steps(
+            pool, row, coefficients_CR, rank=trainer.global_rank, world=trainer.world_size
+        )
 
     def val_dataloader(self) -> Any:
-        trainer = self.trainer
-        assert trainer is not None
-        row, coefficients_CR = self.held_out_coefficients()
-        if len(row) == 0:
+        if not len(self.held_out_sample):
             return []
-        where = {"rank": trainer.global_rank, "world": trainer.world_size}
-        steps = partial(iterate_held_out_steps, self.trajectories, row, coefficients_CR, **where)
-        return DataLoader(StepStream(steps), batch_size=None)
+        return DataLoader(StepStream(self._iterate_held_out_steps), batch_size=None)

@@ -74,7 +74,7 @@ def render_card(
         "selection": selection,
         "evaluation": evaluation,
         "student": student,
-        "curve": trained["curve"],
+        "held_out": trained["held_out"],
         "is_adapter": is_adapter,
         "is_merged": merged,
         "weights": weights,

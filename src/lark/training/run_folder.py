@@ -9,7 +9,7 @@ everything else                   links to the arm's files
 import os
 from pathlib import Path
 
-from lark.common.cache import remove_path, write_json
+from lark.common.cache import write_json
 from lark.selection.export import export_selection
 from lark.selection.rule import describe_part
 from lark.training.arms import Arm
@@ -19,12 +19,10 @@ from lark.training.model_card import write_card
 
 def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Path) -> None:
     """Write selection.jsonl of `data.selections[name]`, for this and other trainers, and selection.json, which says how
-    it came about, into a new folder.
-
-    Raises LarkError if there is a folder that we did not write.
+    it came about.
     """
     selection, chosen_by = data.selections[name], data.rules[name]
-    export_selection(selection, data.trajectories.read_rows, remove_path(folder) / "selection.jsonl", name=rule)
+    export_selection(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
     inputs = {
         "task": data.task.name,
         "pool": data.trajectories.fingerprint,

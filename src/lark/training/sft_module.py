@@ -57,6 +57,9 @@ class SFTModule(LightningModule):
         self.budget = recipe.micro_batch_tokens or 0
         """Tokens of a micro-batch."""
         self.curve: list[dict[str, float]] = []
+        """Held-out loss by optimizer step, over a sample of the held-out rows."""
+        self.held_out: dict[str, dict[str, float]] = {}
+        """That over all of them: the points `start` and `end`."""
         self.losses = Losses(spike=recipe.spike)
         self.totals = dict.fromkeys(("steps", "row_tokens", "computed_tokens", "trained_tokens", "halvings"), 0)
         """Of this module on this rank: steps, tokens of trajectories, of micro-batches, in the loss, ..."""
@@ -89,6 +92,8 @@ class SFTModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Find what a micro-batch may take, now that the student is on its device."""
+        if self.curve and self.curve[-1]["step"] == 0:  # as it was found for an earlier arm
+            self.log_held_out(self.curve[-1])
         if not self.budget:
             model, checkpointed = get_base_model(self.student_model), self.student.gradient_checkpointing
             own = estimate_training_tokens(model, self.device, checkpointed=checkpointed)
@@ -228,7 +233,7 @@ class SFTModule(LightningModule):
     # ---- the held-out loss
 
     def on_validation_epoch_start(self) -> None:
-        self._held_out_C = torch.zeros(2, dtype=_pick_precise_dtype(self.device), device=self.device)
+        self._held_out_C = torch.zeros(4, dtype=_pick_precise_dtype(self.device), device=self.device)
 
     def validation_step(self, batch: Step, batch_idx: int) -> None:
         for micro, coefficient_CR in self.micro_batches(batch):
@@ -236,27 +241,36 @@ class SFTModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Append a point to the held-out curve; the pass before the first step gives the point at step 0."""
+        found = self.trainer.strategy.reduce(self._held_out_C, reduce_op="sum").tolist()
+        whole, of_sample = self._make_point(*found[:2]), self._make_point(*found[2:])
+        if whole["held_out/loss"] > 0:  # not on the way
+            self.held_out["end" if self.global_step else "start"] = whole
         if any(point["step"] == self.global_step for point in self.curve):
             return
-        loss, loss_correct = self.trainer.strategy.reduce(self._held_out_C, reduce_op="sum").tolist()
-        values = {"held_out/loss": loss}
-        if loss_correct > 0:  # some held-out trajectory is known to be correct
-            values["held_out/loss_correct"] = loss_correct
+        self.curve.append(of_sample)
+        self.log_held_out(of_sample)
+
+    def _make_point(self, loss: float, loss_correct: float) -> dict[str, float]:
+        known = {"held_out/loss_correct": loss_correct} if loss_correct > 0 else {}  # some is known to be correct
+        return {"step": self.global_step, "held_out/loss": loss, **known}
+
+    def log_held_out(self, point: dict[str, float]) -> None:
         if self.logger is not None:  # not self.log: it is silent before the first step, and one step behind after it
-            self.logger.log_metrics(values, step=self.global_step)
-        self.curve.append({"step": self.global_step, **values})
+            self.logger.log_metrics({k: v for k, v in point.items() if k != "step"}, step=int(point["step"]))
         if self.trainer.is_global_zero:
             write_curve(self.curve, self.folder / "loss.csv")
 
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint |= {"curve": self.curve, "losses": self.losses.recent, "budget": self.budget}
+        checkpoint |= {"curve": self.curve, "held_out": self.held_out}
+        checkpoint |= {"losses": self.losses.recent, "budget": self.budget}
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.curve, self.losses.recent, self.budget = (checkpoint[name] for name in ("curve", "losses", "budget"))
+        self.curve, self.held_out = checkpoint["curve"], checkpoint["held_out"]
+        self.losses.recent, self.budget = checkpoint["losses"], checkpoint["budget"]
 
 
 def _weighted_surprisal(model: Any, micro: MicroBatch, coefficient_CR: Tensor) -> Tensor:
