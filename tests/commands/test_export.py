@@ -168,6 +168,15 @@ def test_a_head_that_was_trained_is_no_longer_tied_to_the_embeddings(make_studen
     assert_same(plain(tmp_path / "out"), trained)
 
 
+def test_a_row_that_head_and_embeddings_share_is_merged_into_both(make_student, tmp_path):
+    lora = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [0]}}
+    trained = write_arm(tmp_path / "arm", make_student(lora=lora))
+    export(tmp_path / "arm", tmp_path / "out", merge=True, dtype="float32")
+    assert_same(plain(tmp_path / "out"), trained)
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        make_student(lora=lora | {"trainable_token_indices": {"lm_head": [0]}}).load_trainable(torch.float32)
+
+
 def test_an_adapter_in_another_dtype(lora_arm, tmp_path):
     arm, _ = lora_arm
     export(arm, tmp_path / "out", dtype="bfloat16")

@@ -88,12 +88,12 @@ def test_the_grid_and_its_marks() -> None:
 def test_notes_say_what_is_left_out_and_which_samples_are_in_bad_form() -> None:
     runs = sweep(seeds=(0,))
     runs[1]["arms"]["baseline"]["per_problem"]["eval"]["7"] = None
-    runs[1]["arms"]["selector"]["metrics"]["eval"]["boxed"] = 0.1
+    runs[1]["arms"]["selector"]["metrics"]["eval"]["answered"] = 0.1
     for one in runs:
         one["arms"]["selector"] = runs[1]["arms"]["selector"]  # the same arm has the same figures
     text = " ".join(notes_of(runs))
     assert "eval, lark - rsr: left out, as not both have it: 1 problem" in text
-    assert "eval: for 1 of 4 students only 10% of the samples box their answer" in text
+    assert "eval: for 1 of 4 students only 10% of the samples have an answer" in text
     assert "different students" in " ".join(notes_of([*runs, *sweep(seeds=(0,), problems=30)]))
 
 

@@ -110,6 +110,7 @@ def test_metrics_by_hand():
         "pass@2": 0.5,
         "maj@2": 0.25,
         "boxed": 0.25,
+        "answered": 0.75,
         "stop": 0.75,
         "truncated": 0.25,
         "tokens": 12.5,

@@ -165,7 +165,7 @@ def test_no_training_passes_the_ceiling(make_student):
     "remedy",
     [
         {"end_token": "<|im_end|>"},
-        {"lora": LORA | {"trainable_token_indices": {"lm_head": [0]}}},
+        {"lora": LORA | {"trainable_token_indices": {"embed_tokens": [0]}}},
         {"lora": LORA | {"modules_to_save": ["lm_head"]}},
     ],
 )
@@ -205,7 +205,7 @@ def test_what_the_warning_says_to_set_can_be_typed(make_student):
             settings.append((config.model.end_token, dict(config.model.lora)))
     (end_token, _), (_, rows), (_, head) = settings
     assert end_token == "<|im_end|>"
-    assert rows["trainable_token_indices"] == {"lm_head": [0]}
+    assert rows["trainable_token_indices"] == {"embed_tokens": [0]}  # the head's too: they share their weights
     assert head["modules_to_save"] == ["lm_head"]
 
 

@@ -23,7 +23,7 @@ LEGEND = (
 )
 MIN_SHARES = {
     "stop": (0.5, "end by themselves (task.max_new_tokens, model.template, model.end_token)"),
-    "boxed": (0.2, "box their answer (task.system can ask for it, or task.pattern)"),
+    "answered": (0.2, "have an answer that is found (task.system can ask for a box; task.pattern finds others)"),
 }
 """Shares of samples: the least that is in order, and what they are shares of."""
 STOP_DROP = 0.1
@@ -224,7 +224,7 @@ def describe_gaps(difference: SetDifference) -> str:
 def describe_samples(metrics: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Say which students' low accuracy may be due to something else than wrong answers."""
     for figure, (least, what) in MIN_SHARES.items():
-        if low := [of_student[figure] for of_student in metrics if of_student[figure] < least]:
+        if low := [share for of_student in metrics if (share := of_student.get(figure, 1.0)) < least]:
             shares = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(low), max(low))))
             students = f"for {len(low)} of {len(metrics)} students " if len(metrics) > 1 else ""
             yield f"{students}only {shares} of the samples {what}"

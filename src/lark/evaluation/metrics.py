@@ -120,9 +120,9 @@ def compute_metrics(
     kinds: how each problem's answers are checked (`lark.answers.checker.KINDS`).
 
     Returns:
-        avg@<samples>, pass@<k> for each k, maj@<samples>, boxed, stop, truncated (shares from 0 to 1), tokens (mean of
-        a sample), timeouts and oversized (checks cut off, answers too long to be checked: both count as wrong),
-        problems, and samples (per problem).
+        avg@<samples>, pass@<k> for each k, maj@<samples>, boxed, answered, stop, truncated (shares from 0 to 1),
+        tokens (mean of a sample), timeouts and oversized (checks cut off, answers too long to be checked: both count
+        as wrong), problems, and samples (per problem).
 
     Raises:
         LarkError: a k larger than the number of samples.
@@ -138,6 +138,10 @@ def compute_metrics(
         **{f"pass@{k}": pass_at_k(correct_PN, k) for k in pass_at},
         f"maj@{num_samples}": majority_at_k(_cluster_answers(records, num_samples, kinds), correct_PN),
         **{name: average_at_k(column(name)) for name in ("boxed", "stop", "truncated")},
+        "answered": torch.tensor([r["answer"] is not None for r in records])
+        .view(num_problems, -1)
+        .double()
+        .mean(dim=1),
         "tokens": average_at_k(column("num_tokens")),
     }
     metrics: dict[str, float | int] = {name: float(x_P.sum() / num_problems) for name, x_P in per_problem.items()}

@@ -259,6 +259,7 @@ class Student:
         if self.lora is not None:
             from peft import get_peft_model
 
+            self._check_trained_rows(model)
             model = get_peft_model(model, self.lora_config())
             # The head's weight alone is what we multiply by.
             if hasattr(get_base_model(model).get_output_embeddings(), "lora_A"):
@@ -271,6 +272,18 @@ class Student:
             model.enable_input_require_grads()
         model.train()
         return model
+
+    def _check_trained_rows(self, model: Any) -> None:
+        """Check that of a head that shares the embeddings' weights no rows are trained apart: merging corrupts both."""
+        rows = (self.lora or {}).get("trainable_token_indices")
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        name = {part: name.split(".")[-1] for name, part in model.named_modules() if part in (head, embeddings)}
+        alone = isinstance(rows, dict) and name[head] in rows and name[embeddings] not in rows
+        if alone and head.weight is embeddings.weight:
+            raise LarkError(
+                f"model.lora.trainable_token_indices={rows} trains rows that the head of model={self.name} shares with "
+                f"the embeddings, and could not be merged; write {name[embeddings]} in place of {name[head]}"
+            )
 
     def load_trained(self, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
         """Load the student as `save_student` left it in `folder`."""

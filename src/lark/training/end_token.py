@@ -74,8 +74,8 @@ def inspect_end_token(model: Any, pool: TokenizedPool, row: np.ndarray) -> dict[
     """Find out what training can make of the student's end token; all ranks take part.
 
     Returns token, id and head_trained: whether training reaches the token's row of the head. Where it does not, also
-    ceiling, the largest probability that the token can get (see `max_probability`), and the head's name; eos,
-    eos_ceiling: the same of the tokenizer's own end token.
+    ceiling, the largest probability that the token can get (see `max_probability`); head and rows, the layers to name
+    to train the whole head or the token's row; eos, eos_ceiling: the same of the tokenizer's own end token.
     """
     chat = pool.chat
     token, eos = chat.end_id, chat.tokenizer.eos_token_id
@@ -85,8 +85,10 @@ def inspect_end_token(model: Any, pool: TokenizedPool, row: np.ndarray) -> dict[
         return found
     head, length = gather_head(get_head(model)), _measure_hidden_length(model, pool, row)
     base = get_base_model(model)
-    names = [name for name, part in base.named_modules() if part is base.get_output_embeddings()]
-    found |= {"ceiling": max_probability(head, token, length), "head": names[0].split(".")[-1]}
+    layer, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    names = {part: name.split(".")[-1] for name, part in base.named_modules()}
+    rows = embeddings if layer.weight is embeddings.weight else layer  # a shared row is trained as the embeddings'
+    found |= {"ceiling": max_probability(head, token, length), "head": names[layer], "rows": names[rows]}
     if isinstance(eos, int) and eos != token:
         found |= {"eos": chat.tokenizer.eos_token, "eos_ceiling": max_probability(head, eos, length)}
     return found
@@ -97,12 +99,12 @@ def describe_problem(found: dict[str, Any]) -> str | None:
     if found.get("ceiling", 1.0) >= ENOUGH:
         return None
     other = f"'model.end_token=\"{found['eos']}\"', or " if found.get("eos_ceiling", 0.0) >= ENOUGH else ""
-    head = found["head"]
     return (
         f"trained students will not stop: their end token {found['token']} can get a probability of "
         f"{found['ceiling']:.1%} at most, as model.lora leaves the head as it is, where the token is hardly told apart "
         f"from others that were never trained; set {other}"
-        f"'+model.lora.trainable_token_indices={{{head}:[{found['id']}]}}', or '+model.lora.modules_to_save=[{head}]'"
+        f"'+model.lora.trainable_token_indices={{{found['rows']}:[{found['id']}]}}', or "
+        f"'+model.lora.modules_to_save=[{found['head']}]'"
     )
 
 
