@@ -1,5 +1,6 @@
 """Train in TRL on a selection with its weights, which TRL's own trainer ignores."""
 
+import torch
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -16,7 +17,13 @@ tokenizer.chat_template = chat.template  # the one that the trajectories were sc
 trainer = WeightedSFTTrainer(
     model=AutoModelForCausalLM.from_pretrained(student.folder, dtype="float32"),
     args=SFTConfig(
-        output_dir="trl", max_steps=4, assistant_only_loss=True, max_length=128, report_to="none", save_strategy="no"
+        output_dir="trl",
+        max_steps=4,
+        assistant_only_loss=True,
+        max_length=128,
+        bf16=torch.cuda.is_available(),
+        report_to="none",
+        save_strategy="no",
     ),
     train_dataset=chosen.to_dataset(),
     processing_class=tokenizer,
