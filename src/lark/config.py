@@ -32,6 +32,7 @@ VALUES: dict[str, Any] = {
     "verbose": bool,
     "budget": Annotated[int, 1],
     "filter": str | dict | None,
+    "repeat": Annotated[float, 1] | None,
     "match": Literal["trajectories", "tokens"],
     "paths": dict,
 }

@@ -1,13 +1,14 @@
 """selection.jsonl as other trainers read it: datasets, and the rules of LLaMA-Factory's format."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 
-from lark.selection.export import export_selection
+from lark.selection.export import count_repeats, export_repeated, export_selection, plan_repeats
 from lark.selection.selection import Selection
 
 TURNS = {
@@ -135,3 +136,32 @@ def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
     with pytest.raises(ValueError, match="longer"):
         export_selection(selection, lambda row_N: [varied_row(0)], path, name="lark")
     assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_repeats_are_the_whole_numbers_nearest_to_the_weights(seed, times):
+    rng = np.random.default_rng(seed)
+    weight = rng.gamma(0.5, size=rng.integers(2, 60))
+    lines = times * len(weight)
+    count, quota = count_repeats(weight, lines), lines * weight / weight.sum()
+    assert count.sum() == lines and (np.abs(count - quota) < 1).all()
+    moved = np.abs(count - quota).sum()
+    for give, take in rng.integers(len(weight), size=(200, 2)):  # no single line stands better elsewhere
+        other = count + (np.arange(len(weight)) == take) - (np.arange(len(weight)) == give)
+        assert np.abs(other - quota).sum() >= moved - 1e-9
+
+
+def test_the_repeated_file_counts_like_the_weights(tmp_path):
+    rows = [pool_row(i, ["user", "assistant"]) for i in range(3)]
+    selection = replace(selection_of(3), weight=np.array([2.0, 0.9, 0.1]))
+    facts = plan_repeats(selection, 2)
+    assert facts == {"lines": 6, "rows": 2, "weight_left_out": pytest.approx(0.1 / 3), "error": pytest.approx(0.1 / 3)}
+    path = tmp_path / "selection-repeated.jsonl"
+    written(tmp_path, rows)
+    export_repeated(selection, lambda row_N: (rows[i] for i in row_N), path, name="lark", lines=6)
+    lines = load(path)
+    assert [line["meta"]["problem_id"] for line in lines] == ["0", "1", "0", "1", "0", "0"]
+    assert {line["weight"] for line in lines} == {1.0}
+    assert list(json.loads((tmp_path / "dataset_info.json").read_text())) == ["selection", "selection-repeated"]
+    assert plan_repeats(selection_of(3), 2) is None

@@ -144,7 +144,7 @@ def test_rows_of_weight_zero_leave_the_selection_and_are_counted():
         candidate_id=np.array(list("0123"), object),
         row_N=np.arange(4),
         statistics={"loss": np.array([1.0, 2.0, 2.0, 3.0]), "num_tokens": np.arange(4)},
-        read_column=lambda name, row_N: np.full(len(row_N), "t", object),
+        read_column=lambda name, row_N: np.full(len(row_N), 1.0 if name == "correct" else "t", object),
     )
     selection = select(rule(Likelihood(), budget=2), rows, seed=0)
     assert selection.row.tolist() == [0]  # the second best ties with the best excluded one
@@ -197,7 +197,10 @@ def test_the_records_figures_by_hand():
         candidate_id=np.array(list("01201"), object),
         row_N=np.arange(5),
         statistics={"loss": np.array([1.0, 2.0, 4.0, 3.0, 1.0]), "num_tokens": np.array([10, 20, 30, 40, 50])},
-        read_column=lambda name, row_N: np.array(["a", "b", "a", "b", "b"], object)[row_N],
+        read_column=lambda name, row_N: {
+            "teacher": np.array(["a", "b", "a", "b", "b"], object),
+            "correct": np.array([1.0, 0.0, 0.0, math.nan, 0.0]),
+        }[name][row_N],
     )
     selection = select(rule(Likelihood(), budget=2, name="likelihood"), rows, seed=0)
     # p: scores -1, -2 above the threshold -4, so 3 and 2 of 5; q: nothing is excluded, so 1/2 each
@@ -208,6 +211,7 @@ def test_the_records_figures_by_hand():
     assert record["effective_sample_size"] == pytest.approx(16 / (1.44 + 0.64 + 2))
     assert list(record["teacher_share"]) == ["b", "a"]
     assert record["teacher_share"] == pytest.approx({"b": 0.7, "a": 0.3})
+    assert record["known_wrong"] == pytest.approx({"weight": 0.45, "candidates": 0.6})
     assert record["within_problem_spearman"] == pytest.approx({"loss": -1.0, "num_tokens": 0.0})
     assert record["policy"]["budget"] == 2 and record["policy"]["problems_within_budget"] == 1
     assert json.loads(json.dumps(record, allow_nan=False)) == record

@@ -12,6 +12,7 @@ from lark.comparison.inference import Interval
 from lark.evaluation.verdicts import read_answers
 from lark.experiment.console import describe_choice
 from lark.pool.pool import read_pool
+from lark.selection.export import plan_repeats
 from lark.selection.rule import Rule
 from lark.selection.selection import Selection
 from lark.student.student import Student
@@ -142,8 +143,13 @@ class Chosen(_Table):
             "rule": self.rule.name,
         }
 
-    def save(self, folder: str | Path) -> Path:
-        """Write selection.jsonl, selection.json and dataset_info.json into a folder; return selection.jsonl."""
+    def save(self, folder: str | Path, *, repeat: float | None = None) -> Path:
+        """Write selection.jsonl, selection.json and dataset_info.json into a folder; return selection.jsonl.
+
+        repeat: a multiple of its length; writes selection-repeated.jsonl too, for trainers that read no weight.
+        """
+        if repeat is not None:
+            self.record["repeated"] = plan_repeats(self.selection, repeat)
         write_selection(self.name, self.rule.name, self.data, Path(folder))
         return Path(folder) / "selection.jsonl"
 

@@ -48,6 +48,12 @@ def announce_selections(data: TrajectoryDataModule) -> None:
     if left_out := selector.record["counts"]["dropped_by_filter"]:
         shown.append(f"{left_out:,} left out beforehand (filter={selector.record['filter']})")
     announce("selected", " · ".join(shown))
+    if repeated := selector.record.get("repeated"):
+        announce(
+            "repeated",
+            f"{repeated['lines']:,} lines stand for the weights in selection-repeated.jsonl: {repeated['error']:.1%} "
+            f"of the weight is on other rows, {repeated['weight_left_out']:.1%} on rows that are left out",
+        )
     _warn_of_confounds(data.rules["selector"].name, selector.record)
     if (budget := data.rules["selector"].policy.budget) is not None and _takes_all(selector):
         several = budget > 1 and data.candidates.groups.size.max() > 1
@@ -64,7 +70,10 @@ def describe_choice(rule: str, selection: Selection) -> str:
     """Describe a selection in one line: how many trajectories, what they count for, and whose they are."""
     record, size = selection.record, selection.record["effective_sample_size"]
     effective = "" if np.isclose(size, len(selection.row)) else f" (effective {size:,.0f})"
-    return f"{rule} {len(selection.row):,} trajectories{effective}: {_describe_teachers(record)}"
+    wrong, shown = record["known_wrong"], ""
+    if wrong and wrong["weight"]:
+        shown = f", {wrong['weight']:.0%} known wrong ({wrong['candidates']:.0%} of the pool)"
+    return f"{rule} {len(selection.row):,} trajectories{effective}: {_describe_teachers(record)}{shown}"
 
 
 def _warn_of_confounds(rule: str, record: Mapping) -> None:

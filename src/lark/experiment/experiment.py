@@ -26,6 +26,7 @@ from lark.page.pool_sample import write_sample
 from lark.page.write import write_own_page
 from lark.scoring.passes import GradientMatches, Statistics
 from lark.scoring.progress import PassProgress
+from lark.selection.export import plan_repeats
 from lark.selection.rule import Rule, prefix_errors
 from lark.student.context_length import check_answer_room
 from lark.student.distributed import Parallelism
@@ -192,6 +193,9 @@ class Experiment:
     def _select(self) -> None:
         data = self.data
         data.select()
+        if self.config.repeat is not None:
+            for selection in data.selections.values():
+                selection.record["repeated"] = plan_repeats(selection, self.config.repeat)
         if is_main():
             write_statistics(self.folder / "statistics.parquet", data.candidates, data.selections, data.rules)
             write_sample(self.folder, data, dict(settings(self.config)))

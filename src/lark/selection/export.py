@@ -1,13 +1,14 @@
-"""Write a selection as selection.jsonl, which TRL and LLaMA-Factory load."""
+"""Write a selection as selection.jsonl, which TRL and LLaMA-Factory load, and for trainers that read no weight."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lark.common.cache import atomic_write, write_json
+from lark.common.cache import atomic_write, read_json, write_json
 from lark.selection.selection import Selection
 
 _TYPES_SETTLED = 8 << 20
@@ -60,7 +61,49 @@ def export_selection(selection: Selection, read_rows: Callable[[np.ndarray], Any
                 written += file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
         if late:
             _move_up(temporary, late)
-    write_json(path.with_name("dataset_info.json"), {path.stem: {"file_name": path.name, **_DATASET_INFO}})
+    info = path.with_name("dataset_info.json")
+    write_json(
+        info, (read_json(info) if info.exists() else {}) | {path.stem: {"file_name": path.name, **_DATASET_INFO}}
+    )
+
+
+def plan_repeats(selection: Selection, size: float) -> dict[str, Any] | None:
+    """Plan a file for trainers that read no weight: rows repeated as often as their weights say.
+
+    size: lines of the file as a multiple of the selection's rows.
+    Returns, for the record, its lines, how many of the rows are in it, the share of the weight on the others, and the
+    error, the share of the weight that is on other rows than it should be (total variation); None where all weights
+    are equal, so that selection.jsonl is that file.
+    """
+    if np.allclose(selection.weight, 1):
+        return None
+    count = count_repeats(selection.weight, round(size * len(selection.row)))
+    share = selection.weight / selection.weight.sum()
+    return {
+        "lines": int(count.sum()),
+        "rows": int((count > 0).sum()),
+        "weight_left_out": float(share[count == 0].sum()),
+        "error": float(np.abs(count / count.sum() - share).sum() / 2),
+    }
+
+
+def export_repeated(
+    selection: Selection, read_rows: Callable[[np.ndarray], Any], path: Path, *, name: str, lines: int
+) -> None:
+    """Write so many lines as `export_selection` does, of weight 1 each; a row comes again after all others."""
+    count = count_repeats(selection.weight, lines)
+    place = np.concatenate([np.flatnonzero(count > again) for again in range(count.max())])
+    q, score, row = selection.q[place], selection.score[place], selection.row[place]
+    repeated = replace(selection, row=row, q=q, score=score, weight=np.ones(len(place)))
+    export_selection(repeated, read_rows, path, name=name)
+
+
+def count_repeats(weight: np.ndarray, lines: int) -> np.ndarray:
+    """Divide `lines` among rows in proportion to their weights, by largest remainder (ties: the first), int [R]."""
+    quota = lines * weight / weight.sum()
+    count = np.floor(quota).astype(np.int64)
+    count[np.argsort(count - quota, kind="stable")[: lines - int(count.sum())]] += 1
+    return count
 
 
 def _move_up(path: Path, lines: set[int]) -> None:

@@ -119,6 +119,7 @@ def select(
         "counts": counts,
         "tokens": int(tokens_N[chosen_N].sum()),
         "effective_sample_size": float(weight.sum() ** 2 / np.square(weight).sum()),
+        "known_wrong": _compute_known_wrong(candidates["correct"].astype(np.float64), chosen_N, weight),
         "teacher_share": _compute_shares(candidates["teacher"][chosen_N], weight),
         "within_problem_spearman": {
             name: compute_mean_spearman(score_N, candidates[name], groups)
@@ -135,6 +136,16 @@ def select(
         score_N=score_N,
         taken_by_problem=dict(zip(problems.tolist(), taken.tolist(), strict=True)),
     )
+
+
+def _compute_known_wrong(correct_N: np.ndarray, chosen_N: np.ndarray, weight: np.ndarray) -> dict[str, float] | None:
+    """Return which share of the selection's weight is on trajectories known to be wrong, and which share of all
+    candidates they are; None where no verdict is known.
+    """
+    if np.isnan(correct_N).all():
+        return None
+    is_wrong_N = correct_N == 0
+    return {"weight": float(weight[is_wrong_N[chosen_N]].sum() / weight.sum()), "candidates": float(is_wrong_N.mean())}
 
 
 def _compute_shares(teachers: np.ndarray, weight: np.ndarray) -> dict[str, float]:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from lark.common.cache import write_json
-from lark.selection.export import export_selection
+from lark.selection.export import export_repeated, export_selection
 from lark.selection.rule import describe_part
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
@@ -23,6 +23,9 @@ def write_selection(name: str, rule: str, data: TrajectoryDataModule, folder: Pa
     """
     selection, chosen_by = data.selections[name], data.rules[name]
     export_selection(selection, data.trajectories.read_rows, folder / "selection.jsonl", name=rule)
+    if repeated := selection.record.get("repeated"):
+        path, lines = folder / "selection-repeated.jsonl", repeated["lines"]
+        export_repeated(selection, data.trajectories.read_rows, path, name=rule, lines=lines)
     inputs = {
         "task": data.task.name,
         "pool": data.trajectories.fingerprint,
