@@ -78,7 +78,7 @@ class ComparisonCallback(Callback):
             print_runs(comparison)
             write_files(comparison, folder, sys.stdout)
         several = comparison.runs > 1 or len(comparison.stopped) > 1
-        if several and (page := write_own_page(folder)):
+        if several and (page := write_own_page(folder, Path(config.paths.logs))):
             print(f"page        {page}")
         print_failures(comparison)
         if comparison.failed:

@@ -65,7 +65,9 @@ def end_sweep(capsys):
 
     def ended(folder: Path) -> tuple[str, str, int]:
         code = 0
-        config = SimpleNamespace(hydra=SimpleNamespace(sweep=SimpleNamespace(dir=folder)))
+        config = SimpleNamespace(
+            hydra=SimpleNamespace(sweep=SimpleNamespace(dir=folder)), paths=SimpleNamespace(logs=folder)
+        )
         try:
             report.ComparisonCallback().on_multirun_end(config)
         except SystemExit as stop:

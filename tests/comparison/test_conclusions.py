@@ -21,7 +21,7 @@ def concluded(*intervals: tuple[float, float, float], seeds: tuple[int, ...] = (
         interval = replace(one.sets["eval"].interval, estimate=estimate, low=low, high=high)
         sets = {"eval": replace(one.sets["eval"], interval=interval, smallest_detectable=0.05)}
         differences.append(replace(one, baseline=f"rule{i}", seeds=seeds, sets=sets))
-    return list(list_conclusions(replace(GROUP, differences=tuple(differences))))
+    return list(map(" ".join, list_conclusions(replace(GROUP, differences=tuple(differences)))))
 
 
 def test_each_side_is_named_once_with_the_lowest_difference_first() -> None:

@@ -18,7 +18,7 @@ from lark.comparison.tables import (
 
 def row_of(table, label: str) -> list[str]:
     number = table.labels.index(label)
-    return [cells[number] for _, cells in table.columns]
+    return [cells[number] for _, cells, _ in table.list_columns()]
 
 
 def notes_of(runs) -> list[str]:
@@ -28,10 +28,12 @@ def notes_of(runs) -> list[str]:
 
 def test_every_figure_is_there() -> None:
     arms, differences = build_tables(compare(sweep()))
-    assert row_of(arms, "before training") == ["3", "", "", "", "2.000", "2.500", "", "", "0.0%", "10.0%"]
-    sizes = ["3", "123,456", "98,765,432", "100,346"]
-    assert row_of(arms, "lark") == [*sizes, "1.500", "2.500", "12,345,678", "76.5", "50.0%", "60.0%"]
-    assert row_of(arms, "rsr") == [*sizes, "2.000", "2.500", "0", "0.0", "25.0%", "35.0%"]
+    assert row_of(arms, "before training") == ["0.0%", "10.0%", "2.000", "2.500", "", "", "", "", "", "3"]
+    sizes = ["123,456", "98,765,432", "100,346"]
+    assert row_of(arms, "lark") == ["50.0%", "60.0%", "1.500", "2.500", *sizes, "12,345,678", "76.5", "3"]
+    assert row_of(arms, "rsr") == ["25.0%", "35.0%", "2.000", "2.500", *sizes, "0", "0.0", "3"]
+    shown = [header for header, _, is_shown in arms.list_columns() if is_shown]
+    assert shown == ["eval avg@4", "held-out loss", "trajectories", "trained tokens", "seconds"]
     figures = ["3", "-0.500", "+0.000", "+25.0 [+14.0, +31.6]", "<.001", "<.001", "40", ""]
     assert row_of(differences, "lark - rsr") == figures
     assert differences.header == "selector - baseline" and "lower is better" in LEGEND
@@ -42,7 +44,7 @@ def test_backward_tokens_have_a_column_where_a_rule_has_any() -> None:
     for one in runs:
         one["arms"]["selector"] |= {"cost": {"forward_tokens": 5, "backward_tokens": 7, "seconds": 1.0}}
     arms, _ = build_tables(compare(runs))
-    assert row_of(arms, "lark")[6:9] == ["5", "7", "1.0"] and row_of(arms, "rsr")[6:9] == ["0", "0", "0.0"]
+    assert row_of(arms, "lark")[7:10] == ["5", "7", "1.0"] and row_of(arms, "rsr")[7:10] == ["0", "0", "0.0"]
 
 
 def test_unmatched_arms_are_marked() -> None:

@@ -1,4 +1,4 @@
-"""The page's plots: their figures against the runs', their words, and what they say where there is nothing to plot."""
+"""The page's plots: their figures against the runs', and what they say where there is nothing to plot."""
 
 import html
 from dataclasses import replace
@@ -45,7 +45,7 @@ def every(group, looks) -> list[Plot]:
         plot_differences(group.compared),
         plot_loss_curves(group.curves, looks),
         plot_teacher_shares(group.teacher_shares),
-        plot_weights(pool, looks, group.effective),
+        plot_weights(pool, looks),
         plot_scores_by_teacher(pool),
         plot_overlaps(pool),
         *list_diagnostic_plots(diagnosis),
@@ -95,7 +95,7 @@ def test_a_rare_teacher_is_one_of_the_others():
 
 
 def test_weights_are_cumulated_from_the_heaviest(group, looks):
-    plot = plot_weights(group.pools[0], looks, group.effective)
+    plot = plot_weights(group.pools[0], looks)
     lark, equal = traces(plot)
     weight = sorted((w for w in group.pools[0].choices[0].weights if w > 0), reverse=True)
     for x, y in zip(lark["x"], lark["y"], strict=True):
@@ -179,10 +179,9 @@ def test_what_is_not_there_is_said(group, looks):
         plot_differences(no_sets),
         plot_loss_curves({"lark": {0: []}}, looks),
         plot_teacher_shares({}),
-        plot_weights(nothing, looks, {}),
+        plot_weights(nothing, looks),
         plot_scores_by_teacher(nothing),
         plot_overlaps(replace(pool, choices=pool.choices[:1])),
-        *list_diagnostic_plots(None),
         plot_agreement(cheap),
         plot_loss_drop(cheap),
         plot_bins(cheap),

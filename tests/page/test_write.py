@@ -115,10 +115,8 @@ def test_what_is_missing_is_named(tmp_path):
             (run / name).unlink()
     parsed = Parsed(write_page(read_summaries([tmp_path]), tmp_path / NAME))
     missing = [p for p in parsed.of("p") if p.get("class") == "missing"]
-    assert len(missing) == 6 + 1 + 1  # diagnostics, trajectories, noscript
-    text = " ".join(text for _, text in parsed.texts)
-    for named in ("diagnostics=full", "diagnostics=cheap", "candidates.jsonl.gz", "no diagnostics.json"):
-        assert named in text
+    assert len(missing) == 1 + 1  # trajectories, noscript
+    assert "candidates.jsonl.gz" in " ".join(text for _, text in parsed.texts)
 
 
 def test_stopped_and_failed_runs_have_a_page(tmp_path):
@@ -134,23 +132,30 @@ def test_stopped_and_failed_runs_have_a_page(tmp_path):
     assert "failed: <out> of memory" in parsed.text("td")
 
 
-def test_a_sweep_has_one_library_and_its_page_links_to_its_runs(folder):
+def test_pages_share_one_library_and_a_sweep_s_page_links_to_its_runs(folder):
     runs = [folder / "0", folder / "1"]
+    logs = folder / "logs"
     for run in runs:
-        assert write_own_page(run) == run / NAME
-        assert embedded(Parsed(run / NAME))["plotly"] == f"../{PLOTLY}"
-    assert write_own_page(folder) == folder / NAME
-    assert [path.parent for path in folder.rglob(PLOTLY)] == [folder]
+        assert write_own_page(run, logs) == run / NAME
+        assert embedded(Parsed(run / NAME))["plotly"] == f"../logs/{PLOTLY}"
+    assert write_own_page(folder, logs) == folder / NAME
+    assert (logs / PLOTLY).stat().st_size > 10**6
     links = {a["href"] for a in Parsed(folder / NAME).of("a")}
-    assert {"0/report.html", "1/report.html"} <= links
+    assert {"0", "0/report.html", "1/report.html", "0/summary.json"} <= links
 
 
-def test_a_run_of_its_own_has_the_library_beside_it(tmp_path):
-    (run,) = small_sweep(tmp_path / "elsewhere", rules=RULES[:2], seeds=(0,))
-    alone = tmp_path / "alone"
-    run.rename(alone)
-    write_own_page(alone)
-    assert (alone / PLOTLY).stat().st_size > 10**6
+def test_the_first_screen_answers_in_words(page):
+    asked = page.text("dt")
+    assert [text for text in asked if text.strip()] == ["Result", "How sure", "Cost", "Pool"]
+    (result,) = (text for text in page.text("bdi") if text.startswith("lark is "))
+    assert all(name in result for name in RULES)
+
+
+def test_few_columns_are_shown_and_the_others_are_behind_a_switch(page):
+    arms, differences = (page.of("table")[number]["id"] for number in (0, 1))
+    shown = [th for th in page.of("th") if "number" in (th.get("class") or "").split()]
+    assert arms != differences and 0 < sum("more" not in th["class"].split() for th in shown) < len(shown)
+    assert [box for box in page.of("input") if box.get("type") == "checkbox"]
 
 
 def test_a_page_that_cannot_be_written_is_a_warning(folder, monkeypatch, caplog):
@@ -158,7 +163,7 @@ def test_a_page_that_cannot_be_written_is_a_warning(folder, monkeypatch, caplog)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write, "write_text", full)
-    assert write_own_page(folder / "0") is None
+    assert write_own_page(folder / "0", folder) is None
     assert "No space left on device" in caplog.text
 
 

@@ -34,7 +34,7 @@ def write_files(comparison: Comparison, folder: Path, beside: TextIO) -> None:
 
 
 def _render_latex(table: TextTable) -> str:
-    headers, cells = zip((table.header, table.labels), *table.columns, strict=True)
+    headers, cells, _ = zip((table.header, table.labels, True), *table.list_columns(), strict=True)
     frame = pd.DataFrame(list(zip(*cells, strict=True))).set_axis(list(headers), axis=1)
     tabular = frame.to_latex(index=False, escape=True, column_format="l" + "r" * (len(headers) - 1))
     for character, command in (("<", r"\textless{}"), (">", r"\textgreater{}"), ("|", r"\textbar{}")):

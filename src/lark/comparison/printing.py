@@ -55,7 +55,7 @@ def _print(tables: Iterable[TextTable], groups: Iterable[Group]) -> None:
         _print_table(console, table)
     for group in groups:
         of_group = f"{group.task} · {group.model}, " if len(groups) > 1 else ""
-        for text in (*list_conclusions(group), *list_notes(group)):
+        for text in (*map(" ".join, list_conclusions(group)), *list_notes(group)):
             console.print(f"{of_group}{text}")
 
 

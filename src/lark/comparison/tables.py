@@ -36,23 +36,27 @@ _SIZES = {"trajec-\ntories": "trajectories", "trained\ntokens": "tokens", "eff.\
 
 @dataclass(frozen=True, kw_only=True)
 class TextTable:
-    """Hold a table of text. The columns of a block (cells by header) stay together where a page is too narrow."""
+    """Hold a table of text. The columns of a block (cells by header) stay together where a console is too narrow."""
 
     title: str
     header: str
     labels: list[str]
     blocks: list[dict[str, list[str]]]
+    shown: frozenset[str] = frozenset()
+    """Headers of the columns that a page shows, where the others are behind a switch; none: it shows all."""
     last_apart: bool = False
     """Rule a line above the last row."""
 
     def __post_init__(self) -> None:
         assert all(len(cells) == len(self.labels) for block in self.blocks for cells in block.values())
 
-    @property
-    def columns(self) -> list[tuple[str, list[str]]]:
-        """List the columns with headers in one line, as files and pages have them."""
+    def list_columns(self) -> list[tuple[str, list[str], bool]]:
+        """List headers in one line, cells, and whether a page shows the column without being asked."""
         columns = [column for block in self.blocks for column in block.items()]
-        return [(" ".join(_UNHYPHENATED.get(header, header).split()), cells) for header, cells in columns]
+        return [
+            (" ".join(_UNHYPHENATED.get(header, header).split()), cells, not self.shown or header in self.shown)
+            for header, cells in columns
+        ]
 
 
 def format_number(value: float | None, form: str) -> str:
@@ -102,23 +106,26 @@ def build_run_table(group: Group, *, seed: int) -> TextTable:
 
 
 def _build_arm_table(group: Group) -> TextTable:
-    blocks = [
-        {"seeds": [str(len(arm.seeds)) for arm in group.arms]},
-        {header: _format_column(group, key, "{:,.0f}") for header, key in _SIZES.items()},
-        {
-            "held-out\nloss": [format_number(arm.held_out_loss, "{:.3f}") for arm in group.arms],
-            "mean over\ntraining": [format_number(arm.mean_loss, "{:.3f}") for arm in group.arms],
-        },
-    ]
+    sizes = {header: _format_column(group, key, "{:,.0f}") for header, key in _SIZES.items()}
+    losses = {
+        "held-out\nloss": [format_number(arm.held_out_loss, "{:.3f}") for arm in group.arms],
+        "mean over\ntraining": [format_number(arm.mean_loss, "{:.3f}") for arm in group.arms],
+    }
     cost = {"forward\ntokens": _format_column(group, "forward_tokens", "{:,.0f}")}
     if any(arm.backward_tokens > 0 for arm in group.arms):
         cost["backward\ntokens"] = _format_column(group, "backward_tokens", "{:,.0f}")
-    blocks.append(cost | {"seconds": _format_column(group, "seconds", "{:,.1f}")})
-    blocks += [
+    cost["seconds"] = _format_column(group, "seconds", "{:,.1f}")
+    accuracies = [
         {f"{name}\n{metric}": cells for metric, cells in _format_metrics(group, name).items()} for name in group.sets
     ]
-    labels = [_label(arm) for arm in group.arms]
-    return TextTable(title=f"{group.task} · {group.model}", header="student", labels=labels, blocks=blocks)
+    shown = [f"{name}\n{metrics[0]}" for name, metrics in group.sets.items()]
+    return TextTable(
+        title=f"{group.task} · {group.model}",
+        header="student",
+        labels=[_label(arm) for arm in group.arms],
+        blocks=[*accuracies, losses, sizes, cost, {"seeds": [str(len(arm.seeds)) for arm in group.arms]}],
+        shown=frozenset([*shown, "held-out\nloss", *list(_SIZES)[:2], "seconds"]),
+    )
 
 
 def _label(arm: PooledArm, role: str = "") -> str:
@@ -146,13 +153,15 @@ def _build_difference_table(group: Group) -> TextTable:
             "mean over\ntraining": [format_number(row.mean_loss, "{:+.3f}") for row in rows],
         }
     ]
+    shown: list[str] = []
     for name in group.sets:
         metric = "/".join(dict.fromkeys(row.sets[name].metric for row in rows if name in row.sets))
         headers = (f"{name}\n{metric}", "\np", "\nHolm", "prob-\nlems", "detect-\nable")
+        shown.append(headers[0])
         columns = zip(*(_format_difference(row.sets.get(name)) for row in rows), strict=True)
         blocks.append({header: list(cells) for header, cells in zip(headers, columns, strict=True)})
     title, labels = f"{group.task} · {group.model}", [row.label for row in rows]
-    return TextTable(title=title, header="selector - baseline", labels=labels, blocks=blocks)
+    return TextTable(title=title, header="selector - baseline", labels=labels, blocks=blocks, shown=frozenset(shown))
 
 
 def _format_difference(difference: SetDifference | None) -> tuple[str, str, str, str, str]:

@@ -236,7 +236,7 @@ class Experiment:
         if is_main():
             record = {"status": "finished", "stopped_after": self.config.stop_after, **found}
             write_json(self.folder / "summary.json", record)
-            write_own_page(self.folder)
+            write_own_page(self.folder, self.logs)
             announce(stage, str(path))
         return float("nan")
 
@@ -252,7 +252,7 @@ class Experiment:
         write_json(self.folder / "summary.json", summary)
         with self._open_logger(f"comparison-seed{data.seed}", "comparison") as logger:
             log_comparison(logger, self.tracker, summary, data, self.diagnosis.found, data.get_action)
-        write_own_page(self.folder)
+        write_own_page(self.folder, self.logs)
         print_run(summary)
         console.announce_paths(self.folder)
         first = next(iter(summary["sets"].values()), {}).get("difference")

@@ -8,7 +8,6 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lark.comparison.comparison import Group
-from lark.comparison.tables import format_interval
 from lark.page import plots
 from lark.page.plots import Drawn, Look
 
@@ -18,7 +17,7 @@ TEACHERS_SHOWN = 7
 @plots.define_plot("differences")
 def plot_differences(group: Group) -> Drawn | str:
     """Plot every difference on every evaluation set with its interval."""
-    traces, words = [], []
+    traces = []
     for number, name in enumerate(group.sets):
         of_set = [(one.label, one.sets[name].interval) for one in group.differences if name in one.sets]
         of_set = [(label, interval) for label, interval in of_set if math.isfinite(interval.estimate)]
@@ -32,9 +31,8 @@ def plot_differences(group: Group) -> Drawn | str:
                 labels, low, middle, high, form="+.1f", name=plots.escape_name(name), orientation="h", marker=marker
             )
         )
-        words += [f"{label}, {name}: {format_interval(interval)} points" for label, interval in of_set]
     if not traces:
-        return "No evaluation set was given (task.eval), so there is no accuracy to compare."
+        return "no evaluation set was given (task.eval), so there is no accuracy to compare."
     labels = [plots.escape_name(one.label, 48) for one in group.differences if one.sets]
     figure = plots.make_figure(
         traces,
@@ -44,7 +42,7 @@ def plot_differences(group: Group) -> Drawn | str:
         scattermode="group",
         legend={"orientation": "h"},
     )
-    return Drawn(figure=figure, words="; ".join(words))
+    return Drawn(figure=figure)
 
 
 @plots.define_plot("curves")
@@ -52,7 +50,7 @@ def plot_loss_curves(
     curves: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]], looks: Mapping[str, Look]
 ) -> Drawn | str:
     """Plot held-out loss curves, by label and seed."""
-    traces, words = [], []
+    traces = []
     for label, by_seed in curves.items():
         known = [
             [(p["step"], p["held_out/loss"]) for p in curve if p.get("held_out/loss") is not None]
@@ -82,9 +80,8 @@ def plot_loss_curves(
         mode = "lines+markers" if len(step) < 4 else "lines"
         more = {"mode": mode, "legendgroup": group, "hovertemplate": f"%{{y:.4f}} ({seeds})"}
         traces.append(plots.make_line(label, step, plots.round_values(mean), colour=colour, dash=dash, **more))
-        words.append(f"{label} from {mean[0]:.3f} to {mean[-1]:.3f} in {step[-1]:g} steps ({seeds})")
     if not traces:
-        return "Nothing was trained with held-out problems (task.held_out), or the run was stopped before training."
+        return "nothing was trained with held-out problems (task.held_out), or the run was stopped before training."
     figure = plots.make_figure(
         traces,
         height=420 + 18 * max(0, len(curves) - 8),
@@ -92,7 +89,7 @@ def plot_loss_curves(
         yaxis=plots.make_axis("held-out loss (nats/token)"),
         hovermode="x unified",
     )
-    return Drawn(figure=figure, words="; ".join(words))
+    return Drawn(figure=figure)
 
 
 def _compute_band(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], *tuple[np.ndarray, ...]]:
@@ -111,7 +108,7 @@ def _compute_band(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list
 def plot_teacher_shares(shares: Mapping[str, Mapping[str, float]]) -> Drawn | str:
     """Plot the teachers' shares of each label's weight."""
     if not shares:
-        return "Nothing was selected: the run was stopped after its statistics, or before."
+        return "nothing was selected: the run was stopped after its statistics, or before."
     teachers = dict.fromkeys(name for of_label in shares.values() for name in of_label)
     total = {name: sum(of.get(name, 0.0) for of in shares.values()) for name in teachers}
     names = sorted(total, key=lambda name: -total[name])
@@ -139,5 +136,4 @@ def plot_teacher_shares(shares: Mapping[str, Mapping[str, float]]) -> Drawn | st
         yaxis=plots.order_labels(labels),
         legend={"orientation": "h", "traceorder": "normal"},
     )
-    shown = {label: ", ".join(f"{name} {of[name]:.0%}" for name in list(of)[:4]) for label, of in shares.items()}
-    return Drawn(figure=figure, words="; ".join(f"{label}: {text}" for label, text in shown.items()))
+    return Drawn(figure=figure)

@@ -69,8 +69,6 @@ class GroupContents:
     """Held-out loss curves by label and seed: of trained students, those that were a run's selector first."""
     teacher_shares: Mapping[str, Mapping[str, float]]
     """Shares of each label's weight, from the whole selections: means over seeds."""
-    effective: Mapping[str, tuple[float, float]]
-    """Effective sample size and trajectories of each label, means over seeds."""
     pools: tuple[PoolContents, ...]
     diagnoses: tuple[Diagnosis, ...]
     """One for each selector's label, of its first seed."""
@@ -168,13 +166,6 @@ def _gather_group(key: tuple[str, str], runs: Sequence[_Run], compared: Group | 
         compared=compared,
         curves={label: {s: arm.get("curve", []) for s, arm in labelled.arms[label].items()} for label in trained},
         teacher_shares={label: _average_shares(of_label) for label, of_label in records.items()},
-        effective={
-            label: (
-                float(np.mean([record["effective_sample_size"] for record in of_label])),
-                float(np.mean([record["counts"]["chosen"] for record in of_label])),
-            )
-            for label, of_label in records.items()
-        },
         pools=_gather_pools(f"{key[0]} · {key[1]}", of_pools),
         diagnoses=_read_diagnoses(shown),
         left_out=tuple(left_out),

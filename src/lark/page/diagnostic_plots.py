@@ -18,11 +18,10 @@ from lark.page.contents import Diagnosis
 from lark.page.plots import Drawn, Plot
 
 TRUTH = "exact_loss_drop"
-FULL = "It takes diagnostics=full, which follows the candidates of some problems with true gradients."
-CHEAP = "It takes diagnostics=cheap."
+FULL = "they take diagnostics=full, which follows the candidates of some problems with true gradients."
 
 
-def list_diagnostic_plots(diagnosis: Diagnosis | None) -> list[Plot]:
+def list_diagnostic_plots(diagnosis: Diagnosis) -> list[Plot]:
     """List all plots of a diagnosis."""
     return [
         plot_agreement(diagnosis),
@@ -33,9 +32,9 @@ def list_diagnostic_plots(diagnosis: Diagnosis | None) -> list[Plot]:
 
 
 @plots.define_plot("agreement")
-def plot_agreement(diagnosis: Diagnosis | None) -> Drawn | str:
+def plot_agreement(diagnosis: Diagnosis) -> Drawn | str:
     """Plot each score's rank correlation with the true loss drop."""
-    if diagnosis is None or not diagnosis.rows or "fidelity" not in diagnosis.found:
+    if not diagnosis.rows or "fidelity" not in diagnosis.found:
         return FULL
     found = diagnosis.found["fidelity"]
     remark = (
@@ -46,9 +45,9 @@ def plot_agreement(diagnosis: Diagnosis | None) -> Drawn | str:
 
 
 @plots.define_plot("loss-drop")
-def plot_loss_drop(diagnosis: Diagnosis | None) -> Drawn | str:
+def plot_loss_drop(diagnosis: Diagnosis) -> Drawn | str:
     """Plot candidates by score and true loss drop, a view a score and a series a teacher."""
-    if diagnosis is None or not diagnosis.rows or "fidelity" not in diagnosis.found:
+    if not diagnosis.rows or "fidelity" not in diagnosis.found:
         return FULL
     rows, proxies = diagnosis.rows, diagnosis.found["fidelity"]["proxies"]
     groups = Groups.from_ids([row["problem_id"] for row in rows])
@@ -87,7 +86,7 @@ def plot_loss_drop(diagnosis: Diagnosis | None) -> Drawn | str:
         yaxis=plots.make_axis("true loss drop (the same)", zeroline=True),
     )
     choices = tuple((name, _describe_agreement(of["loss_drop"])) for name, of in proxies.items())
-    return Drawn(figure=figure, words=": ".join(choices[0]), choices=choices)
+    return Drawn(figure=figure, choices=choices)
 
 
 def _standardise(values: Sequence[str], groups: Groups) -> np.ndarray:
@@ -119,7 +118,7 @@ def _draw_means(means: Mapping[str, Mapping[str, Any]], remark: str = "") -> Dra
     """Draw a dot for each mean with its interval, over the band in which chance lies."""
     known = {name: mean for name, mean in means.items() if mean["mean"] is not None}
     if not known:
-        return "It is not defined for any problem of this pool."
+        return "it is not defined for any problem of this pool."
     known = dict(sorted(known.items(), key=lambda item: -item[1]["mean"]))
     labels = [plots.escape_name(name, 34) for name in known]
     traces: list[Any] = []
@@ -151,14 +150,13 @@ def _draw_means(means: Mapping[str, Mapping[str, Any]], remark: str = "") -> Dra
         xaxis=plots.make_axis("rank correlation within problems", range=[-1.05, 1.05], zeroline=True),
         yaxis=plots.order_labels(labels),
     )
-    words = ", ".join(f"{name} {_format_mean(mean)}" for name, mean in known.items())
-    return Drawn(figure=figure, words=words, remark=remark)
+    return Drawn(figure=figure, remark=remark)
 
 
-def plot_correlations(diagnosis: Diagnosis | None) -> list[Plot]:
+def plot_correlations(diagnosis: Diagnosis) -> list[Plot]:
     """Plot what scores go with: the student's loss, length, correctness."""
-    found = diagnosis.found.get("correlations", {}) if diagnosis else {}
-    why = "No rule asked the student, so nothing is known of its losses." if found else CHEAP
+    found = diagnosis.found.get("correlations", {})
+    why = "no rule asked the student, so nothing is known of its losses."
     drawn = {}
     for target in ("loss", "length", "correct"):
         means = {score: of[target]["within"] for score, of in found.items() if target in of}
@@ -167,11 +165,11 @@ def plot_correlations(diagnosis: Diagnosis | None) -> list[Plot]:
 
 
 @plots.define_plot("bins")
-def plot_bins(diagnosis: Diagnosis | None) -> Drawn | str:
+def plot_bins(diagnosis: Diagnosis) -> Drawn | str:
     """Plot held-out loss and, below it, accuracies against the bin."""
-    found = diagnosis.found.get("bins") if diagnosis else None
+    found = diagnosis.found.get("bins")
     if not found or not found["rows"]:
-        return "It takes diagnostics=full with diagnostics.bins of 2 or more."
+        return "they take diagnostics=full with diagnostics.bins of 2 or more."
     rows = found["rows"]
     bins = [f"{row['bin']} of {found['bins']}" for row in rows]
     losses = [math.nan if row["held_out_loss"] is None else row["held_out_loss"] for row in rows]
@@ -204,5 +202,4 @@ def plot_bins(diagnosis: Diagnosis | None) -> Drawn | str:
     ]
     remark = f" Score of {found['rule']}, {found['problems']:,} problems."
     remark += f" Rank correlation with the bin's number: {', '.join(trends)}." if trends else ""
-    shown = ", ".join(f"{loss:.3f}" for loss in losses if math.isfinite(loss))
-    return Drawn(figure=figure, words=f"held-out loss from the lowest bin to the highest: {shown}", remark=remark)
+    return Drawn(figure=figure, remark=remark)

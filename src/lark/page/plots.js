@@ -87,7 +87,7 @@ async function drawVisible() {
   if (typeof Plotly === "undefined") {
     for (const box of all("div.plot")) {
       box.removeAttribute("style");
-      const says = `${data.plotly} is not where this page expects it; copy it from another run's folder.`;
+      const says = `plots, which take plotly.min.js at ${data.plotly}. To share a page by itself, write it with python -m lark.report FOLDER --page FILE.html, which puts the file beside it.`;
       box.replaceChildren(element("p", { class: "missing" }, element("strong", {}, "Not here: "), says));
     }
     return;

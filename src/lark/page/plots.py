@@ -1,4 +1,4 @@
-"""Scaffold the page's plots: a Plotly figure, how to read it, and its figures in words.
+"""Scaffold the page's plots: a Plotly figure, and how to read it.
 
 Colours are the style sheet's variables, so that figures follow the theme. Names come from users: what Plotly would read
 as markup is escaped.
@@ -36,8 +36,6 @@ class Plot:
     """What is chosen where traces are one of several views (their `meta`)."""
     figure: dict[str, Any] | None = None
     """Data and layout; None where there is nothing to show, and `missing` says why."""
-    words: str = ""
-    """Its figures, for readers who do not see it."""
     choices: tuple[tuple[str, str], ...] = ()
     """The views' names, each with a remark."""
     missing: str = ""
@@ -51,7 +49,6 @@ class Drawn:
     """Hold what a drawing function found to show, see `Plot`."""
 
     figure: dict[str, Any]
-    words: str
     choices: tuple[tuple[str, str], ...] = ()
     remark: str = ""
     """Goes on after the plot's `reading`."""
@@ -63,7 +60,7 @@ def make_plot(key: str, drawn: Drawn | str) -> Plot:
     if isinstance(drawn, str):
         return Plot(key=key, **text, missing=drawn)
     text = text | {"reading": text["reading"] + drawn.remark}
-    return Plot(key=key, **text, figure=drawn.figure, words=drawn.words, choices=drawn.choices)
+    return Plot(key=key, **text, figure=drawn.figure, choices=drawn.choices)
 
 
 @functools.cache

@@ -19,11 +19,9 @@ CELLS_WRITTEN = 14  # rules, up to which the overlaps are written into the matri
 
 
 @plots.define_plot("weights")
-def plot_weights(
-    pool: PoolContents, looks: Mapping[str, Look], effective: Mapping[str, tuple[float, float]]
-) -> Drawn | str:
+def plot_weights(pool: PoolContents, looks: Mapping[str, Look]) -> Drawn | str:
     """Plot the cumulated weights of each choice; choices of equal weights share one line."""
-    traces, words, equal = [], [], []
+    traces, equal = [], []
     for choice in pool.choices:
         weight = np.sort(np.array([w for w in choice.weights if w > 0]))[::-1]
         if not len(weight):
@@ -36,26 +34,22 @@ def plot_weights(
         x, y = plots.round_values(100 * (at / len(weight))), plots.round_values(100 * share)
         look, hover = looks[choice.label], "the heaviest %{x:.0f} % carry %{y:.1f} % of the weight"
         traces.append(plots.make_line(choice.label, x, y, colour=look.colour, dash=look.dash, hovertemplate=hover))
-        if choice.label in effective:
-            size, chosen = effective[choice.label]
-            words.append(f"{choice.label}: effective size {size:,.0f} of {chosen:,.0f} trajectories")
     if equal:
         names = ", ".join(equal)
-        words.append(f"equal weights: {names}")
         name = names if len(equal) < 3 else f"{len(equal)} rules with equal weights"
         hover = f"equal weights: {plots.escape_name(names, 66)}<extra></extra>"
         traces.append(
             plots.make_line(name, [0, 100], [0, 100], colour="var(--muted)", dash="dash", hovertemplate=hover)
         )
     if not traces:
-        return "Nothing was selected."
+        return "nothing was selected."
     figure = plots.make_figure(
         traces,
         height=420,
         xaxis=plots.make_axis("chosen trajectories, heaviest first (%)", range=[0, 100]),
         yaxis=plots.make_axis("share of the weight (%)", range=[0, 101]),
     )
-    return Drawn(figure=figure, words="; ".join(words))
+    return Drawn(figure=figure)
 
 
 @plots.define_plot("scores")
@@ -93,14 +87,14 @@ def plot_scores_by_teacher(pool: PoolContents) -> Drawn | str:
         order = ", ".join(f"{name} {box[2]:+.3g}" for name, box in reversed(boxes.items()))
         choices.append((choice.label, f"Medians, highest first: {order}."))
     if not traces:
-        return "No rule gave the candidates scores that differ."
+        return "no rule gave the candidates scores that differ."
     figure = plots.make_figure(
         traces,
         height=110 + 34 * max(len(trace.y) for trace in traces),
         xaxis=plots.make_axis("score minus its problem's mean", zeroline=True, type="linear"),
         yaxis={"type": "category"},
     )
-    return Drawn(figure=figure, words=": ".join(choices[0]), choices=tuple(choices))
+    return Drawn(figure=figure, choices=tuple(choices))
 
 
 @plots.define_plot("overlap")
@@ -109,18 +103,17 @@ def plot_overlaps(pool: PoolContents) -> Drawn | str:
     chosen = [(choice.label, np.array(choice.weights) > 0) for choice in pool.choices]
     chosen = [(label, mask) for label, mask in chosen if mask.any()]
     if len(chosen) < 2:
-        return "There is one selection only (baseline=none), and nothing to compare it with."
+        return "there is one selection only (baseline=none), and nothing to compare it with."
     share_CC = np.full((len(chosen), len(chosen)), math.nan)
-    chance_CC, pairs = share_CC.copy(), []
-    for (i, (b, mask_b)), (j, (a, mask_a)) in itertools.combinations(enumerate(chosen), 2):
+    chance_CC = share_CC.copy()
+    for (i, (_, mask_b)), (j, (_, mask_a)) in itertools.combinations(enumerate(chosen), 2):
         found = compute_jaccard(mask_a, mask_b, pool.sample.groups)
         here = np.isfinite(found.value_G)
         if here.any():
             share_CC[i, j] = share_CC[j, i] = found.value_G[here].mean()
             chance_CC[i, j] = chance_CC[j, i] = found.chance_G[here].mean()
-            pairs.append((share_CC[i, j], a, b))
-    if not pairs:
-        return "No two rules had a choice to make in the same problems."
+    if np.isnan(share_CC).all():
+        return "no two rules had a choice to make in the same problems."
     names, written = [plots.escape_name(label, 26) for label, _ in chosen], {}
     if few := len(names) <= CELLS_WRITTEN:
         cells = [zip(*rows, strict=True) for rows in zip(share_CC, chance_CC, strict=True)]
@@ -147,6 +140,4 @@ def plot_overlaps(pool: PoolContents) -> Drawn | str:
         yaxis={"autorange": "reversed", "showgrid": False},
         xaxis={"showgrid": False, "tickangle": -40},
     )
-    shown = [f"{a} and {b} {share:.2f}" for share, a, b in sorted(pairs, reverse=True)]
-    words = f"nearest: {', '.join(shown[:3])}" + (f"; farthest: {', '.join(shown[3:][-3:])}" if shown[3:] else "")
-    return Drawn(figure=figure, words=words)
+    return Drawn(figure=figure)

@@ -16,12 +16,12 @@ from markupsafe import Markup
 
 from lark.common.cache import atomic_write, file_hash, write_text
 from lark.common.log import logger
-from lark.comparison.conclusions import list_conclusions
 from lark.comparison.summaries import read_summaries
 from lark.comparison.tables import LEGEND, TextTable, build_tables, list_notes
 from lark.page.arm_plots import plot_differences, plot_loss_curves, plot_teacher_shares
-from lark.page.contents import Contents, GroupContents, PoolContents, gather
+from lark.page.contents import Contents, GroupContents, gather
 from lark.page.diagnostic_plots import list_diagnostic_plots
+from lark.page.headline import list_answers
 from lark.page.plots import Look, Plot, assign_looks
 from lark.page.pool_plots import plot_overlaps, plot_scores_by_teacher, plot_weights
 from lark.page.trajectories import pack
@@ -43,34 +43,43 @@ class Section:
     key: str
     title: str
     plots: Sequence[Plot]
-    conclusions: Sequence[str] = ()
+    answers: Sequence[tuple[str, str]] = ()
+    """What is asked first, with its answer in a sentence."""
     tables: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = field(default=())
 
+    @property
+    def missing(self) -> dict[str, list[str]]:
+        """Group the titles of plots that could not be drawn by the reason."""
+        titles: dict[str, list[str]] = {}
+        for plot in self.plots:
+            if plot.missing:
+                titles.setdefault(plot.missing, []).append(plot.title)
+        return titles
 
-def write_page(summaries: Sequence[Mapping[str, Any]], path: Path, *, shared: Path | None = None) -> Path:
+
+def write_page(summaries: Sequence[Mapping[str, Any]], path: Path, *, library: Path | None = None) -> Path:
     """Write the page of runs, whose summaries `read_summaries` has read; returns `path`.
 
-    shared: the folder that holds plotly.min.js for several pages; by default the page's own.
+    library: the folder that holds plotly.min.js for several pages; by default the page's own.
     """
     path = path.absolute()
-    library = (shared or path.parent).absolute() / PLOTLY
-    write_text(path, _render(gather(summaries), path=path, plotly=os.path.relpath(library, path.parent)))
+    plotly = (library or path.parent).absolute() / PLOTLY
+    write_text(path, _render(gather(summaries), path=path, plotly=os.path.relpath(plotly, path.parent)))
     with resources.as_file(resources.files("plotly") / "package_data" / PLOTLY) as own:
-        if not library.is_file() or file_hash(library) != file_hash(own):
-            with atomic_write(library) as temporary:
+        if not plotly.is_file() or file_hash(plotly) != file_hash(own):
+            with atomic_write(plotly) as temporary:
                 temporary.write_bytes(own.read_bytes())
     return path
 
 
-def write_own_page(folder: Path) -> Path | None:
-    """Write the page of a run or a sweep into its folder; pages of a sweep's runs share the sweep's plotly.min.js.
+def write_own_page(folder: Path, logs: Path) -> Path | None:
+    """Write the page of a run or a sweep into its folder; plotly.min.js lies once in `logs`, for all of them.
 
     A page that cannot be written (a full disk) is a warning and None: the run is over and did not fail.
     """
-    in_sweep = (folder.parent / "multirun.yaml").is_file()  # Hydra's
     try:
-        return write_page(read_summaries([folder]), folder / NAME, shared=folder.parent if in_sweep else None)
+        return write_page(read_summaries([folder]), folder / NAME, library=logs)
     except OSError as error:
         remedy = f"make room, then python -m lark.report {folder} --page {folder / NAME}"
         logger.warning("%s could not be written (%s): %s", folder / NAME, error.strerror, remedy)
@@ -109,7 +118,7 @@ def _render(contents: Contents, *, path: Path, plotly: str) -> str:
         sections=sections,
         grid=grid,
         legend=LEGEND,
-        runs=[{**run, "page": _find_page(run["folder"], path)} for run in contents.runs],
+        runs=[{**run, **_link_run(Path(run["folder"]), path)} for run in contents.runs],
         pools=heads,
         any_group=bool(contents.groups),
         style=Markup(texts["style.css"]),
@@ -140,10 +149,14 @@ def _describe_counts(contents: Contents) -> str:
     return ", ".join(parts)
 
 
-def _find_page(folder: str, page: Path) -> str | None:
-    """Find a run's own page, relative to this one; None if there is none but this."""
-    other = (Path(folder) / NAME).absolute()
-    return os.path.relpath(other, page.parent) if other != page and other.is_file() else None
+def _link_run(folder: Path, page: Path) -> dict[str, Any]:
+    """List links to a run's folder and to what is in it, by name, relative to the page."""
+    files = {"page": NAME, "selection": "selector/selection.jsonl", "summary": "summary.json", "log": "run.log"}
+    found = {name: (folder / file).absolute() for name, file in files.items()}
+    links = {
+        name: os.path.relpath(path, page.parent) for name, path in found.items() if path != page and path.is_file()
+    }
+    return {"href": os.path.relpath(folder.absolute(), page.parent), "links": links}
 
 
 def _make_sections(group: GroupContents, tables: Sequence[TextTable]) -> list[Section]:
@@ -152,15 +165,16 @@ def _make_sections(group: GroupContents, tables: Sequence[TextTable]) -> list[Se
     key += f"-{hashlib.sha256(f'{group.task}|{group.model}'.encode()).hexdigest()[:6]}"
     looks = assign_looks(list(group.curves))
     plots = [plot_loss_curves(group.curves, looks), plot_teacher_shares(group.teacher_shares)]
+    answers = list(list_answers(group))
     if group.compared is None:
-        first = Section(key=key, title=group.title, plots=plots, notes=group.left_out)
+        first = Section(key=key, title=group.title, answers=answers, plots=plots, notes=group.left_out)
     else:
         arms, pairs = tables
         of_rows = [looks[arm.label].name if arm.label in looks else "" for arm in group.compared.arms]
         first = Section(
             key=key,
             title=group.title,
-            conclusions=list(list_conclusions(group.compared)),
+            answers=answers,
             tables=[
                 _make_table(arms, "Students: one row for each kind, means over seeds", of_rows),
                 *([_make_table(pairs, "Differences: selector minus baseline")] if pairs.labels else []),
@@ -176,29 +190,16 @@ def _make_pool_sections(key: str, group: GroupContents, looks: Mapping[str, Look
         Section(
             key=f"{key}-pool{number}",
             title=f"{pool.name}: choices",
-            notes=[_describe_sample(pool)],
-            plots=[plot_weights(pool, looks, group.effective), plot_scores_by_teacher(pool), plot_overlaps(pool)],
+            plots=[plot_weights(pool, looks), plot_scores_by_teacher(pool), plot_overlaps(pool)],
         )
         for number, pool in enumerate(group.pools)
     ]
 
 
-def _describe_sample(pool: PoolContents) -> str:
-    facts = {key: f"{count:,}" for key, count in pool.sample.facts.items() if isinstance(count, int)}
-    if facts["trajectories"] == facts["of_trajectories"]:
-        return f"All {facts['trajectories']} candidates of {facts['problems']} problems."
-    return (
-        f"From a sample, chosen by the hash of their ids, of {facts['problems']} of {facts['of_problems']} problems, "
-        f"with {facts['trajectories']} of {facts['of_trajectories']} candidates."
-    )
-
-
 def _make_diagnosis_sections(key: str, group: GroupContents) -> list[Section]:
     sections = []
-    for number, diagnosis in enumerate(group.diagnoses[:DIAGNOSES_SHOWN] or (None,)):
-        notes = ["The runs have no diagnostics.json."]
-        if diagnosis is not None:
-            notes = [f"From the run of {diagnosis.label} with seed {diagnosis.seed}."]
+    for number, diagnosis in enumerate(group.diagnoses[:DIAGNOSES_SHOWN]):
+        notes = [f"From the run of {diagnosis.label} with seed {diagnosis.seed}."]
         if more := [one.label for one in group.diagnoses[DIAGNOSES_SHOWN:]]:
             notes.append(f"Not shown here, but on the runs' own pages: {', '.join(more)}.")
         title = f"{group.title}: does the score mean anything?"
@@ -209,13 +210,22 @@ def _make_diagnosis_sections(key: str, group: GroupContents) -> list[Section]:
 
 def _make_table(table: TextTable, caption: str, looks: Sequence[str] = ()) -> dict[str, Any]:
     """Make a table of the template: caption, header, columns, and rows of label, class of its colour and cells."""
-    rows = zip(table.labels, looks or [""] * len(table.labels), *(cells for _, cells in table.columns), strict=True)
+    columns = table.list_columns()
+    rows = zip(table.labels, looks or [""] * len(table.labels), *(cells for _, cells, _ in columns), strict=True)
+    more = ["" if is_shown else "more" for _, _, is_shown in columns]
     return {
         "caption": caption,
         "header": table.header,
-        "columns": [header for header, _ in table.columns],
+        "columns": [(header, of_column) for (header, _, _), of_column in zip(columns, more, strict=True)],
         "rows": [
-            (label, look, [{"text": text.strip(), "value": parse_number(text)} for text in cells])
+            (
+                label,
+                look,
+                [
+                    {"text": text.strip(), "value": parse_number(text), "more": of_column}
+                    for text, of_column in zip(cells, more, strict=True)
+                ],
+            )
             for label, look, *cells in rows
         ],
     }
