@@ -25,11 +25,11 @@ def start(hydra_main: Callable[[], Any], job: Callable[..., Any]) -> None:
     """
     child = os.environ.get("LARK_RUN") if int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
     check_flags(sys.argv[1:])
-    sys.argv = configuration.resolve_config_path(sys.argv)
-    os.environ[configuration.SWEEP_VARIABLE] = configuration.hash_command(sys.argv)
     os.environ.setdefault("TQDM_DISABLE", "1")  # of libraries; ours say themselves where they are shown
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra re-raises instead of printing; what is printed is decided here
     try:
+        sys.argv = configuration.resolve_config_path(sys.argv)
+        os.environ[configuration.SWEEP_VARIABLE] = configuration.hash_command(sys.argv)
         _join(Path(child), job) if child else hydra_main()
         sys.stdout.flush()
     except KeyboardInterrupt:  # before the job has begun; then lark.common.signals answers

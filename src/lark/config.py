@@ -5,6 +5,7 @@ Imports nothing heavy: `--help` and `--cfg job` must answer at once.
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import os
@@ -62,7 +63,11 @@ def resolve_config_path(words: list[str]) -> list[str]:
     """Make a --config-path of the working folder absolute in a command line: Hydra would look beside its script."""
 
     def resolve(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).is_dir() else path
+        if not Path(path).is_dir() and "://" not in path:
+            raise LarkError(
+                f"--config-path {path} is not a folder; name a run's, such as logs/runs/<task>/<model>/<time>"
+            )
+        return str(Path(path).resolve()) if "://" not in path else path
 
     flags = ("--config-path", "-cp")
     result = [
@@ -281,6 +286,8 @@ def to_sentence(error: BaseException) -> str | None:
         return f"{error.override} is not setting=value ({reason}); quote what holds spaces, brackets or signs: {quoted}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_hydra(" ".join(str(error).split()))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space is left on the device ({error}); free some, or set paths.logs and paths.cache to another"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; check the path and who may read and write there"
     return None

@@ -3,9 +3,12 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from lark.experiment import console
+from lark.student.batching import draw_step_rows
 
 
 @pytest.fixture
@@ -61,3 +64,30 @@ def test_arms_that_are_there_are_said_so(selected, caplog):
     console.announce_training(selected, arms, {"selector": "reuse", "baseline": "train"}, tracker)  # type: ignore[arg-type]
     (line,) = (text for text in caplog.messages if text.startswith("training"))
     assert "selector 60 steps (trained before) · baseline 60 steps · CSV files" in line
+
+
+@pytest.mark.parametrize(("batch_size", "warned"), [(12, False), (13, True)])
+def test_a_step_that_visits_a_trajectory_twice_is_warned_of(batch_size, warned, selected, caplog):
+    assert len(selected.selections["selector"].row) == 12
+    selected.recipe = replace(selected.recipe, batch_size=batch_size)
+    tracker = SimpleNamespace(describe=lambda: "CSV files")
+    arms = {"selector": SimpleNamespace(steps=5)}
+    console.announce_training(selected, arms, {"selector": "train"}, tracker)  # type: ignore[arg-type]
+    assert [f"sft.batch_size={batch_size}" in text for text in list_warnings(caplog)] == [True] * warned
+
+
+def test_visits_are_those_of_the_batches(selected):
+    rows, recipe = 12, replace(selected.recipe, batch_size=7)
+    drawn = np.concatenate([draw_step_rows(rows, 7, seed=0, step=step) for step in range(5)])
+    counts = np.bincount(drawn, minlength=rows)
+    assert recipe.count_visits(rows, 5) == (counts.min(), counts.max())
+
+
+def test_a_busy_machine_is_told_of_threads(monkeypatch, caplog, tmp_path):
+    config = OmegaConf.create({"task": {"name": "t"}, "model": {"name": "m"}, "seed": 0})
+    monkeypatch.setattr("os.getloadavg", lambda: (999.0, 0, 0))
+    console.announce_header(config, tmp_path)
+    assert not list_warnings(caplog)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    console.announce_header(config, tmp_path)
+    assert "OMP_NUM_THREADS" in list_warnings(caplog)[0]

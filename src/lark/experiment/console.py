@@ -15,9 +15,11 @@ from lark.selection.selection import Selection
 from lark.tracking.logging_metrics import Tracker
 from lark.training.arms import Arm
 from lark.training.datamodule import TrajectoryDataModule
+from lark.training.recipe import Recipe
 
 LEFT_OUT = ("dropped_by_filter", "dropped_without_score", "problems_without_choice", "short_of_selector")
 _TEACHERS_SHOWN = 3
+_BUSY = 1.5  # load a core
 _CONCENTRATED = 0.5  # of the weight on one teacher of several
 _FOLLOWS = 0.8  # a rank correlation within problems
 
@@ -25,6 +27,9 @@ _FOLLOWS = 0.8  # a rank correlation within problems
 def announce_header(config: DictConfig, folder: Path) -> None:
     """Announce which run this is and where it is kept."""
     announce("LARK", f"{config.task.name} · {config.model.name} · seed {config.seed}    {_shorten(folder)}")
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > _BUSY * cores and "OMP_NUM_THREADS" not in os.environ:
+        logger.warning(f"the machine is busy (load {load:.0f} on {cores} cores); OMP_NUM_THREADS=1 may be faster here")
 
 
 def announce_scoring(data: TrajectoryDataModule) -> None:
@@ -93,6 +98,8 @@ def _warn_of_confounds(rule: str, record: Mapping) -> None:
 
 def _describe_teachers(record: Mapping) -> str:
     shares = record["teacher_share"]
+    if len(shares) == 1:
+        return "one teacher"
     if len(shares) > 2 and max(shares.values()) < 1.5 / len(shares):
         return f"even over {len(shares)} teachers"
     return ", ".join(f"{teacher} {share:.0%}" for teacher, share in list(shares.items())[:_TEACHERS_SHOWN])
@@ -142,6 +149,8 @@ def announce_training(
         for name, arm in arms.items()
     ]
     announce("training", " · ".join([*shown, tracker.describe()]))
+    for name, arm in arms.items():
+        _describe_visits(name, data.recipe, len(data.selections[name].row), arm.steps)
     recipe, selection = data.recipe, data.selections["selector"]
     tokens = recipe.batch_size * selection.record["tokens"] / len(selection.row)
     logger.info(
@@ -149,6 +158,17 @@ def announce_training(
         f"{data.precision}, {'all parameters' if data.student.lora is None else 'LoRA'}, average over "
         f"{recipe.average}; sampled in {data.dtype.removeprefix('torch.')}"
     )
+
+
+def _describe_visits(name: str, recipe: Recipe, trajectories: int, steps: int) -> None:
+    """Say how often training visits a trajectory, and warn where one step visits it more than once."""
+    least, most = recipe.count_visits(trajectories, steps)
+    logger.info("%s: every trajectory is visited %s times", name, least if least == most else f"{least} to {most}")
+    if trajectories < recipe.batch_size:
+        logger.warning(
+            f"sft.batch_size={recipe.batch_size} is more than the {trajectories:,} trajectories of {name}: a step "
+            f"visits each up to {recipe.count_visits(trajectories, 1)[1]} times; lower sft.batch_size"
+        )
 
 
 def announce_paths(folder: Path) -> None:

@@ -170,6 +170,7 @@ def train(
         "steps": arm.steps,
         "seconds": time.monotonic() - start,
         "trajectories": len(arm.selection.row),
+        "visits": list(arm.recipe.count_visits(len(arm.selection.row), arm.steps)),
         "tokens": int(data.trajectories.span_tokens[arm.selection.row].sum()),
         "curve": module.curve,
         "held_out": module.held_out,

@@ -86,6 +86,11 @@ class Recipe:
         """Derive the recipe of a warm-up arm: so many epochs, all rows alike, without a held-out curve."""
         return replace(self, steps=None, epochs=float(epochs), validations=1, weighted=False)
 
+    def count_visits(self, trajectories: int, steps: int) -> tuple[int, int]:
+        """Count how often a trajectory is drawn in so many steps: the least and the most."""
+        drawn = steps * self.batch_size
+        return drawn // trajectories, -(-drawn // trajectories)
+
     def count_steps(self, trajectories: int) -> int:
         """Count the optimizer steps of a run whose selector chose `trajectories`."""
         return self.steps or max(1, math.ceil(self.epochs * trajectories / self.batch_size))
