@@ -54,7 +54,7 @@ def main() -> None:
         student=student, settings=ScoringSettings(compile=False, share=False), pool=pool, rows=np.array([0]), seed=0
     )
     module = StatisticsModule(wanted=Statistics(), inputs=inputs, folder=Path())
-    module.trainer = SimpleNamespace(world_size=1)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(world_size=1, strategy=SimpleNamespace(root_device=torch.device("cpu")))  # type: ignore[assignment]
     module.student_model = LlamaForCausalLM(config).eval().requires_grad_(False)
 
     start = time.perf_counter()
