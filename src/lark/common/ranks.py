@@ -27,6 +27,8 @@ from lark.common.errors import LarkError
 RUN_VARIABLE = "LARK_RUN"
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE)
 _NO_LIMIT = timedelta(days=7)
+COLLECTIVE_LIMIT = timedelta(minutes=30)
+"""How long a rank waits for the others in a sum of gradients or a gathering of weights before it gives up."""
 
 Claim = Callable[[str, Path, Callable[[], bool]], AbstractContextManager[bool]]
 """Takes (name, folder, is_done); yields true where the work is to be done here, under a lock until the block ends."""
@@ -137,7 +139,7 @@ def start_ranks() -> None:
     Raises LarkError where a scheduler started them in a way that is not supported.
     """
     if _of_torchrun() and not dist.is_initialized():
-        dist.init_process_group()
+        dist.init_process_group(timeout=COLLECTIVE_LIMIT)
     if _of_srun() and not dist.is_initialized():
         _check_srun()
         slurm = SLURMEnvironment(auto_requeue=False)
@@ -145,6 +147,7 @@ def start_ranks() -> None:
             init_method=f"tcp://{slurm.main_address}:{slurm.main_port}",
             rank=slurm.global_rank(),
             world_size=slurm.world_size(),
+            timeout=COLLECTIVE_LIMIT,
         )
     if not is_main() and not dist.is_initialized() and RUN_VARIABLE not in os.environ:
         raise LarkError(

@@ -31,6 +31,7 @@ from lark.scoring.progress import total_progress
 from lark.student.attention import enable_packed_rows
 from lark.student.batching import MicroBatch, lay_out_row, pack_rows, plan_alone, plan_prefix_units
 from lark.student.chat import SPANS, STEPS
+from lark.student.compiling import compile_layers
 from lark.student.context_length import find_rope_border
 from lark.student.distributed import Parallelism
 from lark.student.memory import LEAST_TOKENS, estimate_scoring_tokens, is_out_of_memory, release_memory
@@ -62,7 +63,8 @@ class ScoringSettings:
     share: bool = True
     """Compute what rows begin alike with (their prompt) once for those of one forward pass."""
     compile: bool | None = None
-    """Fuse the statistics of the logits by torch.compile; null = where the pass is long enough to gain by it."""
+    """Fuse the statistics of the logits by torch.compile (on CUDA the student's layers too); null = where the pass is
+    long enough to gain by it."""
     model: str | None = None
     """null = the student that is trained; else another option of the model group, whose choice that student then gets
     (is a choice specific to its student?)."""
@@ -167,7 +169,10 @@ class PassModule(LightningModule):
         """None if the student takes packed rows (which changes its attention), else why one row goes alone; the same on
         every rank, where any of them refuses.
         """
-        return self.parallelism.find_refusal(enable_packed_rows(self.student_model, self.inputs.student.attention))
+        reason = self.parallelism.find_refusal(enable_packed_rows(self.student_model, self.inputs.student.attention))
+        if reason is None and self.inputs.settings.compile is not False:
+            compile_layers(self.student_model, self.trainer.strategy.root_device)
+        return reason
 
     @property
     def sharing_disabled_reason(self) -> str | None:

@@ -207,10 +207,11 @@ def enable_packed_rows(model: Any, implementation: str) -> str | None:
         return _attend_tree(*inputs, sliding_window=sliding_window, **keywords)
 
     with torch.inference_mode():
-        rows, padded = _compute_trial_rows(model)
+        device = next(model.parameters()).device
+        expected = [_compute_states(model, torch.tensor(ids, device=device)) for ids in _TRIAL]
         AttentionInterface.register(TRIAL_ATTENTION, attend)
         model.set_attn_implementation(TRIAL_ATTENTION)
-        reason = _try_tree(model, rows, padded) or _find_hidden_window(model.config.get_text_config(), windows)
+        reason = _try_tree(model, expected) or _find_hidden_window(model.config.get_text_config(), windows)
     model.set_attn_implementation(implementation if reason else TREE_ATTENTION)
     return reason
 
@@ -218,33 +219,24 @@ def enable_packed_rows(model: Any, implementation: str) -> str | None:
 _TRIAL = [[3, 1, 4, 1, 5], [3, 1, 4, 2, 7, 1, 8], [3, 1, 4, 2, 6, 9]]
 
 
-def _compute_trial_rows(model: Any) -> tuple[list[Tensor], Tensor]:
-    """Compute the trial's hidden states as always: of each row alone, and of all right-padded [R, L, D]."""
-    decoder, device = model.get_decoder(), next(model.parameters()).device
-    padded_RL = torch.zeros(len(_TRIAL), max(map(len, _TRIAL)), dtype=torch.int64)
-    for row, ids in enumerate(_TRIAL):
-        padded_RL[row, : len(ids)] = torch.tensor(ids)
-    rows = [decoder(input_ids=torch.tensor([ids], device=device), use_cache=False) for ids in _TRIAL]
-    padded = decoder(input_ids=padded_RL.to(device), use_cache=False)
-    return [row.last_hidden_state[0] for row in rows], padded.last_hidden_state
+def _compute_states(model: Any, ids_X: Tensor, **keywords: Any) -> Tensor:
+    return model.get_decoder()(input_ids=ids_X[None], use_cache=False, **keywords).last_hidden_state[0]
 
 
-def _try_tree(model: Any, rows: list[Tensor], padded_RLD: Tensor) -> str | None:
-    """Say why the trial's hidden states as a tree are not those of its `rows`, if so."""
-    device = rows[0].device
+def _try_tree(model: Any, expected: list[Tensor]) -> str | None:
+    """Say why the trial's hidden states as a tree are not the `expected` ones of its rows, if so."""
+    device = expected[0].device
     ids_X, depths_X, tree, paths = build_prefix_tree(_TRIAL)
-    where = {"input_ids": ids_X[None].to(device), "position_ids": depths_X[None].to(device)}
+    packed = {"position_ids": depths_X[None].to(device), "prefix_tree": tree.to(device)}
     try:
-        output = model.get_decoder()(**where, use_cache=False, prefix_tree=tree.to(device))
+        states_XD = _compute_states(model, ids_X.to(device), **packed)
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(model).__name__}: {error}"
-    nodes = [output.last_hidden_state[0][torch.from_numpy(path).to(device)] for path in paths]
-    # another cut of the same sequences shows what rounding does
-    rounding = max((a - one[: len(a)]).abs().max() for a, one in zip(rows, padded_RLD, strict=True))
-    difference = max((a - one).abs().max() for a, one in zip(rows, nodes, strict=True))
-    largest = max(a.abs().max() for a in rows)
-    same = difference <= min(4 * rounding + 1e-5 * largest, 0.02 * largest)
-    return None if same else f"its hidden states would differ by {difference:.2g}"
+    found = [states_XD[torch.from_numpy(path).to(device)] for path in paths]
+    difference = max((a - b).abs().max() for a, b in zip(expected, found, strict=True))
+    largest = max(a.abs().max() for a in expected)
+    rounding = 0.02 if states_XD.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return None if difference <= rounding * largest else f"its hidden states would differ by {difference:.2g}"
 
 
 def _find_hidden_window(config: Any, told: set[int | None]) -> str | None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,10 +41,12 @@ from torch.distributed.tensor import DTensor
 
 from lark.common.errors import LarkError
 from lark.common.log import logger
+from lark.common.ranks import COLLECTIVE_LIMIT
 from lark.student.student import decoder_layers, get_base_model
 from lark.student.token_statistics import Head
 
 SUM_BYTES = 64 * 2**20  # of gradients that are summed over ranks at a time
+WHOLE_GRADIENTS = 2 * 2**30  # bytes of them that a rank keeps whole until a step's last micro-batch (LoRA's, mostly)
 TRAINED = StateDictOptions(ignore_frozen_params=True, cpu_offload=True)
 META = "meta.pt"  # Lightning's name for what is neither weights nor the optimizer's state
 
@@ -80,7 +82,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
 def make_strategy(name: str) -> Any:
     """Make what a Trainer takes for trainer.strategy=`name`; a new one for each, as it keeps what it has set up."""
-    return ShardedStrategy() if name == "fsdp" else name  # Lightning's own of that name is FSDP's first version
+    if name == "ddp":
+        return DDPStrategy(timeout=COLLECTIVE_LIMIT)
+    # Lightning's own of that name is FSDP's first version
+    return ShardedStrategy(timeout=COLLECTIVE_LIMIT) if name == "fsdp" else name
 
 
 class Parallelism:
@@ -94,6 +99,7 @@ class Parallelism:
         self.is_divided = isinstance(self.strategy, ShardedStrategy) and self.world_size > 1
         """Whether every forward and backward pass takes all ranks."""
         self._lockstep: Lockstep | None = None
+        self._sums_once = False
 
     def check_gradients(self, asked_by: str) -> None:
         """Raise LarkError where `asked_by` (a setting or pass) cannot have the student's gradients outside training."""
@@ -137,6 +143,15 @@ class Parallelism:
         # What the root is called with are the loss's coefficients, which bfloat16 would round.
         fully_shard(model, mesh=self._mesh, mp_policy=MixedPrecisionPolicy(**kept, cast_forward_inputs=False))
         register_fsdp_forward_method(model, method)
+        whole = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        self._sums_once = whole <= WHOLE_GRADIENTS
+
+    def set_last(self, model: Any, is_last: bool) -> None:
+        """Tell a divided student whether the micro-batch to come is the step's last, after which it sums its gradients
+        over ranks; where they would take much memory until then, it sums them at every micro-batch.
+        """
+        if self.is_divided and self._sums_once:
+            model.set_requires_gradient_sync(is_last)
 
     @property
     def loss_factor(self) -> int:

@@ -3,7 +3,7 @@
 A step's loss is sum_N coefficient_N * surprisal_N over the whole global batch. The coefficients already carry weights
 and denominators (see lark.student.batching), so micro-batches and ranks only add up: weights act at any micro-batch
 size. Gradients are summed over ranks once a step, after its last micro-batch, so that a rank that runs out of memory
-can do its part again in smaller ones. (A student that is divided over ranks, trainer=fsdp, sums them as it goes.)
+can do its part again in smaller ones. (A student that is divided over ranks, trainer=fsdp, may sum them as it goes.)
 """
 
 import csv
@@ -26,6 +26,7 @@ from lark.common.errors import LarkError
 from lark.student.attention import enable_packed_rows
 from lark.student.batching import MicroBatch, lay_out_row, pack_rows, plan_alone, plan_packed
 from lark.student.chat import TokenizedTrajectory
+from lark.student.compiling import compile_layers
 from lark.student.distributed import Parallelism, clip_gradients
 from lark.student.memory import estimate_training_tokens, is_out_of_memory, release_memory
 from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
@@ -79,6 +80,8 @@ class SFTModule(LightningModule):
         # Full fine-tuning keeps float32 master weights; trainer.precision decides what the products run in.
         dtype = torch.float32 if self.student.lora is None else self.student.resolve_dtype(device)
         self.load_student(dtype)
+        if self.unpacked_reason is None:
+            compile_layers(self.student_model, device)
         self.parallelism.divide_for_training(self.student_model, "weighted_surprisal")
 
     def load_student(self, dtype: torch.dtype) -> None:
@@ -101,9 +104,9 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(
-            self._list_trained(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
+        settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+        # on CUDA in one kernel, without the copies of all parameters that `foreach` makes
+        optimizer = torch.optim.AdamW(self._list_trained(), **settings, fused=self.device.type == "cuda" or None)
 
         def factor(step: int) -> float:
             return recipe.compute_rate(step, self.steps) / recipe.lr
@@ -171,7 +174,9 @@ class SFTModule(LightningModule):
             torch.manual_seed(_mix_seeds(self.seed, step, self.global_rank))  # dropout: resuming needs no saved state
             loss, failure, computed = torch.zeros((), device=self.device), None, 0
             try:
-                for micro, coefficient_CR in self.micro_batches(batch):
+                micro_batches = list(self.micro_batches(batch))
+                for number, (micro, coefficient_CR) in enumerate(micro_batches, 1):
+                    self.parallelism.set_last(self.student_model, number == len(micro_batches))
                     loss += self._backward(micro, coefficient_CR)
                     computed += micro.tokens
             except RuntimeError as error:
