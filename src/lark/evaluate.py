@@ -71,6 +71,10 @@ def take_checkpoint(config: DictConfig, overrides: list[str]) -> None:
 
     arm = Path(config.checkpoint)
     arm = arm.parent if arm.name == "checkpoint" else arm
+    if (arm / "adapter_config.json").is_file():
+        raise LarkError(f"checkpoint={arm} is an adapter, not an arm; set model.adapter={arm} and the model it is for")
+    if (arm / "config.json").is_file():
+        raise LarkError(f"checkpoint={arm} is a student, not an arm; set model.path={arm} model.template=own instead")
     student = read_arm(arm, "checkpoint=")["student"]
     for word in overrides:
         name = word.partition("=")[0].lstrip("+")

@@ -22,7 +22,6 @@ _COMMON = (
     "top_p",
     "max_new_tokens",
     "seed",
-    "rate",
     "concurrency",
     "timeout",
     "tries",
@@ -146,7 +145,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=4096, help="after which a trajectory is cut off (4096)")
     add("--seed", type=int, default=0, help="of the sampling noise (0)")
     add("--system", help="system turn before each problem, asked with and stored")
-    add("--rate", type=float, help="requests a minute to each endpoint at most (no limit)")
     add("--concurrency", type=int, default=8, help="requests under way at each endpoint (8)")
     add("--timeout", type=float, default=900.0, help="seconds a request may take (900)")
     add("--tries", type=int, default=6, help="how often a request is made before it is given up (6)")

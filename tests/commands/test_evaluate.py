@@ -207,6 +207,10 @@ def test_a_wrong_setting_is_one_sentence(words, named, evaluate, tmp_path, monke
 
 
 def test_a_checkpoint_brings_its_own_student(run, evaluate, tmp_path):
+    exported = run / "selector" / "checkpoint"
+    (tmp_path / "exported").symlink_to(exported.resolve())
+    done = evaluate(f"checkpoint={tmp_path / 'exported'}", f"paths.logs={tmp_path}")
+    assert f"model.path={tmp_path / 'exported'}" in done.err
     for word in ("model=tiny_b", "model.template=llama3", "model.lora=null"):
         done = evaluate(f"checkpoint={run / 'selector'}", word, f"paths.logs={tmp_path}")
         assert done.code == 1

@@ -57,10 +57,10 @@ class Seen:
 
 
 class ChatServer:
-    """reply: gets a request and how many of the same question and seed came before it.  clock: stamps requests."""
+    """reply: gets a request and how many of the same question and seed came before it."""
 
-    def __init__(self, reply: Callable[[Seen, int], Reply], clock: Callable[[], float]) -> None:
-        self.reply, self.clock = reply, clock
+    def __init__(self, reply: Callable[[Seen, int], Reply]) -> None:
+        self.reply = reply
         self.seen: list[Seen] = []
         self.most_at_once = self._now = 0
         self._lock, self._over = threading.Lock(), threading.Event()
@@ -94,7 +94,7 @@ class ChatServer:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         authorization = handler.headers.get("Authorization")
         key = authorization.removeprefix("Bearer ") if authorization else None
-        seen = Seen(at=self.clock(), path=handler.path, key=key, headers=dict(handler.headers), body=body)
+        seen = Seen(at=time.monotonic(), path=handler.path, key=key, headers=dict(handler.headers), body=body)
         with self._lock:
             before = sum((s.question, s.body.get("seed")) == (seen.question, body.get("seed")) for s in self.seen)
             self.seen.append(seen)
@@ -124,9 +124,9 @@ class ChatServer:
 
 @contextmanager
 def chat_server(
-    reply: Callable[[Seen, int], Reply] = lambda seen, before: Reply(), clock: Callable[[], float] = time.monotonic
+    reply: Callable[[Seen, int], Reply] = lambda seen, before: Reply(),
 ) -> Iterator[ChatServer]:
-    server = ChatServer(reply, clock)
+    server = ChatServer(reply)
     try:
         yield server
     finally:

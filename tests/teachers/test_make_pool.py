@@ -86,7 +86,7 @@ def test_only_what_is_new_is_asked_for(tmp_path: Path) -> None:
         asked = [len(server.seen)]
         for teachers, problems, settings in [
             ([teacher(server)], PROBLEMS, {"keep": "correct"}),
-            ([teacher(server, samples=3, concurrency=2, rate=10**6)], PROBLEMS, {}),
+            ([teacher(server, samples=3, concurrency=2)], PROBLEMS, {}),
             ([teacher(server), teacher(server, "b")], PROBLEMS, {}),
             ([teacher(server, temperature=0.1)], PROBLEMS, {}),
             ([teacher(server)], [PROBLEMS[0] | {"problem": "What is 0 + 0 now?"}, *PROBLEMS[1:]], {}),

@@ -11,7 +11,7 @@ from chat_server import ChatServer, Reply, Seen, chat_server, fault, said
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lark.teachers.openai_teacher import Endpoint, Pace, Request, Tally, without_key
+from lark.teachers.openai_teacher import Endpoint, Request, Tally, without_key
 from lark.teachers.teacher import Teacher
 
 KEY = "sk-0123456789abcdefghijKLMNOP"
@@ -21,19 +21,6 @@ KEY = "sk-0123456789abcdefghijKLMNOP"
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("STAND_IN_KEY", KEY)
-
-
-class Clock:
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def requests(count: int) -> list[Request]:
@@ -47,11 +34,11 @@ def teacher(server: ChatServer, **settings: Any) -> Teacher:
     return Teacher(**{"name": "far", "model": "m", "url": server.url, "key": "STAND_IN_KEY", **settings})
 
 
-def ask(one: Teacher, count: int = 1, pace: Pace | None = None) -> tuple[list[dict[str, Any]], Tally]:
+def ask(one: Teacher, count: int = 1) -> tuple[list[dict[str, Any]], Tally]:
     records: list[dict[str, Any]] = []
 
     async def go() -> Tally:
-        endpoint = Endpoint(one, halt=asyncio.Event(), pace=pace)
+        endpoint = Endpoint(one, halt=asyncio.Event())
         await endpoint.ask_all(requests(count), records.append)
         return endpoint.tally
 
@@ -243,43 +230,6 @@ def test_what_is_under_way_when_another_stops_is_kept() -> None:
     with chat_server(reply) as server:
         asyncio.run(go(server.url))
     assert len(records) == sum(seen.question != "problem 0" for seen in server.seen)  # all that was paid for
-
-
-# ---- pace
-
-
-@pytest.mark.parametrize("rate", [60, 7.5])
-def test_requests_arrive_at_the_rate(rate: float) -> None:
-    clock = Clock()
-    with chat_server(clock=clock) as server:
-        ask(teacher(server, concurrency=1), 6, Pace(rate, clock=clock, sleep=clock.sleep))
-    assert [seen.at for seen in server.seen] == pytest.approx([60 / rate * i for i in range(6)])
-
-
-def test_retries_keep_to_the_rate_as_well() -> None:
-    clock = Clock()
-    with chat_server(first_then(Reply(status=500)), clock) as server:
-        ask(teacher(server, concurrency=1), 2, Pace(60, clock=clock, sleep=clock.sleep))
-    assert [seen.at for seen in server.seen] == pytest.approx([0, 1, 2, 3])
-
-
-def test_many_who_wait_get_turns_apart_and_in_order() -> None:
-    clock = Clock()
-    turns: list[tuple[float, int]] = []
-
-    async def one(pace: Pace, number: int) -> None:
-        await pace.wait_for_turn()
-        turns.append((clock(), number))
-        if number == 1:
-            pace.pause(10)
-            pace.pause(5)  # shorter: changes nothing
-
-    async def go() -> None:
-        pace = Pace(120, clock=clock, sleep=clock.sleep)
-        await asyncio.gather(*(one(pace, number) for number in range(4)))
-
-    asyncio.run(go())
-    assert turns == [(0, 0), (0.5, 1), (10.5, 2), (11, 3)]
 
 
 def test_no_more_at_a_time_than_told() -> None:

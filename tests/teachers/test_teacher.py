@@ -28,13 +28,13 @@ def test_from_yaml_where_a_teachers_own_settings_come_first(tmp_path: Path) -> N
     file.write_text(
         "qwen: Qwen/Qwen3-8B\n"
         "near: http://localhost:8000/v1/chat/completions#m\n"
-        "ds:\n  url: https://api.example.com/v1\n  model: m\n  key: DS_KEY\n  samples: 4\n  rate: 60\n"
+        "ds:\n  url: https://api.example.com/v1\n  model: m\n  key: DS_KEY\n  samples: 4\n  tries: 3\n"
         "  body: {max_tokens: null}\n"
     )
     more, qwen, near, far = read("more=x/y", file=file)
     assert (more.model, qwen.model, qwen.samples) == ("x/y", "Qwen/Qwen3-8B", 2)
     assert (near.url, near.model) == ("http://localhost:8000/v1", "m")
-    assert (far.samples, far.temperature, far.rate, far.body, far.key) == (4, 0.5, 60, {"max_tokens": None}, "DS_KEY")
+    assert (far.samples, far.temperature, far.tries, far.body, far.key) == (4, 0.5, 3, {"max_tokens": None}, "DS_KEY")
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_from_yaml_where_a_teachers_own_settings_come_first(tmp_path: Path) -> N
         ((), "a: {model: x, samples: 0}", (), "samples=0 is of no use"),
         ((), "a: {model: x, top_p: 0}", (), "top_p=0 is of no use"),
         ((), "a: {model: x, temperature: -1}", (), "temperature=-1 is of no use"),
-        ((), "a: {model: x, rate: 0}", (), "rate=0 is of no use"),
+        ((), "a: {model: x, timeout: 0}", (), "timeout=0 is of no use"),
         ((), "a: {model: x, timeout: soon}", (), "timeout='soon' is of no use"),
         ((), "a: {model: x, seed: -1}", (), "seed=-1 is of no use"),
         ((), "a: {model: x, dtype: 16}", (), "its dtype is not text"),

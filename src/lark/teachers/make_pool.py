@@ -160,11 +160,10 @@ def _prepare(teacher: Teacher, prompts: Prompts, folder: Path, stack: ExitStack)
     stack.callback(file.close)
     keys = [(problem, hash_prompt(turns), n) for problem, turns in prompts.items() for n in range(teacher.samples)]
     there = sum(key in file for key in keys)
-    rate = teacher.rate if teacher.url and there < len(keys) else None
     announce(
         "teacher",
         f"{teacher.name}: {len(prompts):,} problems x {teacher.samples} = {len(keys):,} trajectories, "
-        f"{there:,} are there" + (f", at least {(len(keys) - there) / rate:,.1f} min at its rate" if rate else ""),
+        f"{there:,} are there",
     )
     return _Asked(teacher=teacher, local=local, identity=identity, file=file, keys=keys, there=there)
 

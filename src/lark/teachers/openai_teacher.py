@@ -1,15 +1,15 @@
-"""An OpenAI-compatible endpoint as a teacher: asked at its pace by openai's client, its key kept out of everything.
+"""An OpenAI-compatible endpoint as a teacher: asked by openai's client, its key kept out of everything.
 
 The client makes a request again (`max_retries`, `Retry-After`, exponential back-off). Hooks on its HTTP client see each
-try: they wait for a turn, hold all requests back when the endpoint wants to be left alone, and turn bodies that are not
-an answer into the errors they are.
+try: they hold all requests back while the endpoint wants to be left alone, and turn bodies that are not an answer into
+the errors they are.
 """
 
 import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -47,35 +47,6 @@ class Request:
     messages: Sequence[dict[str, str]]
 
 
-class Pace:
-    """Give turns to make a request: at most `rate` a minute, evenly spaced, none while the endpoint is left alone.
-
-    clock, sleep: of the event loop; a test has its own.
-    """
-
-    def __init__(
-        self,
-        rate: float | None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
-    ) -> None:
-        self._interval = 60 / rate if rate else 0.0
-        self._clock, self._sleep = clock, sleep
-        self._free_at = clock()
-        self._line = asyncio.Lock()
-
-    async def wait_for_turn(self) -> None:
-        async with self._line:  # who waits first goes first
-            while (wait := self._free_at - self._clock()) > 0:
-                await self._sleep(wait)
-            self._free_at = self._clock() + self._interval
-
-    def pause(self, seconds: float) -> None:
-        """Give no turn for so long."""
-        self._free_at = max(self._free_at, self._clock() + seconds)
-
-
 @dataclass(kw_only=True)
 class Tally:
     """What asking came to. lost: trajectories given up after all tries, by reason; they are not in the file."""
@@ -92,12 +63,12 @@ class Endpoint:
     unknown model, a refused request, an endpoint that is down.
     """
 
-    def __init__(self, teacher: Teacher, *, halt: asyncio.Event, pace: Pace | None = None) -> None:
+    def __init__(self, teacher: Teacher, *, halt: asyncio.Event) -> None:
         """Take the endpoint. halt: shared by those asked together: once one cannot go on, none begins a request."""
         assert teacher.url is not None
         self.teacher, self.halt = teacher, halt
         self.key = teacher.read_key()
-        self.pace = pace or Pace(teacher.rate)
+        self._left_alone_until = 0.0  # on the monotonic clock
         self.tally = Tally()
         self._lost_in_a_row = 0
 
@@ -143,7 +114,8 @@ class Endpoint:
         )
 
     async def _before_try(self, request: Any) -> None:
-        await self.pace.wait_for_turn()
+        while (wait := self._left_alone_until - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
 
     async def _after_try(self, response: Any) -> None:
         """Make an error of an answer that is none; hold every request back as long as the endpoint asks."""
@@ -163,7 +135,7 @@ class Endpoint:
             response.headers["x-should-retry"] = "false"
         after = _read_retry_after(response)
         if response.status_code in (429, 503) and after is not None and after <= LONGEST_WAIT:
-            self.pace.pause(after)
+            self._left_alone_until = max(self._left_alone_until, time.monotonic() + after)
 
     async def _ask(self, client: AsyncOpenAI, request: Request) -> dict[str, Any] | None:
         teacher, begun = self.teacher, time.monotonic()

@@ -38,7 +38,6 @@ _NUMBERS = {  # settings that are numbers: whole, may be null, least, most
     "temperature": (False, False, 0, 1e12),
     "top_p": (False, False, 1e-9, 1),
     "timeout": (False, False, 1e-9, 1e12),
-    "rate": (False, True, 1e-9, 1e12),
 }
 
 
@@ -54,9 +53,9 @@ class Teacher:
     max_new_tokens: tokens after which a trajectory is cut off, its thinking included.
     seed: of the sampling noise; an endpoint gets another seed derived from it for each trajectory.
 
-    Of an endpoint. rate: requests a minute at most, evenly spaced; null: no limit.  concurrency: requests under way at
-    a time.  timeout: seconds a request may take.  tries: how often one is made before its trajectory is given up.
-    body: further fields of each request; null takes out one that would be sent (`{max_tokens: null}`).
+    Of an endpoint. concurrency: requests under way at a time.  timeout: seconds a request may take.  tries: how often
+    one is made before its trajectory is given up.  body: further fields of each request; null takes out one that would
+    be sent (`{max_tokens: null}`).
 
     Of a model that runs here. engine: transformers | vllm.  batch_size: trajectories at a time (transformers);
     null: as many as fit into the free memory.
@@ -72,7 +71,6 @@ class Teacher:
     top_p: float = 0.95
     max_new_tokens: int = 4096
     seed: int = 0
-    rate: float | None = None
     concurrency: int = 8
     timeout: float = 900.0
     tries: int = 6
