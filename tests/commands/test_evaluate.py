@@ -1,6 +1,7 @@
 """`python -m lark.evaluate` on the embedded student and a small one, as a user sees it."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from omegaconf import OmegaConf
 from trained_arm import LORA, write_arm
 
 from lark import config as configuration
-from lark import evaluate as command
 from lark.common.cache import read_json
 from lark.evaluation.verdicts import read_answers
 
+command = import_module("lark.evaluate")  # not the function of that name
 LONG_ENOUGH = "task.max_new_tokens=60"
 FEW = ("task.eval_limit=6", LONG_ENOUGH, "evaluation.samples=2", "logger=csv", "trainer=cpu")
 PROGRAM = ("-m", "lark.evaluate")

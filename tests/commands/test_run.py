@@ -102,7 +102,9 @@ def test_run_folder(first: Done) -> None:
     assert {name: arm["action"] for name, arm in plan["arms"].items()} == actions(folder)
     assert actions(folder) == {"before": "evaluate", "baseline": "train", "selector": "train"}
     for name, arm in plan["arms"].items():
-        assert (folder / name / "samples-eval.jsonl").resolve().parent == folder.parents[1] / "arms" / arm["hash"]
+        assert (folder / name / "samples" / "eval").resolve().parent == folder.parents[1] / "samples"
+        if name != "before":
+            assert (folder / name / "trained.json").resolve().parent == folder.parents[1] / "arms" / arm["hash"]
 
 
 def test_arm_folders(first: Done) -> None:
