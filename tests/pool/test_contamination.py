@@ -55,6 +55,17 @@ def test_what_counts_as_the_same(asked: str, in_pool: bool) -> None:
     assert (found.evaluation["set"] == ["7"]) is bool(found.pool) is in_pool
 
 
+CHINESE = "一个农民每天卖出十二箱梨和七箱李子,一周不休息"
+THAI = "ชาวนาขายลูกแพร์สิบสองกล่องทุกวันเป็นเวลาหนึ่งสัปดาห์"
+
+
+@pytest.mark.parametrize("text", [CHINESE, THAI, "农民x有3箱梨每箱12个共多少个梨请计算"])
+def test_scripts_without_spaces_are_compared_by_characters(text: str) -> None:
+    found = find_overlap({"set": [("7", f"问题:{text}。多少?")]}, [("a", f"{text}!另一个问题")])
+    assert found.pool == {"a": "set/7"}
+    assert not find_overlap({"set": [("7", f"{text[:8]} 五六")]}, [("a", text)]).pool, "too short to be the same"
+
+
 def test_a_form_of_words_says_nothing() -> None:
     """Neither one that the evaluation set repeats nor one that only the pool does; equal problems are found still."""
     form = "Work out the value of the following expression and give it as a whole number please: "

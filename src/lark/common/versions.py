@@ -13,7 +13,7 @@ FORMULAS = {
     "reasoning_gym": 1,  # how its problems become rows
     "imported": 2,  # how pools of others become rows
     "benchmarks": 1,  # how benchmarks become evaluation sets
-    "overlap": 1,  # which problems count as the same
+    "overlap": 2,  # which problems count as the same
     "tokens": 2,  # rendering, spans and steps (lark.student.chat)
     "verdicts": 2,  # whether an answer is right (lark.answers)
     "forward": 2,  # hidden states, and how rows share a forward pass

@@ -1,7 +1,8 @@
 """Problems that stand in two places: evaluation problems in the pool, and problems that the pool asks twice.
 
 Two problems overlap if they share 13 words in a row, the measure of GPT-3's contamination analysis (arXiv 2005.14165,
-appendix C), or if their texts are equal but for case and white space; words are lower-case runs of letters and digits.
+appendix C), or if their texts are equal but for case and white space; words are lower-case runs of letters and digits,
+and single characters of scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer and others).
 Shorter problems can only be equal: `2 + 3` is not `2 - 3`. As there, a phrase of 13 words that more than 10 problems
 share is a form of words (the instructions that every problem of a generated set repeats) and says nothing.
 """
@@ -16,7 +17,11 @@ from dataclasses import dataclass
 WORDS = 13  # in a row
 COMMON = 10  # problems on either side that may share a phrase before it is a form of words
 
-_WORD = re.compile(r"[^\W_]+")
+# Thai to Myanmar, Khmer, kana, Han with its extensions.
+_UNSPACED = (
+    "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 def fold_text(text: str) -> str:
