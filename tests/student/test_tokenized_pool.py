@@ -7,8 +7,10 @@ import pytest
 from conftest import rows_of_a_pool, write_pool
 
 import lark.common.table_cache
+import lark.student.checked_pool
 import lark.student.tokenized_pool
 from lark.answers.checker import Checker
+from lark.common.versions import FORMULAS
 from lark.student.tokenized_pool import TokenizedPool
 from lark.tasks.task import Task
 
@@ -30,7 +32,8 @@ def open_pool(tmp_path, make_student):
 def small(monkeypatch):
     """Parts of seven rows, in batches of three or of 150 characters."""
     monkeypatch.setattr(lark.common.table_cache, "PART_ROWS", 7)
-    monkeypatch.setattr(lark.student.tokenized_pool, "BATCH_ROWS", 3)
+    for module in (lark.student.checked_pool, lark.student.tokenized_pool):
+        monkeypatch.setattr(module, "BATCH_ROWS", 3)
     monkeypatch.setattr(lark.student.tokenized_pool, "BATCH_CHARACTERS", 150)
 
 
@@ -47,10 +50,12 @@ def test_tokens_are_those_of_each_row_by_itself(open_pool, small):
 def test_long_rows_are_tokenised_few_at_a_time(open_pool, monkeypatch):
     monkeypatch.setattr(lark.student.tokenized_pool, "BATCH_CHARACTERS", 150)
     sizes = []
-    batch = TokenizedPool._tokenise_batch
-    monkeypatch.setattr(TokenizedPool, "_tokenise_batch", lambda self, rows: sizes.append(rows) or batch(self, rows))
+    batch = lark.student.tokenized_pool._tokenise_batch
+    monkeypatch.setattr(
+        lark.student.tokenized_pool, "_tokenise_batch", lambda rows, *how: sizes.append(rows) or batch(rows, *how)
+    )
     open_pool()
-    texts = [[sum(len(m["content"]) for m in row["messages"]) for row in rows] for rows in sizes]
+    texts = [[sum(len(m["content"]) for m in row) for row in rows] for rows in sizes]
     assert sum(map(len, texts)) == 32 and all(sum(lengths[:-1]) < 150 for lengths in texts)
 
 
@@ -59,26 +64,40 @@ class KillError(Exception):
 
 
 def test_killed_while_tokenising_it_goes_on(open_pool, small, monkeypatch):
-    encode, calls = TokenizedPool._tokenise, []
+    tokenise, calls = lark.student.tokenized_pool.tokenise_rows, []
 
-    def killed(self, start, stop):
-        calls.append(start)
-        if start == 14:
+    def killed(*arguments):
+        calls.append(arguments[3])
+        if arguments[3] == 14:
             raise KillError
-        return encode(self, start, stop)
+        return tokenise(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(TokenizedPool, "_tokenise", killed)
-        with pytest.raises(KillError):
-            open_pool()
+    def patch(function):
+        monkeypatch.setattr(lark.student.tokenized_pool, "tokenise_rows", function)
+
+    patch(killed)
+    with pytest.raises(KillError):
+        open_pool()
     assert calls == [0, 7, 14]
     calls.clear()
-    monkeypatch.setattr(TokenizedPool, "_tokenise", lambda *at: calls.append(at[1]) or encode(*at))
+    patch(lambda *arguments: calls.append(arguments[3]) or tokenise(*arguments))
     pool = open_pool()
     assert calls == [14, 21, 28]
     assert pool.read_tokens(np.arange(32)) == [pool.chat.encode([row["messages"]])[0] for row in rows_of_a_pool()]
-    monkeypatch.setattr(TokenizedPool, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    patch(lambda *_: pytest.fail("tokenised again"))
     np.testing.assert_array_equal(open_pool().length, pool.length)
+
+
+@pytest.mark.slow
+def test_on_every_core_the_tokens_are_the_same(open_pool, small, monkeypatch):
+    alone = open_pool()
+    monkeypatch.setattr(lark.student.tokenized_pool, "PARALLEL_ROWS", 1)
+    monkeypatch.setattr(lark.student.tokenized_pool, "CHUNK_ROWS", 3)
+    monkeypatch.setitem(FORMULAS, "tokens", 0)
+    monkeypatch.setattr(lark.student.tokenized_pool, "count_cores", lambda: 2)
+    together = open_pool()
+    assert together.tokens.cache_files != alone.tokens.cache_files
+    assert together.read_tokens(np.arange(32)) == alone.read_tokens(np.arange(32))
 
 
 def test_killed_while_checking_it_goes_on(open_pool, small, monkeypatch):
@@ -113,10 +132,10 @@ def test_checks_that_time_out_are_counted_when_found_again_too(open_pool, monkey
         def check(self, items):
             return [type(one)(correct=False, answer=None, timed_out=True) for one in super().check(items)]
 
-    monkeypatch.setattr(lark.student.tokenized_pool, "Checker", Slow)
+    monkeypatch.setattr(lark.student.checked_pool, "Checker", Slow)
     rows = [row | {"correct": None} for row in rows_of_a_pool(problems=3)]
     assert open_pool(rows).verdicts == {"filled": 12, "timed_out": 12, "no_gold": 0}
-    monkeypatch.setattr(lark.student.tokenized_pool, "Checker", lambda *_, **__: pytest.fail("checked again"))
+    monkeypatch.setattr(lark.student.checked_pool, "Checker", lambda *_, **__: pytest.fail("checked again"))
     again = open_pool(rows)
     assert again.verdicts == {"filled": 12, "timed_out": 12, "no_gold": 0} and (again.correct == 0).all()
 

@@ -160,7 +160,7 @@ def test_null_verdicts_are_filled_by_the_checker_and_counted(make_data, monkeypa
     np.testing.assert_array_equal(pool.correct, truth)
     assert 0 < truth[:4].sum() < 4, "the four that were null are not all alike"
     assert pool.verdicts == {"filled": 4, "timed_out": 0, "no_gold": 0}
-    monkeypatch.setattr("lark.student.tokenized_pool.Checker", lambda *_, **__: pytest.fail("checked again"))
+    monkeypatch.setattr("lark.student.checked_pool.Checker", lambda *_, **__: pytest.fail("checked again"))
     np.testing.assert_array_equal(ready(make_data()).trajectories.correct, truth)
 
 

@@ -34,7 +34,7 @@ def start_pool(library: str, workers: int) -> ProcessPool:
         max_workers=workers,
         initializer=_start_worker,
         initargs=(library,),
-        context=_process_context([library]),  # pyright: ignore[reportArgumentType]
+        context=make_process_context([library]),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -95,7 +95,8 @@ class _WorkerProcess(_Process):
             sys.modules["__main__"] = main
 
 
-def _process_context(libraries: Sequence[str]) -> multiprocessing.context.BaseContext:
+def make_process_context(libraries: Sequence[str]) -> multiprocessing.context.BaseContext:
+    """Make a context whose processes start from a clean one that has imported `libraries`, where there is such."""
     if multiprocessing.get_start_method(allow_none=True) not in (None, *multiprocessing.get_all_start_methods()):
         # a launcher's worker process (joblib) has a method of its own, which the processes started here do not know
         multiprocessing.set_start_method("spawn", force=True)

@@ -1,60 +1,50 @@
-"""The pool as the student sees it: rows, tokens, verdicts, which of them are held out, which fit.
+"""The pool as the student sees it: tokens, which rows are held out, which fit.
 
 Everything is memory-mapped Arrow but for a few numbers a row: the arrays of `TokenizedPool` take 50 bytes a row, and
 the ids some 60 bytes for each distinct one. Rules, batches and the held-out split address rows by these at random.
 """
 
-import json
+import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from lark.answers.checker import CHECKED_AS_TEXT, Answer, Checker
-from lark.answers.extract import NO_GOLD
-from lark.common.cache import build_once, file_hash, identity_hash
+from lark.answers.workers import make_process_context
 from lark.common.errors import LarkError
-from lark.common.groups import Groups
 from lark.common.log import announce, logger
 from lark.common.table_cache import Compute, compute_table
-from lark.common.versions import CHECKING_LIBRARIES, formula_versions
-from lark.pool.contamination import find_overlap, find_repeated_problems
-from lark.pool.files import find_files
-from lark.pool.pool import mask_held_out, read_arrow_column, read_extra_column, read_pool, read_text_column
+from lark.common.versions import formula_versions
+from lark.pool.pool import mask_held_out, read_arrow_column
 from lark.student.chat import Chat, TokenizedTrajectory, truncate_trajectory
-from lark.tasks.problems import read_problems
+from lark.student.checked_pool import CheckedPool
 from lark.tasks.task import Task
 
 BATCH_ROWS, BATCH_CHARACTERS = 500, 2**19  # tokenised at once: as Python lists a token takes some 100 bytes
+PARALLEL_ROWS = 20_000
+"""From so many rows on, every core tokenises: starting the processes takes some ten seconds."""
+CHUNK_ROWS = 100  # given to a process at a time
 
 
-class TokenizedPool:
-    """Reads, checks and tokenises the task's pool, or finds that done in `cache`.
+class TokenizedPool(CheckedPool):
+    """Tokenises a checked pool, or finds that done in `cache`.
 
-    Arrays over the pool's rows: problem_id, candidate_id, length (tokens of the whole row), span_tokens (T, the
-    trained ones), correct (1, 0 or NaN), is_held_out, fits (not overlong, not empty, not left out as an evaluation
-    problem's). `scored` are the rows that rules may choose from. `dropped` counts rows by reason, `truncated` those cut
-    to task.max_length, `verdicts` the `correct` filled in and the checks that timed out. `overlaps` tells of each
-    evaluation set how many of its problems the pool has too, `in_sets` which of the pool's problems (id -> set/id),
-    `repeated` lists the ids of problems that the pool asks under several ids.
-    Raises LarkError when no candidate is left to choose from, and for task.overlap=error where problems overlap.
+    Arrays over the pool's rows: length (tokens of the whole row), span_tokens (T, the trained ones), is_held_out, fits
+    (not overlong, not empty, not left out as an evaluation problem's). `scored` are the rows that rules may choose
+    from, `truncated` counts those cut to task.max_length.
+    Raises LarkError when no candidate is left to choose from.
     """
 
     def __init__(self, task: Task, chat: Chat, *, cache: Path):
-        self.task, self.chat, self.cache = task, chat, cache
-        source, self.evaluation_files = task.prepare_pool(cache), task.prepare_evaluation(cache)
-        pool = read_pool(source, cache=cache, on_error=task.on_error, limit=task.limit)  # type: ignore[arg-type]
-        self.rows, self.fingerprint, self.text_fingerprint = pool.rows, pool.fingerprint, pool.text_fingerprint
-        self.problem_id = read_text_column(self.rows, "problem_id")
-        self.candidate_id = read_text_column(self.rows, "candidate_id")
-        self.overlaps, self.in_sets, self.repeated = self._compare_with_sets()
-        self.correct, self.verdicts = self._fill_verdicts()
+        super().__init__(task, cache=cache)
+        self.chat = chat
         self.tokens = self._tokenise_pool()
         self.length = self._number("length")
         self.span_tokens = self.length - np.maximum(self._number("prompt_tokens"), 1)
@@ -62,10 +52,7 @@ class TokenizedPool:
         self.fits = (self.length <= task.max_length) & (self.span_tokens > 0)
         self._check_length()
         self.is_held_out = mask_held_out(self.problem_id, task.held_out)
-        self.dropped = {
-            **Counter(task.count_dropped(cache)) + Counter(pool.dropped),
-            "overlong": int((~self.fits).sum()),
-        }
+        self.dropped["overlong"] = int((~self.fits).sum())
         self.left_out = sorted(self.in_sets) if task.overlap == "drop" else []
         if self.left_out:
             leave = np.array([problem in self.in_sets for problem in self.problem_id])
@@ -74,7 +61,7 @@ class TokenizedPool:
         self.scored = np.flatnonzero(self.fits & ~self.is_held_out)
         if len(self.scored) == 0:
             raise LarkError(
-                f"task.pool={source}: no candidate is left to choose from ({len(self.rows)} rows, "
+                f"task.pool={self.source}: no candidate is left to choose from ({len(self.rows)} rows, "
                 f"{self.dropped['overlong']} longer than task.max_length={task.max_length}, "
                 + (f"{self.dropped['in an evaluation set']} of evaluation problems, " if self.left_out else "")
                 + f"{int(self.is_held_out.sum())} held out); raise task.max_length or lower task.held_out"
@@ -115,11 +102,6 @@ class TokenizedPool:
                 ", ".join(self.repeated[0][:3]),
             )
 
-    def _describe_overlap(self) -> str:
-        shown = ", ".join(f"{problem} ({place})" for problem, place in list(self.in_sets.items())[:3])
-        more = " ..." if len(self.in_sets) > 3 else ""
-        return f"{len(self.in_sets):,} problems of the pool are in evaluation sets: {shown}{more}"
-
     @property
     def identity(self) -> dict[str, Any]:
         """Name what the tokens of these rows depend on, where steps begin aside."""
@@ -143,35 +125,26 @@ class TokenizedPool:
             **formula_versions("tokens", libraries=("transformers", "tokenizers")),
         }
         return compute_table(
-            self.cache / "tokens", identity, len(self.rows), _TOKENS, lambda: nullcontext(self._tokenise), "tokenising"
+            self.cache / "tokens", identity, len(self.rows), _TOKENS, self._open_tokenising, "tokenising"
         )
 
-    def _tokenise(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
-        batch, characters = [], 0
-        row: Any
-        for row in self.rows.select_columns(["messages", "source"]).select(range(start, stop)):
-            batch.append(row)
-            characters += sum(len(message["content"]) for message in row["messages"])
-            if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
-                yield self._tokenise_batch(batch)
-                batch, characters = [], 0
-        if batch:
-            yield self._tokenise_batch(batch)
+    @contextmanager
+    def _open_tokenising(self) -> Iterator[Compute]:
+        """Open what tokenises rows: this process, or one on each core where the pool is worth starting them."""
+        tokenise = partial(tokenise_rows, self.rows.select_columns(["messages"]), self.chat, self._cut)
+        cores = count_cores()
+        if cores == 1 or len(self.rows) < PARALLEL_ROWS:
+            yield tokenise
+            return
+        logger.info("tokenising on %d cores", cores)
+        context = make_process_context(["lark.student.tokenized_pool"])
+        with ProcessPoolExecutor(cores, context, _start_tokenising, (tokenise,)) as workers:
 
-    def _tokenise_batch(self, batch: list[dict[str, Any]]) -> pa.RecordBatch:
-        rows = self.chat.encode([row["messages"] for row in batch])
-        full_length = [len(row.input_ids) for row in rows]
-        if (limit := self._cut) is not None:
-            rows = [truncate_trajectory(row, limit) if len(row.input_ids) > limit else row for row in rows]
-        columns = {
-            "input_ids": [row.input_ids for row in rows],
-            "prompt_tokens": [row.prompt_tokens for row in rows],
-            "end_of_turn": [row.end_of_turn for row in rows],
-            "steps": [row.steps for row in rows],
-            "length": [len(row.input_ids) for row in rows],
-            "full_length": full_length,
-        }
-        return pa.RecordBatch.from_pydict(columns, schema=_TOKENS)
+            def compute(start: int, stop: int) -> Iterator[pa.RecordBatch]:
+                for batches in workers.map(_tokenise_in_worker, *_cut_range(start, stop, CHUNK_ROWS)):
+                    yield from batches
+
+            yield compute
 
     def _check_length(self) -> None:
         """Raises LarkError for task.overlong=error where a row is too long."""
@@ -195,130 +168,64 @@ class TokenizedPool:
             for ids, prompt, end, steps in zip(*columns, strict=True)
         ]
 
-    # ---- verdicts
 
-    def _fill_verdicts(self) -> tuple[np.ndarray, dict[str, int]]:
-        """Read `correct` as 1, 0 or NaN; a null with a known answer is filled by the checker and counted. A check that
-        runs out of time counts as wrong, and is counted too, as are answers that say there is none.
-        """
-        correct = pc.cast(read_arrow_column(self.rows, "correct"), pa.float64()).to_numpy().copy()  # null becomes NaN
-        answers = read_arrow_column(self.rows, "answer")
-        unknown = np.flatnonzero(np.isnan(correct) & answers.is_valid().to_numpy())
-        no_gold = np.flatnonzero(pc.match_substring_regex(answers, NO_GOLD).fill_null(False).to_numpy())
-        extras = map(json.loads, self.rows[no_gold.tolist()]["extra"])
-        kinds = np.array([extra.get("checker") or self.task.checker for extra in extras], dtype=str)
-        no_gold = no_gold[~np.isin(kinds, CHECKED_AS_TEXT)]
-        unknown = np.setdiff1d(unknown, no_gold)
-        counts = {"filled": len(unknown), "timed_out": 0, "no_gold": len(no_gold)}
-        if not len(unknown):
-            return correct, counts
-        identity = {
-            "pool": self.fingerprint,
-            "checker": self.task.checker,
-            "pattern": self.task.pattern,
-            **formula_versions("verdicts", libraries=CHECKING_LIBRARIES),
-        }
-        found = compute_table(
-            self.cache / "verdicts", identity, len(unknown), _VERDICTS, lambda: self._checking(unknown), "checking"
-        )
-        correct[unknown] = read_arrow_column(found, "correct").to_numpy()
-        return correct, counts | {"timed_out": int(read_arrow_column(found, "timed_out").to_numpy().sum())}
+def count_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    @contextmanager
-    def _checking(self, rows: np.ndarray) -> Iterator[Compute]:
-        with Checker(self.task.checker, pattern=self.task.pattern) as checker:
 
-            def check(start: int, stop: int) -> Iterator[pa.RecordBatch]:
-                for first in range(start, stop, BATCH_ROWS):
-                    verdicts = checker.check(self._answers(rows[first : min(first + BATCH_ROWS, stop)].tolist()))
-                    columns = {name: [getattr(verdict, name) for verdict in verdicts] for name in _VERDICTS.names}
-                    yield pa.RecordBatch.from_pydict(columns, schema=_VERDICTS)
+def tokenise_rows(
+    rows: datasets.Dataset, chat: Chat, cut_to: int | None, start: int, stop: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the tokens of rows `start` to `stop`, a few rows at a time.
 
-            yield check
+    rows: with `messages`.   cut_to: tokens that longer rows are cut to; None: they are not.
+    """
+    batch, characters = [], 0
+    row: Any
+    for row in rows.select(range(start, stop)):
+        batch.append(row["messages"])
+        characters += sum(len(message["content"]) for message in row["messages"])
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_ROWS:
+            yield _tokenise_batch(batch, chat, cut_to)
+            batch, characters = [], 0
+    if batch:
+        yield _tokenise_batch(batch, chat, cut_to)
 
-    def _answers(self, rows: list[int]) -> list[Answer]:
-        batch = self.rows[rows]
-        return [
-            Answer(
-                gold=gold,
-                text=messages[-1]["content"],
-                source_dataset=extra.get("source_dataset"),
-                metadata=extra.get("metadata"),
-                kind=extra.get("checker"),
-                pattern=extra.get("pattern"),
-            )
-            for gold, messages, extra in zip(
-                batch["answer"], batch["messages"], map(json.loads, batch["extra"]), strict=True
-            )
-        ]
 
-    def column(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Read a pool column for Candidates: teacher, answer, text (the trajectory), correct (1, 0, NaN) or another."""
-        if name == "correct":
-            return self.correct[rows]
-        if name in ("teacher", "answer"):
-            return read_text_column(self.rows, name)[rows]
-        if name == "text":  # all that is asked for is in memory: ask for a block of rows at a time
-            return np.array([turns[-1]["content"] for turns in self._messages(rows)], dtype=object)
-        return read_extra_column(self.rows, name)[rows]
+def _tokenise_batch(conversations: list[Any], chat: Chat, cut_to: int | None) -> pa.RecordBatch:
+    rows = chat.encode(conversations)
+    full_length = [len(row.input_ids) for row in rows]
+    if cut_to is not None:
+        rows = [truncate_trajectory(row, cut_to) if len(row.input_ids) > cut_to else row for row in rows]
+    columns = {
+        "input_ids": [row.input_ids for row in rows],
+        "prompt_tokens": [row.prompt_tokens for row in rows],
+        "end_of_turn": [row.end_of_turn for row in rows],
+        "steps": [row.steps for row in rows],
+        "length": [len(row.input_ids) for row in rows],
+        "full_length": full_length,
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=_TOKENS)
 
-    def _messages(self, rows: np.ndarray) -> Iterator[list[dict[str, str]]]:
-        messages = self.rows.select_columns(["messages"])
-        for start in range(0, len(rows), BATCH_ROWS):
-            yield from messages[rows[start : start + BATCH_ROWS].tolist()]["messages"]
 
-    # ---- problems that stand in two places
+_worker_tokenise: Compute  # of a process that `_start_tokenising` has prepared
 
-    def _read_prompts(self) -> Iterator[tuple[str, str]]:
-        """Yield id and last turn of the user of each problem."""
-        first = np.unique(Groups.from_ids(self.problem_id).index_N, return_index=True)[1]  # one row a problem
-        for problem, messages in zip(self.problem_id[first], self._messages(first), strict=True):
-            yield problem, next(turn["content"] for turn in reversed(messages[:-1]) if turn["role"] == "user")
 
-    def _compare_with_sets(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], list[list[str]]]:
-        """Find `overlaps`, `in_sets` and `repeated`, in the cache or by reading every problem once."""
-        limit = self.task.eval_limit
-        contents = {
-            name: [file_hash(file) for file in find_files(path, setting="task.eval").values()]
-            for name, path in self.evaluation_files.items()
-        }
-        identity = {"pool": self.text_fingerprint, "sets": contents, "eval_limit": limit, **formula_versions("overlap")}
+def _start_tokenising(tokenise: Compute) -> None:
+    global _worker_tokenise
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process has one core
+    _worker_tokenise = tokenise
 
-        def compare(_: Path) -> dict[str, Any]:
-            sets = {name: read_problems(file, limit=limit) for name, file in self.evaluation_files.items()}
-            asked = {name: [(p["problem_id"], question_of(p)) for p in problems] for name, problems in sets.items()}
-            found = find_overlap(asked, self._read_prompts())
-            overlaps = {
-                name: {
-                    "problems": len(sets[name]),
-                    "in_pool": len(ids),
-                    "share": len(ids) / len(sets[name]),
-                    "examples": ids[:20],
-                }
-                for name, ids in found.evaluation.items()
-            }
-            return {
-                "overlaps": overlaps,
-                "in_sets": found.pool,
-                "repeated": find_repeated_problems(self._read_prompts()),
-            }
 
-        known = build_once(self.cache / "overlap" / identity_hash(identity), identity, compare)
-        self.in_sets = known["in_sets"]
-        if self.in_sets and self.task.overlap == "error":
-            raise LarkError(f"task.overlap=error: {self._describe_overlap()}; take them out, or set task.overlap=drop")
-        return known["overlaps"], known["in_sets"], known["repeated"]
+def _tokenise_in_worker(start: int, stop: int) -> list[pa.RecordBatch]:
+    return list(_worker_tokenise(start, stop))
 
-    def read_rows(self, rows: np.ndarray) -> Iterator[dict[str, Any]]:
-        """Yield pool rows with `correct` as filled in."""
-        for start in range(0, len(rows), 256):
-            part = rows[start : start + 256]
-            batch = self.rows[part.tolist()]
-            for i, row in enumerate(part.tolist()):
-                known = self.correct[row]
-                yield {name: values[i] for name, values in batch.items()} | {
-                    "correct": None if np.isnan(known) else bool(known)
-                }
+
+def _cut_range(start: int, stop: int, size: int) -> tuple[list[int], list[int]]:
+    """Return where pieces of `size` rows begin and end."""
+    starts = list(range(start, stop, size))
+    return starts, [*starts[1:], stop]
 
 
 _NUMBERS = pa.list_(pa.int32())
@@ -332,9 +239,3 @@ _TOKENS = pa.schema(
         ("full_length", pa.int32()),
     ]
 )
-_VERDICTS = pa.schema([("correct", pa.bool_()), ("timed_out", pa.bool_())])
-
-
-def question_of(problem: dict[str, Any]) -> str:
-    """Return the bare text of an evaluation problem, or its last turn where there is none."""
-    return problem.get("problem") or problem["messages"][-1]["content"]
