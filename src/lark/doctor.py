@@ -78,7 +78,9 @@ def examine(path: str, settings: dict[str, Any]) -> None:
     else:
         print_line("lengths", "add model=<name or folder> to count its tokens; no weights are loaded")
     chosen = [f"task.pool={quote_value(path)}", *name_student(model)]
-    chosen += [word.replace("eval=", "task.eval=", 1) for word in sys.argv[1:] if word.startswith(("eval=", "task."))]
+    own = [word.replace("eval=", "task.eval=", 1) for word in sys.argv[1:] if word.startswith(("eval=", "task."))]
+    advised = {word.partition("=")[0] for word in advice}
+    chosen += [word for word in own if word.partition("=")[0] not in advised]
     command = ["python", "-m", "lark.run", "task=jsonl", *chosen, *advice, "stop_after=selection"]
     print(f"\nNext:\n  {shlex.join(command)}")
 

@@ -176,6 +176,7 @@ def test_ten_malformed_rows_of_a_shape_are_told_by_line_or_dropped(shape: str, t
         import_rows(path, tmp_path)
     assert {fault.line for fault in caught.value.faults} == set(range(2, 12))
     assert all(fault.file == "pool.jsonl" and fault.field and fault.message for fault in caught.value.faults)
+    assert all(fault.field in (*good, "messages", "answer", "problem") for fault in caught.value.faults)
     task = Task(name="jsonl", pool=str(path), on_error="drop")
     task.prepare_pool(tmp_path)
     assert sum(task.count_dropped(tmp_path).values()) == len(caught.value.faults)

@@ -217,7 +217,9 @@ def read_candidates(
                     teacher=written_by
                     if isinstance(written_by, str) and written_by
                     else (name if len(names) > 1 else teacher),
-                    correct=read_verdict(_read_beside(row, columns.correct, *place), str(columns.correct)),
+                    correct=read_verdict(
+                        _read_beside(row, columns.correct, *place), _name_beside(columns.correct, number) or ""
+                    ),
                     **shared,
                 )
             except RowError as error:
@@ -267,16 +269,21 @@ def find_marked_answer(solution: str) -> str | None:
 
 def _read_beside(row: dict, names: str | list[str] | None, number: int, i: int, count: int) -> Any:
     """Return what goes along with trajectory `i` of `count` in trajectory column `number`."""
-    listed = _list_names(names)
-    if not listed:
-        return None
-    name = listed[number] if number < len(listed) else listed[0]
+    name = _name_beside(names, number)
     value = row.get(name)
     if not isinstance(value, list):
         return value
     if len(value) != count:
-        raise RowError(name, "unequal lists", f"has {len(value)} values for {count} trajectories: give each its own")
+        raise RowError(
+            str(name), "unequal lists", f"has {len(value)} values for {count} trajectories: give each its own"
+        )
     return value[i]
+
+
+def _name_beside(names: str | list[str] | None, number: int) -> str | None:
+    """Name the column that goes along with trajectory column `number`."""
+    listed = _list_names(names)
+    return (listed[number] if number < len(listed) else listed[0]) if listed else None
 
 
 def _read_trajectory(value: Any, name: str) -> str:
