@@ -43,7 +43,7 @@ def test_a_pool_in_another_shape(ask, tmp_path):
         "2 to 4 candidates",
         "50% right, 50% wrong",
         "1 trajectories repeat",
-        "1 of 2 in eval",
+        "2 of 2 in eval",
         "more than task.max_length=99",
     ):
         assert part in told

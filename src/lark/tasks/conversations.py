@@ -274,9 +274,7 @@ def _read_beside(row: dict, names: str | list[str] | None, number: int, i: int, 
     if not isinstance(value, list):
         return value
     if len(value) != count:
-        raise RowError(
-            str(name), "unequal lists", f"has {len(value)} values for {count} trajectories: give each its own"
-        )
+        raise RowError(str(name), "unequal lists", f"has {len(value)} values for {count} trajectories: give each one")
     return value[i]
 
 
