@@ -3,15 +3,17 @@
     export PYTHONPATH=src OMP_NUM_THREADS=1
     python scripts/make_students.py primitives                  # what both students know: the tokenizer, a + b, a - b,
     python scripts/make_students.py chains                      # and how to carry a running total through a problem
-    python scripts/make_students.py student --student tiny      # the habits in which they differ
+    python scripts/make_students.py styles --student tiny       # how solutions are written
+    python scripts/make_students.py student --student tiny      # the misconception
+    python scripts/make_students.py styles --student tiny_b
     python scripts/make_students.py student --student tiny_b
 
-are the commands that made the shipped weights, at their default settings. Pre-training has three stages. `primitives`
-trains on lists of two-operand facts, `chains` on bare running totals without a chat turn, `student` on solved problems
-in a mixture of styles. Both students mostly blurt out an answer or forget a carry; now and then they work a problem
-out, `tiny` most often in running totals or by collecting signs, `tiny_b` in checked sentences or place by place, and
-each has seen a little of every teacher. They know the arithmetic, therefore, and mostly do not use it; SFT changes
-which style they use. No expression of the task's default pool or evaluation sets occurs in pre-training.
+are the commands that made the shipped weights, at their default settings. `primitives` trains on lists of two-operand
+facts, `chains` on bare running totals without a chat turn, `styles` on solved problems in a mixture of notations,
+`student` on solutions most of which forget every carry and borrow, as the peers of the task `arithmetic` do. The
+students know the arithmetic, therefore, and are confident of a wrong way to use it. `tiny` writes equations most often,
+`tiny_b` sentences. No expression of the pools or evaluation sets of `arithmetic` and `notations` occurs in `chains`,
+`styles` or `student`.
 """
 
 import argparse
@@ -28,8 +30,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from lark.tasks.arithmetic import generate, parse_terms
-from lark.tasks.arithmetic_teachers import TEACHERS, Terms, direct, expression, running_totals, slip
+from lark.tasks.arithmetic import TEACHERS, generate, parse_terms
+from lark.tasks.arithmetic_teachers import (
+    MISCONCEPTIONS,
+    NOTATIONS,
+    Teacher,
+    Terms,
+    compute_totals,
+    direct,
+    expression,
+    slip,
+)
 
 # Shapes: N documents, T tokens (longest of the batch), V vocabulary.
 
@@ -45,9 +56,9 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-STYLES = {"direct": direct, "forgetful": partial(slip, rate=1.0), **TEACHERS}
-"""`direct` gives the bare answer, `forgetful` is the erring teacher at its worst: the habits that keep accuracy low."""
-MIXTURES = {  # share of each style among the solved problems
+STYLES = {"direct": direct, "forgetful": partial(slip, rate=1.0), **NOTATIONS}
+"""`direct` gives the bare answer, `forgetful` is the erring teacher at its worst."""
+MIXTURES = {  # share of each style among the solved problems of `styles`
     "tiny": {
         "direct": 0.30,
         "forgetful": 0.24,
@@ -69,6 +80,11 @@ MIXTURES = {  # share of each style among the solved problems
         "terse": 0.04,
     },
 }
+PEERS = 0.86  # share of solutions that forget carries in `student`; the others are right
+WRITTEN = {  # share of each notation in `student`
+    "tiny": {"terse": 0.5, "steps": 0.25, "prose": 0.25},
+    "tiny_b": {"terse": 0.25, "steps": 0.25, "prose": 0.5},
+}
 Document = list[tuple[str, bool]]
 """Pieces of text and whether the loss covers them."""
 
@@ -78,7 +94,9 @@ def main() -> None:
     parser.add_argument("command", choices=tuple(COMMANDS))
     parser.add_argument("--student", choices=tuple(MIXTURES), default="tiny")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, corpus, SFT and sampling")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 1100 primitives, 700 chains, 600 student)")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default: 1100 primitives, 700 chains, 600 styles, 150 student)"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "build/students", help="results of the first stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; another number changes the last bits")
@@ -105,7 +123,7 @@ def facts(rng: random.Random, count: int = 12) -> Document:
     for _ in range(count):
         terms = draw_terms(rng)
         at = rng.randrange(1, len(terms))
-        left = (terms[0], *running_totals(terms))[at - 1]
+        left = compute_totals(terms)[at - 1]
         document += [(expression((left, terms[at])) + equals, False), (str(left + terms[at]), True), (end, False)]
     return document
 
@@ -113,7 +131,7 @@ def facts(rng: random.Random, count: int = 12) -> Document:
 def chain(rng: random.Random, excluded: set[str]) -> Document:
     """A problem that is not `excluded` and its running totals, without chat turns or answer."""
     terms = draw_problem(rng, excluded)
-    pairs = zip((terms[0], *running_totals(terms)), terms[1:], strict=False)
+    pairs = zip(compute_totals(terms), terms[1:], strict=False)
     return [(expression(terms) + "\n", False)] + [
         piece
         for left, term in pairs
@@ -128,11 +146,17 @@ def draw_problem(rng: random.Random, excluded: set[str]) -> Terms:
     return terms
 
 
-def solved(rng: random.Random, mixture: dict[str, float], excluded: set[str], frames: tuple[str, ...] = ()) -> Document:
-    """One chat turn: a problem that is not `excluded` and a solution in a style drawn from `mixture`."""
+def solved(
+    rng: random.Random,
+    teachers: dict[str, Teacher],
+    mixture: dict[str, float],
+    excluded: set[str],
+    frames: tuple[str, ...] = (),
+) -> Document:
+    """One chat turn: a problem that is not `excluded`, solved by a teacher drawn from `mixture`."""
     terms = draw_problem(rng, excluded)
-    (style,) = rng.choices(list(mixture), weights=list(mixture.values()))
-    solution = STYLES[style](terms, rng)
+    (name,) = rng.choices(list(mixture), weights=list(mixture.values()))
+    solution = teachers[name](terms, rng)
     wording = WORDINGS[0] if rng.random() < 0.4 else rng.choice(WORDINGS)
     frame = rng.choice(frames) if frames else "{}"
     return chat(frame.format(wording.format(expression(terms))), solution)
@@ -143,17 +167,14 @@ def chat(user: str, assistant: str) -> Document:
     return [(head, False), (assistant + "<|im_end|>", True)]
 
 
-def task_rows(name: str) -> list[dict]:
-    """Rows of the task's file `name` at its default settings."""
-    with tempfile.TemporaryDirectory() as folder:
-        generate(Path(folder))
-        return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
-
-
 def excluded_expressions() -> set[str]:
-    """Every expression of the task's default pool, evaluation and shifted sets."""
-    texts = [row["messages"][0]["content"] for row in task_rows("pool.jsonl")]
-    texts += [row["problem"] for name in ("eval.jsonl", "shifted.jsonl") for row in task_rows(name)]
+    """Every expression of the default pools, evaluation and shifted sets of both tasks."""
+    texts = []
+    for teachers in TEACHERS:
+        with tempfile.TemporaryDirectory() as folder:
+            generate(Path(folder), teachers=teachers)
+            rows = [json.loads(line) for path in Path(folder).iterdir() for line in path.read_text().splitlines()]
+        texts += [row["problem"] if "problem" in row else row["messages"][0]["content"] for row in rows]
     return {_expression_in(text) for text in texts}
 
 
@@ -169,7 +190,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with single digits, trained on every teacher's text; ChatML specials."""
     rng = random.Random(f"{seed}/tokenizer")
     every_style = dict.fromkeys(STYLES, 1.0)
-    texts = ["".join(piece for piece, _ in solved(rng, every_style, set())) for _ in range(4000)]
+    texts = ["".join(piece for piece, _ in solved(rng, STYLES, every_style, set())) for _ in range(4000)]
     texts += ["".join(piece for piece, _ in facts(rng)) for _ in range(500)]
     texts += [wording.format("12 + 34") for wording in WORDINGS] * 100
     texts += [(ROOT / "LICENSE").read_text()]  # plain prose, so that other words are not spelt out letter by letter
@@ -305,7 +326,7 @@ def load_stage(arguments: argparse.Namespace, stage: str):
     return model, AutoTokenizer.from_pretrained(source), json.loads((source / "tokens.json").read_text())
 
 
-def pretrain_student(arguments: argparse.Namespace) -> None:
+def pretrain_styles(arguments: argparse.Namespace) -> None:
     model, tokenizer, before = load_stage(arguments, "chains")
     habits, excluded, steps = MIXTURES[arguments.student], excluded_expressions(), arguments.steps or 600
 
@@ -314,12 +335,28 @@ def pretrain_student(arguments: argparse.Namespace) -> None:
         worked = {style: share for style, share in habits.items() if style != "direct"}
         for step in range(steps):
             mixture = worked if step < 0.7 * steps else habits  # bare answers teach nothing but the habit
-            yield [facts(rng) for _ in range(4)] + [solved(rng, mixture, excluded, FRAMES) for _ in range(44)]
+            yield [facts(rng) for _ in range(4)] + [solved(rng, STYLES, mixture, excluded, FRAMES) for _ in range(44)]
 
     tokens = train(model, tokenizer, batches(), steps, muon_lr=0.018, adam_lr=3e-3)
-    folder = STUDENTS / arguments.student
-    save(model, tokenizer, folder, torch.bfloat16)
-    print(f"{folder}: {before + tokens:,} tokens seen")
+    save(model, tokenizer, arguments.work / f"styles-{arguments.student}", torch.bfloat16, before + tokens)
+
+
+def pretrain_student(arguments: argparse.Namespace) -> None:
+    model, tokenizer, before = load_stage(arguments, f"styles-{arguments.student}")
+    excluded, steps = excluded_expressions(), arguments.steps or 150
+    computed = {"peer": PEERS, "expert": 1 - PEERS}
+    written = WRITTEN[arguments.student]
+    mixture = {f"{who}_{how}": computed[who] * written[how] for who in computed for how in written}
+
+    def batches() -> Iterator[list[Document]]:
+        rng = random.Random(f"{arguments.seed}/{arguments.student}/misconception")
+        while True:
+            solutions = [solved(rng, MISCONCEPTIONS, mixture, excluded, FRAMES) for _ in range(44)]
+            yield [facts(rng) for _ in range(4)] + solutions
+
+    tokens = train(model, tokenizer, batches(), steps, muon_lr=0.01, adam_lr=1.5e-3)
+    save(model, tokenizer, STUDENTS / arguments.student, torch.bfloat16)
+    print(f"{STUDENTS / arguments.student}: {before + tokens:,} tokens seen")
 
 
 def save(model, tokenizer, folder: Path, dtype: torch.dtype, tokens: int | None = None) -> None:
@@ -332,7 +369,12 @@ def save(model, tokenizer, folder: Path, dtype: torch.dtype, tokens: int | None 
         (folder / "tokens.json").write_text(json.dumps(tokens))
 
 
-COMMANDS = {"primitives": pretrain_primitives, "chains": pretrain_chains, "student": pretrain_student}
+COMMANDS = {
+    "primitives": pretrain_primitives,
+    "chains": pretrain_chains,
+    "styles": pretrain_styles,
+    "student": pretrain_student,
+}
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,7 @@ SELECTION = {
     "counts": {"candidates": 154, "chosen": 44, "not_chosen": 110, "problems": 22, "problems_without_choice": 0},
     "tokens": 1715,
     "effective_sample_size": 27.57,
-    "teacher_share": {"polish": 0.87, "place": 0.13},
+    "teacher_share": {"expert_steps": 0.87, "expert_prose": 0.13},
 }
 EVALUATION = {
     "sampling": {"samples": 2, "pass_at": [1, 2], "temperature": 0.6, "top_p": 0.95}

@@ -15,8 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from lark.tasks.arithmetic import SOURCE_DATASET, generate, is_correct, parse_terms
-from lark.tasks.arithmetic_teachers import SLIP_RATE, TEACHERS, expression, running_totals, slip
+from lark.tasks.arithmetic import SOURCE_DATASET, generate, has_carries, is_correct, parse_terms
+from lark.tasks.arithmetic_teachers import (
+    MISCONCEPTIONS,
+    NOTATIONS,
+    SLIP_RATE,
+    compute_totals,
+    expression,
+    slip,
+)
 
 NAMES = ("pool.jsonl", "eval.jsonl", "shifted.jsonl")
 STUDENTS = ("tiny", "tiny_b")
@@ -32,6 +39,14 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("arithmetic")
     generate(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def notations(tmp_path_factory) -> list[dict]:
+    """Rows of the pool of the task `notations`."""
+    folder = tmp_path_factory.mktemp("notations")
+    generate(folder, teachers="notations", eval_problems=2, shifted_problems=2)
+    return [json.loads(line) for line in (folder / "pool.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +99,8 @@ def test_pool_rows_hold_one_candidate_of_each_teacher_under_one_prompt(rows):
     for row in rows["pool.jsonl"]:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         problems[row["problem_id"]].append(row)
-    assert len(TEACHERS) >= 7
     for candidates in problems.values():
-        assert [row["teacher"] for row in candidates] == list(TEACHERS)
+        assert [row["teacher"] for row in candidates] == list(MISCONCEPTIONS)
         assert len({row["candidate_id"] for row in candidates}) == len(candidates)
         assert len({(row["messages"][0]["content"], row["answer"]) for row in candidates}) == 1
 
@@ -110,17 +124,46 @@ def test_shifted_problems_are_longer_and_worded_differently(rows):
     assert not any(row["problem"].startswith("Compute") for row in rows["shifted.jsonl"])
 
 
-def test_correct_is_what_the_verifier_says_and_only_slip_errs(rows):
+def test_correct_is_what_the_verifier_says(rows, notations):
     score: Callable[..., float] = reasoning_gym.get_score_answer_fn(SOURCE_DATASET)
-    wrong = collections.Counter()
-    for row in rows["pool.jsonl"]:
-        right = score(_boxed(row["messages"][1]["content"]), {"answer": row["answer"]}) == 1.0
-        assert row["correct"] is right
-        wrong[row["teacher"]] += not right
-    total = len(rows["pool.jsonl"]) / len(TEACHERS)
-    assert set(wrong) - {"slip"} == {name for name in TEACHERS if name != "slip"}
-    assert all(count == 0 for name, count in wrong.items() if name != "slip")
-    assert abs(wrong["slip"] / total - SLIP_RATE) < 0.08  # three standard errors at 340 problems
+    for row in rows["pool.jsonl"] + notations:
+        assert row["correct"] is (score(_boxed(row["messages"][1]["content"]), {"answer": row["answer"]}) == 1.0)
+
+
+def _share_right(rows) -> dict[str, float]:
+    """Share of right answers by teacher."""
+    right = collections.defaultdict(list)
+    for row in rows:
+        right[row["teacher"]].append(row["correct"])
+    return {teacher: sum(values) / len(values) for teacher, values in right.items()}
+
+
+def test_experts_are_right_careless_ones_wrong_and_peers_where_their_slips_cancel(rows):
+    share = _share_right(rows["pool.jsonl"])
+    assert {share.pop(f"expert_{how}") for how in ("terse", "steps", "prose")} == {1.0}
+    assert {share.pop(f"careless_{how}") for how in ("terse", "steps", "prose")} == {0.0}
+    (peers,) = set(share.values())  # the same problems in every notation
+    assert 0.1 < peers < 0.4
+
+
+def test_of_the_notations_only_slip_errs(notations):
+    share = _share_right(notations)
+    assert list(share) == list(NOTATIONS)
+    assert abs(1 - share.pop("slip") - SLIP_RATE) < 0.08  # three standard errors at 340 problems
+    assert set(share.values()) == {1.0}
+
+
+def test_every_problem_has_carries_and_no_negative_total(rows):
+    texts = [row["messages"][0]["content"] for row in rows["pool.jsonl"]]
+    texts += [row["problem"] for name in NAMES[1:] for row in rows[name]]
+    assert all(has_carries(_chain(text)) for text in texts)
+    assert [has_carries(text) for text in ("15 + 5", "15 + 4", "14 - 5", "15 - 5", "5 - 6 + 15")] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_verifier_rejects_near_misses():
@@ -128,11 +171,11 @@ def test_verifier_rejects_near_misses():
     assert not is_correct("", "5") and not is_correct("15", "5")
 
 
-def test_teachers_write_distinct_texts_of_distinct_lengths(rows):
+def test_notations_are_distinct_texts_of_distinct_lengths(notations):
     words = collections.defaultdict(list)
-    for row in rows["pool.jsonl"]:
+    for row in notations:
         words[row["teacher"]].append(len(row["messages"][1]["content"]))
-    texts = collections.Counter((row["problem_id"], row["messages"][1]["content"]) for row in rows["pool.jsonl"])
+    texts = collections.Counter((row["problem_id"], row["messages"][1]["content"]) for row in notations)
     assert max(texts.values()) == 1
     mean = {name: sum(lengths) / len(lengths) for name, lengths in words.items()}
     assert mean["check"] > 2 * mean["signs"] > 2 * mean["terse"]
@@ -141,13 +184,13 @@ def test_teachers_write_distinct_texts_of_distinct_lengths(rows):
 @given(chains)
 def test_chain_round_trips(terms):
     assert parse_terms(expression(terms)) == terms
-    assert eval(expression(terms)) == sum(terms) == running_totals(terms)[-1]
+    assert eval(expression(terms)) == sum(terms) == compute_totals(terms)[-1]
 
 
 @given(chains, st.integers())
 def test_trustworthy_teachers_are_right_and_every_equation_they_write_holds(terms, seed):
-    for name, teacher in TEACHERS.items():
-        if name == "slip":
+    for name, teacher in [*NOTATIONS.items(), *MISCONCEPTIONS.items()]:
+        if name == "slip" or name.startswith(("peer", "careless")):
             continue
         text = teacher(terms, random.Random(seed))
         assert int(_boxed(text)) == sum(terms)
@@ -155,6 +198,32 @@ def test_trustworthy_teachers_are_right_and_every_equation_they_write_holds(term
             left, equals, right = line.rpartition(": ")[2].partition(" = ")
             if equals:
                 assert eval(left.removeprefix("First\n")) == int(right.rstrip(".")), (name, line)
+
+
+def _totals(text: str) -> list[tuple[str, int]]:
+    """Each equation of a solution in lines: its left side and the total it states."""
+    pairs = [line.split(" = ") for line in text.splitlines() if " = " in line]
+    return [(left, int(right)) for left, right in pairs]
+
+
+@given(chains)
+def test_a_peer_forgets_every_carry_and_borrow_and_nothing_else(terms):
+    for left, total in _totals(MISCONCEPTIONS["peer_terse"](terms, random.Random(0))):
+        first, sign, second = left.split(" ")
+        a, b = int(first), int(second)
+        forgets = a >= 0 and eval(left) >= 0 and (a % 10 + b % 10 > 9 if sign == "+" else a % 10 < b % 10)
+        assert total - eval(left) == (0 if not forgets else -10 if sign == "+" else 10), left
+
+
+@given(chains, st.integers())
+def test_a_careless_teacher_errs_in_one_digit_and_carries_it_on(terms, seed):
+    equations = _totals(MISCONCEPTIONS["careless_terse"](terms, random.Random(seed)))
+    wrong = [(left, total) for left, total in equations if eval(left) != total]
+    ((left, total),) = wrong
+    right = str(eval(left))
+    assert len(right) == len(str(total)) and sum(a != b for a, b in zip(right, str(total), strict=True)) == 1
+    for (_, before), (following, _) in itertools.pairwise(equations):
+        assert following.split(" ")[0] == str(before)
 
 
 @given(chains, st.integers())

@@ -41,7 +41,7 @@ def test_the_card_says_what_the_files_say(make_student):
     assert rows["candidates"] == ["154 candidates, 44 chosen, 110 not chosen, 22 problems"]
     assert rows["policy"] == ["kind chi2, budget 2, prior uniform"]
     assert rows["effective sample size"] == ["28 of 44"]
-    assert rows["weight by teacher"] == ["polish 87%, place 13%"]
+    assert rows["weight by teacher"] == ["expert_steps 87%, expert_prose 13%"]
     assert rows["LoRA"] == ["r 2, lora_alpha 4, target_modules all-linear"]
     assert rows["optimizer steps"] == ["3"] and rows["lr"] == ["0.0003"]
     assert rows["all held-out trajectories"] == ["0.1220", "0.1199"]

@@ -9,7 +9,7 @@ from typing import Any
 
 FORMULAS = {
     "pool": 4,  # rows as they are read, checked and normalised (lark.pool)
-    "arithmetic": 1,  # the embedded task's problems and teachers
+    "arithmetic": 2,  # the embedded tasks' problems and teachers
     "reasoning_gym": 1,  # how its problems become rows
     "imported": 2,  # how pools of others become rows
     "benchmarks": 1,  # how benchmarks become evaluation sets

@@ -1,29 +1,40 @@
-"""Embedded task `arithmetic`: sums and differences of a few small numbers, solved by programmatic teachers.
+"""Embedded tasks `arithmetic` and `notations`: sums and differences of a few numbers, solved by programmatic teachers.
 
-Problems and the answer checker are those of reasoning-gym's `chain_sum`. `generate` writes a pool in which every
-teacher of `arithmetic_teachers` has one candidate a problem, an evaluation set of the same kind, and a shifted
-evaluation set with longer operands, more terms and a wording that neither the pool nor the students' pre-training
-contains.
+Problems and the answer checker are those of reasoning-gym's `chain_sum`. `generate` writes a pool in which each teacher
+of one of the sets in `arithmetic_teachers` has one candidate a problem, an evaluation set of the same kind, and a
+shifted evaluation set with longer operands, more terms and a wording that neither the pool nor the students'
+pre-training contains.
 """
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from lark.common.errors import LarkError
 from lark.pool.files import write_rows
-from lark.tasks.arithmetic_teachers import TEACHERS, Terms
+from lark.tasks.arithmetic_teachers import MISCONCEPTIONS, NOTATIONS, Teacher, Terms, compute_totals, has_carry
 from lark.tasks.reasoning_gym import OFFSETS, SEED_STRIDE, draw_items
 
 SOURCE_DATASET = "chain_sum"
 PROMPT = "Compute {}."
 SHIFTED_PROMPT = "Please work out the value of {} for me."
+TeacherSet = Literal["misconceptions", "notations"]
+TEACHERS: dict[TeacherSet, dict[str, Teacher]] = {"misconceptions": MISCONCEPTIONS, "notations": NOTATIONS}
 
 
 def parse_terms(text: str) -> Terms:
     """Read a chain such as `47 + 38 - 12` back into signed terms `(47, 38, -12)`."""
     first, *rest = text.split()
     return (int(first), *(int(sign + number) for sign, number in zip(rest[::2], rest[1::2], strict=True)))
+
+
+def has_carries(expression: str) -> bool:
+    """Tell whether some step carries or borrows and no total is negative: what the misconceptions are about."""
+    terms = parse_terms(expression)
+    totals = compute_totals(terms)
+    return min(totals) >= 0 and any(map(has_carry, totals, terms[1:]))
 
 
 def is_correct(answer: str, gold: str) -> bool:
@@ -37,6 +48,7 @@ def is_correct(answer: str, gold: str) -> bool:
 def generate(
     folder: Path,
     *,
+    teachers: TeacherSet = "misconceptions",
     seed: int = 0,
     problems: int = 340,
     eval_problems: int = 200,
@@ -48,8 +60,9 @@ def generate(
 ) -> None:
     """Write pool.jsonl, eval.jsonl and shifted.jsonl into `folder`, byte-identical for equal arguments.
 
-    `terms` and `digits` are the least and greatest number of terms of a problem and of digits of its operands. No
-    expression occurs twice, within a set or across sets. Files appear by rename: a reader never sees half of one.
+    `teachers` names the set of teachers; with `misconceptions` every problem has carries. `terms` and `digits` are the
+    least and greatest number of terms of a problem and of digits of its operands. No expression occurs twice, within a
+    set or across sets. Files appear by rename: a reader never sees half of one.
 
     Raises LarkError when a count is not positive or a range cannot yield that many distinct problems.
     """
@@ -62,12 +75,12 @@ def generate(
     _check_range("shifted_terms", shifted_terms, at_least=2)
     _check_range("shifted_digits", shifted_digits, at_most=3)
 
-    seen: set[str] = set()
+    draw = partial(_draw, seen=set(), accept=has_carries if teachers == "misconceptions" else lambda expression: True)
     # The evaluation sets come first, so that a larger pool leaves them as they are.
-    evaluation = _draw(eval_problems, seed * SEED_STRIDE + OFFSETS["eval"], terms, digits, seen)
-    shifted = _draw(shifted_problems, seed * SEED_STRIDE + OFFSETS["harder"], shifted_terms, shifted_digits, seen)
-    training = _draw(problems, seed * SEED_STRIDE + OFFSETS["pool"], terms, digits, seen)
-    write_rows(folder / "pool.jsonl", _make_pool_rows(training, seed))
+    evaluation = draw(eval_problems, seed * SEED_STRIDE + OFFSETS["eval"], terms, digits)
+    shifted = draw(shifted_problems, seed * SEED_STRIDE + OFFSETS["harder"], shifted_terms, shifted_digits)
+    training = draw(problems, seed * SEED_STRIDE + OFFSETS["pool"], terms, digits)
+    write_rows(folder / "pool.jsonl", _make_pool_rows(training, TEACHERS[teachers], seed))
     write_rows(folder / "eval.jsonl", _make_eval_rows(evaluation, PROMPT))
     write_rows(folder / "shifted.jsonl", _make_eval_rows(shifted, SHIFTED_PROMPT))
 
@@ -80,18 +93,32 @@ def _check_range(name: str, limits: tuple[int, int], *, at_least: int = 1, at_mo
 
 
 def _draw(
-    count: int, seed: int, terms: tuple[int, int], digits: tuple[int, int], seen: set[str]
+    count: int,
+    seed: int,
+    terms: tuple[int, int],
+    digits: tuple[int, int],
+    *,
+    seen: set[str],
+    accept: Callable[[str], bool],
 ) -> list[tuple[str, str]]:
-    """Draw `count` (expression, gold answer) pairs whose questions are not in `seen`, and add them to it."""
+    """Draw `count` (expression, gold answer) pairs with accepted expressions that are not in `seen`; add them to it."""
     config = {"min_terms": terms[0], "max_terms": terms[1], "min_digits": digits[0], "max_digits": digits[1]}
     setting = f"task.settings: terms={list(terms)} of digits={list(digits)}"
-    items = draw_items(SOURCE_DATASET, config, count, seed, seen, setting=setting)
+    items = draw_items(
+        SOURCE_DATASET,
+        config,
+        count,
+        seed,
+        seen,
+        setting=setting,
+        accept=lambda item: accept(item["metadata"]["expression"]),
+    )
     return [(item["metadata"]["expression"], item["answer"]) for item in items]
 
 
-def _make_pool_rows(training: list[tuple[str, str]], seed: int) -> Iterator[dict]:
+def _make_pool_rows(training: list[tuple[str, str]], teachers: dict[str, Teacher], seed: int) -> Iterator[dict]:
     for number, (text, gold) in enumerate(training):
-        for candidate, (name, teacher) in enumerate(TEACHERS.items()):
+        for candidate, (name, teacher) in enumerate(teachers.items()):
             # A generator of its own for each row: a new teacher or problem changes no other row. Seeding by a string is
             # stable over processes and machines.
             solution = teacher(parse_terms(text), random.Random(f"{seed}/{text}/{name}"))

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,16 @@ def generate(
 
 
 def draw_items(
-    name: str, config: Mapping[str, Any], count: int, seed: int, seen: set[str], *, setting: str
+    name: str,
+    config: Mapping[str, Any],
+    count: int,
+    seed: int,
+    seen: set[str],
+    *,
+    setting: str,
+    accept: Callable[[Item], bool] = lambda item: True,
 ) -> Iterator[Item]:
-    """Draw `count` items of a data set whose questions are not in `seen`, where they are entered.
+    """Draw `count` accepted items of a data set whose questions are not in `seen`, where they are entered.
 
     setting: the user's setting that `config` comes from, with its value. Raises LarkError naming it.
     """
@@ -158,7 +165,7 @@ def draw_items(
             item = dataset[index]
         except (ValueError, IndexError) as error:
             raise LarkError(f"{setting}: reasoning_gym fails to draw a problem ({error}); set it otherwise") from error
-        if item["question"] not in seen:
+        if item["question"] not in seen and accept(item):
             seen.add(item["question"])
             yield item
             found += 1
