@@ -61,7 +61,6 @@ def test_full_from_the_choice_to_the_bins(run, tmp_path, caplog):
     found = json.loads((tmp_path / "diagnostics.json").read_text())
     fidelity = found["fidelity"]
     assert (fidelity["problems"], fidelity["candidates"], fidelity["budget"]) == (5, 20, 2)
-    assert fidelity["truths"]["rho"]["loss_drop"]["spearman"]["mean"] > 0.9  # a small step comes to its limit
     assert fidelity["step"]["median_change"] < 0.05
     assert fidelity["proxies"]["lark_head"]["g"]["overlap"]["chance"] == 0.5
     assert len(table(tmp_path / "diagnostics-candidates.csv")) == 20
@@ -125,7 +124,6 @@ def test_gradients_are_refused_under_sharding_before_anything_is_computed(run, m
         ("problems", 0),
         ("parameters", "first:2"),
         ("eta", 0.0),
-        ("step_tolerance", 0.0),
         ("bins", 1),
     ],
 )
@@ -148,4 +146,4 @@ def test_a_pool_is_diagnosed_without_training(tmp_path):
     assert done.code == 0, done.err
     assert "fidelity" in done.out
     found = json.loads((done.folder / "diagnostics.json").read_text())
-    assert found["fidelity"]["problems"] == 2 and set(found["fidelity"]["kappa"]) == {"all", "last third"}
+    assert found["fidelity"]["problems"] == 2 and found["fidelity"]["kappa"]["mean"] > 0

@@ -18,7 +18,7 @@ FOUND = {
     "curves": {"selector": {"rule": "lark", "area_ratio": 1.25, "steps_to_baseline": math.nan}},
     "fidelity": {
         "proxies": {"rho": {"g": {"spearman": MEAN, "overlap": MEAN}}},
-        "kappa": {"first third": {"mean": np.float64(2.0)}},
+        "kappa": {"mean of": {"mean": np.float64(2.0)}},
     },
     "bins": {"bins": 1, "rows": [{"bin": 1, "accuracy": {"eval": 0.5}}]},
 }
@@ -40,7 +40,7 @@ def test_flat_has_finite_numbers_by_their_path():
         "diagnostics/curves/selector/area_ratio": 1.25,
         "diagnostics/fidelity/proxies/rho/g/spearman": 0.5,
         "diagnostics/fidelity/proxies/rho/g/overlap": 0.5,
-        "diagnostics/fidelity/kappa/first_third/mean": 2.0,
+        "diagnostics/fidelity/kappa/mean_of/mean": 2.0,
         "diagnostics/bins/bins": 1.0,
     }
 

@@ -61,8 +61,6 @@ class Diagnostics:
     """trajectory | token: the loss whose exact gain is measured."""
     eta: float = 1e-3
     """SGD step of the loss drops."""
-    step_tolerance: float = 0.05
-    """What halving the step may change, relative."""
     bins: int = 4
     """Bins of the score, each of which a student is trained on; 0: none."""
 
@@ -77,8 +75,6 @@ class Diagnostics:
         check_average(self.average, "diagnostics.average")
         if not self.eta > 0:
             raise LarkError(f"diagnostics.eta={self.eta} is not a step; set it above 0, for example 1e-3")
-        if not self.step_tolerance > 0:
-            raise LarkError(f"diagnostics.step_tolerance={self.step_tolerance} lets nothing pass; set it above 0")
         if self.bins < 0 or self.bins == 1:
             raise LarkError(f"diagnostics.bins={self.bins} compares nothing; set it to 2 or more, or 0 for none")
 
@@ -105,20 +101,18 @@ class Diagnosis:
             log_selections(self.found)
         if settings.name == "full":
             wanted = ExactGradients(parameters=settings.parameters, eta=settings.eta)
-            measured = measure_sample(data, wanted, claim, problems=settings.problems)
-            if measured is None:
+            sample = measure_sample(data, wanted, claim, problems=settings.problems)
+            if sample is None:
                 logger.warning(
                     "diagnostics=full compares no score with the truth: no problem has more candidates than "
                     "the budget; lower budget"
                 )
             elif is_main():
-                self.found["fidelity"] = self._summarise_fidelity(wanted, *measured)
+                self.found["fidelity"] = self._summarise_fidelity(wanted, sample)
                 log_fidelity(self.found["fidelity"])
         self._write()
 
-    def _summarise_fidelity(
-        self, wanted: ExactGradients, sample: Candidates, manifest: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _summarise_fidelity(self, wanted: ExactGradients, sample: Candidates) -> dict[str, Any]:
         data, settings = self.data, self.settings
         inside_N = np.isin(data.candidates.row_N, sample.row_N)
         roles = [role for role in data.rules if role in data.selections]
@@ -126,12 +120,10 @@ class Diagnosis:
             sample,
             wanted,
             {f"{data.rules[role].name} ({role})": data.selections[role].score_N[inside_N] for role in roles},
-            groups_P=manifest["choices"]["groups"],
             average=settings.average,
             budget=find_budget(data),
             seed=data.seed,
             resamples=settings.resamples,
-            tolerance=settings.step_tolerance,
         )
         write_table(self.folder / "diagnostics-candidates.csv", rows)
         has_lora = data.scorer.lora is not None and wanted.parameters == "trained"

@@ -1,9 +1,9 @@
 """Take exact gradients of a sample's trajectories, and the loss after a step along each: what proxies are judged by.
 
 The pass is `lark.scoring.gradient_passes`' Gram matrix and loss drop from one backward pass a trajectory, with the drop
-at half the step beside it and the squared norms by group of layers.
+at half the step beside it.
 
-Shapes: N candidates, K of one problem, d parameters, P groups of parameters.
+Shapes: N candidates, K of one problem, d parameters.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lark.common.cache import identity_hash, is_complete, read_json
+from lark.common.cache import identity_hash, is_complete
 from lark.common.groups import Groups, unit_hash
 from lark.common.log import logger
 from lark.common.ranks import Claim
 from lark.common.table_cache import Columns, read_columns
 from lark.scoring.gradient_passes import GradientModule
 from lark.scoring.gradients import (
-    Parameters,
     compute_flat_gradients,
     compute_gram,
     compute_mean_surprisal,
@@ -31,16 +30,14 @@ from lark.scoring.gradients import (
 from lark.scoring.pass_module import PassInputs, run_pass
 from lark.scoring.passes import Gradients, HeadGradients, LossDrops, Pass, Statistics
 from lark.selection.candidates import Candidates
-from lark.student.student import Student, decoder_layers, get_base_model
+from lark.student.student import Student
 from lark.training.datamodule import TrajectoryDataModule
-
-THIRDS = ("first third", "middle third", "last third")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactGradients(Gradients):
     """Columns: those of `Gradients`; loss_before (L, nats/token); drop and drop_half, (L(theta) - L(theta - e grad L))
-    / e at e = eta and eta / 2 (nats/token per unit of step); group_squared_norm (float64 [P], by `group_by_layers`).
+    / e at e = eta and eta / 2 (nats/token per unit of step).
     """
 
     module = "lark.diagnostics.exact_gradients:ExactGradientsModule"
@@ -63,8 +60,9 @@ class ExactGradientsModule(GradientModule):
         model, chosen, eta = self.student_model, self.parameters_in_use, self.wanted.eta
         batch = self.collate_each(rows)
         gradient_Kd = compute_flat_gradients(model, batch, chosen)
-        gram_PKK = _compute_grams(gradient_Kd, chosen, group_by_layers(model, chosen))
-        gram_KK = gram_PKK.sum(0)
+        gram_KK = sum(
+            compute_gram(piece_Kp).numpy() for piece_Kp in gradient_Kd.split([p.numel() for _, p in chosen], 1)
+        )
         found = []
         for i, micro in enumerate(batch):
             before, drops = compute_mean_surprisal(model, micro), []
@@ -81,7 +79,6 @@ class ExactGradientsModule(GradientModule):
                     "squared_norm": gram_KK[i, i],
                     "gram": gram_KK[i],
                     "gram_rows": rows,
-                    "group_squared_norm": gram_PKK[:, i, i],
                     "loss_before": before,
                     "drop": drops[0],
                     "drop_half": drops[1],
@@ -89,38 +86,12 @@ class ExactGradientsModule(GradientModule):
             )
         return found
 
-    def list_choices(self) -> dict[str, Any]:
-        groups = group_by_layers(self.student_model, self.parameters_in_use)
-        return super().list_choices() | {"groups": list(dict.fromkeys(groups))}
-
-
-def group_by_layers(model: Any, parameters: Parameters) -> list[str]:
-    """Name the group of each parameter: embedding, first, middle or last third (of the decoder's layers), head, or
-    other (norms outside the layers). A tied embedding and head are one.
-    """
-    layers, base = decoder_layers(model), get_base_model(model)
-    group: dict[int, str] = {}
-    for name, module in (("embedding", base.get_input_embeddings()), ("head", base.get_output_embeddings())):
-        for p in module.parameters() if module is not None else ():
-            group[id(p)] = name if group.get(id(p), name) == name else "embedding and head"
-    for i, layer in enumerate(layers):
-        group |= {id(p): THIRDS[min(3 * i // len(layers), 2)] for p in layer.parameters()}
-    return [group.get(id(p), "other") for _, p in parameters]
-
-
-def _compute_grams(gradient_Kd: torch.Tensor, parameters: Parameters, groups: list[str]) -> np.ndarray:
-    """Compute the Gram matrices over each group's parameters, float64 [P, K, K], groups as they first appear."""
-    found: dict[str, Any] = {}
-    for name, piece_Kp in zip(groups, gradient_Kd.split([p.numel() for _, p in parameters], 1), strict=True):
-        found[name] = found.get(name, 0.0) + compute_gram(piece_Kp).numpy()
-    return np.stack(list(found.values()))
-
 
 def measure_sample(
     data: TrajectoryDataModule, wanted: ExactGradients, claim: Claim, *, problems: int
-) -> tuple[Candidates, dict[str, Any]] | None:
+) -> Candidates | None:
     """Measure the candidates of `problems` problems: statistics, head gradients and exact gradients (all ranks take
-    part). Returns them and the exact pass's manifest; None where no problem has more candidates than the budget.
+    part); None where no problem has more candidates than the budget.
     """
     pool = data.trajectories
     rows = sample_rows(pool.problem_id[data.scored], budget=find_budget(data), problems=problems)
@@ -130,9 +101,9 @@ def measure_sample(
     if Statistics() in data.needs:
         statistics = data.candidates.where(np.isin(data.candidates.row_N, row_N)).statistics
     else:
-        statistics = measure_rows(data, Statistics(), row_N, claim)[0].without("row")
-    head, _ = measure_rows(data, HeadGradients(), row_N, claim)
-    columns, manifest = measure_rows(data, wanted, row_N, claim)
+        statistics = measure_rows(data, Statistics(), row_N, claim).without("row")
+    head = measure_rows(data, HeadGradients(), row_N, claim)
+    columns = measure_rows(data, wanted, row_N, claim)
     sample = Candidates(
         problem_id=pool.problem_id[row_N],
         candidate_id=pool.candidate_id[row_N],
@@ -141,7 +112,7 @@ def measure_sample(
         read_column=pool.column,
         passes={HeadGradients(): head.without("row")},
     )
-    return add_exact_columns(sample, wanted, columns.without("row")), manifest
+    return add_exact_columns(sample, wanted, columns.without("row"))
 
 
 def find_budget(data: TrajectoryDataModule) -> int:
@@ -160,11 +131,9 @@ def sample_rows(problem_id_N: np.ndarray, *, budget: int, problems: int) -> np.n
     return np.flatnonzero(np.isin(groups.index_N, choice[np.argsort(draw)[:problems]]))
 
 
-def measure_rows(
-    data: TrajectoryDataModule, wanted: Pass, row_N: np.ndarray, claim: Claim
-) -> tuple[Columns, dict[str, Any]]:
+def measure_rows(data: TrajectoryDataModule, wanted: Pass, row_N: np.ndarray, claim: Claim) -> Columns:
     """Run a pass over these rows of the pool alone, or find it cached (all ranks take part); return its columns, of
-    statistics with their means, and its manifest.
+    statistics with their means.
     """
     inputs = PassInputs(
         student=data.scorer, settings=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed
@@ -177,7 +146,7 @@ def measure_rows(
         if to_do:
             module = wanted.load_module()(wanted=wanted, inputs=inputs, folder=folder)
             run_pass(data.make_trainer(label), module, identity)
-    return read_columns(folder), read_json(folder / "manifest.json")
+    return read_columns(folder)
 
 
 def add_exact_columns(candidates: Candidates, wanted: ExactGradients, columns: Mapping[str, np.ndarray]) -> Candidates:

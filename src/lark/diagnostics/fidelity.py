@@ -3,12 +3,11 @@ passes give, what lies between them (kappa), and how far candidates' gradients o
 
 kappa_k = ||grad L_k||^2 / Brier_k: LARK (arXiv 2605.30651) takes it for constant, and gradients for orthogonal.
 
-Shapes: N candidates of a sample, G problems, K candidates of one, P groups of parameters, R resamples.
+Shapes: N candidates of a sample, G problems, K candidates of one, R resamples.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,8 @@ from lark.selection.within_problem import (
     summarise_with_chance,
 )
 
+STEP_TOLERANCE = 0.05
+"""What halving the step of the loss drops may change, relative."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -39,38 +40,33 @@ def summarise_fidelity(
     wanted: ExactGradients,
     own_scores: Mapping[str, np.ndarray],
     *,
-    groups_P: Sequence[str],
     average: str,
     budget: int,
     seed: int,
     resamples: int,
-    tolerance: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Summarise a sample whose candidates have the columns of the exact pass; return the figures, and a row a
     candidate.
 
-    own_scores: by name, [N], scores to compare besides the proxies; those that equal one are left out. groups_P: the
-    exact pass's groups of parameters. average: trajectory | token, the loss whose exact gain is measured. tolerance:
-    what halving the step may change.
+    own_scores: by name, [N], scores to compare besides the proxies; those that equal one are left out. average:
+    trajectory | token, the loss whose exact gain is measured.
     """
     truth, scores = compute_truths(sample, wanted, average=average), compute_proxies(sample, average=average)
     for name, score_N in own_scores.items():
         if not any(np.allclose(score_N, known_N, equal_nan=True) for known_N in scores.values()):
             scores[name] = score_N
-    among = {"rho": truth["rho"], "g": truth["g"]}
-    compare = partial(compare_scores, candidates=sample, budget=budget, seed=seed, resamples=resamples)
-    columns = sample.of(wanted)
+    columns, tokens_N = sample.of(wanted), sample["num_tokens"].astype(np.float64)
     found = {
         "problems": sample.groups.count,
         "candidates": len(sample),
         "budget": budget,
         "parameters": wanted.parameters,
         "average": average,
-        "step": check_step(sample, wanted, tolerance=tolerance),
-        "proxies": compare(scores, truth),
-        "truths": compare(among, {name: truth[name] for name in ("loss_drop", "g")}),
-        "kappa": measure_kappa(sample, wanted, groups_P, resamples=resamples),
-        "kappa_by_teacher": measure_kappa_by_teacher(sample, wanted),
+        "step": check_step(sample, wanted),
+        "proxies": compare_scores(scores, truth, sample, budget=budget, seed=seed, resamples=resamples),
+        "kappa": summarise_kappa(
+            columns["squared_norm"], sample["brier"], tokens_N, sample.groups, resamples=resamples
+        ),
         "cosine": measure_cosines(sample, columns, resamples=resamples),
     }
     shown = {name: sample[name] for name in ("problem_id", "candidate_id", "teacher", "correct", "num_tokens")}
@@ -136,19 +132,19 @@ def compare_scores(
     return found
 
 
-def check_step(candidates: Candidates, wanted: ExactGradients, *, tolerance: float) -> dict[str, Any]:
+def check_step(candidates: Candidates, wanted: ExactGradients) -> dict[str, Any]:
     """Check that the step is small enough: |drop at eta / 2 over drop at eta - 1|, its median and 95th percentile over
-    the candidates, and the share of them that stay within `tolerance`; and how many losses rose.
+    the candidates, and the share of them that stay within `STEP_TOLERANCE`; and how many losses rose.
     """
     columns = candidates.of(wanted)
     with np.errstate(divide="ignore", invalid="ignore"):
         change_N = np.abs(columns["drop_half"] / columns["drop"] - 1)
     change_N = change_N[np.isfinite(change_N)]
     median, p95 = compute_quantiles(change_N, (0.5, 0.95)).values()
-    share = float((change_N <= tolerance).mean()) if len(change_N) else math.nan
+    share = float((change_N <= STEP_TOLERANCE).mean()) if len(change_N) else math.nan
     return {
         "eta": wanted.eta,
-        "tolerance": tolerance,
+        "tolerance": STEP_TOLERANCE,
         "candidates": len(change_N),
         "median_change": median,
         "p95_change": p95,
@@ -161,29 +157,12 @@ def check_step(candidates: Candidates, wanted: ExactGradients, *, tolerance: flo
 # ---- kappa
 
 
-def measure_kappa(
-    candidates: Candidates, wanted: ExactGradients, groups_P: Sequence[str], *, resamples: int
-) -> dict[str, dict[str, Any]]:
-    """Summarise kappa by part of the student: all that moves, and each group of layers; with the share of the squared
-    norm that falls to it.
-    """
-    columns = candidates.of(wanted)
-    norm_NP = np.stack(list(columns["group_squared_norm"]))
-    parts = {"all": columns["squared_norm"]} | dict(zip(groups_P, norm_NP.T, strict=True))
-    total = float(columns["squared_norm"].sum())
-    tokens_N, brier_N = candidates["num_tokens"].astype(np.float64), candidates["brier"]
-    return {
-        name: {"share_of_squared_norm": float(norm_N.sum()) / total if total else math.nan}
-        | summarise_kappa(norm_N, brier_N, tokens_N, candidates.groups, resamples=resamples)
-        for name, norm_N in parts.items()
-    }
-
-
 def summarise_kappa(
     norm_N: np.ndarray, brier_N: np.ndarray, tokens_N: np.ndarray, groups: Groups, *, resamples: int
 ) -> dict[str, Any]:
     """Summarise kappa = squared norm / Brier over the candidates where both are above 0: mean, coefficient of
-    variation, quantiles, its coefficient of variation within problems, and its length exponents.
+    variation, quantiles, its coefficient of variation within problems, and the power of the length that it goes with
+    there.
     """
     valid_N = (norm_N > 0) & (brier_N > 0) & (tokens_N > 0)
     found: dict[str, Any] = {"candidates": int(valid_N.sum()), "left_out": int((~valid_N).sum())}
@@ -200,60 +179,27 @@ def summarise_kappa(
         "cv": float(kappa_N.std() / kappa_N.mean()),
         "quantiles": compute_quantiles(kappa_N, QUANTILES),
         "cv_within_problems": average_over_problems([within_G], resamples=resamples)[0],
-        "exponent_within_problems": fit_length_exponent(kappa_N, tokens_N, sub, within=True, resamples=resamples),
-        "exponent_pooled": fit_length_exponent(kappa_N, tokens_N, sub, within=False, resamples=resamples),
+        "exponent_within_problems": fit_length_exponent(kappa_N, tokens_N, sub, resamples=resamples),
     }
 
 
 def fit_length_exponent(
-    kappa_N: np.ndarray, tokens_N: np.ndarray, groups: Groups, *, within: bool, resamples: int, seed: int = 0
+    kappa_N: np.ndarray, tokens_N: np.ndarray, groups: Groups, *, resamples: int, seed: int = 0
 ) -> Mean:
-    """Fit b of kappa ~ T^b by least squares on logarithms, with a bootstrap interval over problems. within: each
-    problem has a constant of its own; else all candidates share one. 0: length says nothing (that is its `chance`).
+    """Fit b of kappa ~ T^b by least squares on logarithms, with a constant for each problem and a bootstrap interval
+    over problems. 0: length says nothing (that is its `chance`).
     """
-    x_N, y_N = np.log(tokens_N), np.log(kappa_N)
-    if within:
-        x_N, y_N = (v_N - groups.spread(groups.average(v_N)) for v_N in (x_N, y_N))
-        several_N = groups.spread(groups.size) > 1
-        x_N, y_N, groups = x_N[several_N], y_N[several_N], Groups(groups.index_N[several_N], groups.count)
-    else:
-        x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
-    sum_5G = np.stack([groups.sum(v_N) for v_N in (np.ones_like(x_N), x_N, y_N, x_N * x_N, x_N * y_N)])
-    sum_5G = sum_5G[:, sum_5G[0] > 0]
-    if not sum_5G.size:
+    x_N, y_N = (v_N - groups.spread(groups.average(v_N)) for v_N in (np.log(tokens_N), np.log(kappa_N)))
+    sum_2G = np.stack([groups.sum(x_N * x_N), groups.sum(x_N * y_N)])[:, groups.size > 1]
+    if not sum_2G.size:
         return UNKNOWN
-    (resampled_R5,) = resample_sums(sum_5G, resamples=resamples, seed=seed)
-    return estimate_from_sums(sum_5G, resampled_R5, partial(_compute_slope, within=within))
+    (resampled_R2,) = resample_sums(sum_2G, resamples=resamples, seed=seed)
+    return estimate_from_sums(sum_2G, resampled_R2, _compute_slope)
 
 
-def _compute_slope(sum_R5: np.ndarray, within: bool) -> np.ndarray:
-    n, x, y, xx, xy = sum_R5.T
+def _compute_slope(sum_R2: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return xy / xx if within else (xy - x * y / n) / (xx - x * x / n)
-
-
-def measure_kappa_by_teacher(candidates: Candidates, wanted: ExactGradients) -> dict[str, dict[str, float]]:
-    """Summarise by teacher: candidates, mean kappa, and `relative`, the geometric mean of kappa over its problem's
-    geometric mean (1: a teacher whose trajectories the proxy neither flatters nor wrongs). Length explains much of it.
-    """
-    norm_N, brier_N, groups = candidates.of(wanted)["squared_norm"], candidates["brier"], candidates.groups
-    valid_N = (norm_N > 0) & (brier_N > 0)
-    kappa_N = np.full(len(norm_N), np.nan)
-    kappa_N[valid_N] = norm_N[valid_N] / brier_N[valid_N]
-    log_N = np.log(kappa_N)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean_G = groups.sum(np.where(valid_N, log_N, 0.0)) / groups.sum(valid_N.astype(float))
-    relative_N = log_N - groups.spread(mean_G)
-    teacher_N = np.array([str(teacher) for teacher in candidates["teacher"]])
-    return {
-        str(teacher): {
-            "candidates": int(his_N.sum()),
-            "mean": float(kappa_N[his_N].mean()),
-            "relative": float(np.exp(relative_N[his_N].mean())),
-        }
-        for teacher in np.unique(teacher_N)
-        if (his_N := valid_N & (teacher_N == teacher)).any()
-    }
+        return sum_R2[:, 1] / sum_R2[:, 0]
 
 
 # ---- overlap of gradients

@@ -125,7 +125,7 @@ def log_selections(found: Mapping[str, Any]) -> None:
 
 def log_fidelity(found: Mapping[str, Any]) -> None:
     """Log each score beside the truth; warn where the step of the loss drops was too large."""
-    step, kappa, proxies = found["step"], found["kappa"]["all"], found["proxies"]
+    step, kappa, proxies = found["step"], found["kappa"], found["proxies"]
     announce(
         "fidelity",
         f"{found['candidates']:,} trajectories of {found['problems']:,} problems; rank correlation with the true loss "
