@@ -26,6 +26,8 @@ def test_an_arm_against_the_baseline():
     assert found["area_ratio"] == pytest.approx((15 + 10) / (17.5 + 12.5))
     assert found["final_ratio"] == 1.0
     assert found["steps_to_baseline"] == 10.0 and found["steps_ratio"] == 0.5
+    worse = compare_with_baseline(curve(2.0, 2.5), curve(2.0, 2.2))
+    assert math.isnan(worse["steps_to_baseline"]), "a baseline that gained nothing is reached by nobody"
     same = compare_with_baseline(curve(2.0, 1.5), curve(2.0, 1.5))
     assert (same["area_ratio"], same["steps_ratio"]) == (1.0, 1.0)
 

@@ -11,10 +11,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import rows_of_a_pool
+from conftest import rows_of_a_pool, write_pool
+from lark_process import finish, start
 
 from lark.answers.checker import Checker
 from lark.common import versions
+from lark.common.cache import read_json
 from lark.evaluation.evaluate import Evaluator, Sampling, identify_weights
 from lark.evaluation.verdicts import locate_verdicts
 from lark.scoring.pass_module import ScoringSettings
@@ -352,3 +354,26 @@ def test_sub_tasks_of_validation_examples_are_keyed(make_data):
 
     assert find_key([1, 2]) == find_key([1, 2]) != find_key([2, 1])
     assert re.fullmatch(r"[0-9a-f]{16}", find_key([1]).name)
+
+
+@pytest.mark.slow
+def test_whole_commands_compute_what_has_changed(student_folder, tmp_path):
+    """What the student does not see costs nothing; a token's role in tokenizer_config.json costs all."""
+    student = shutil.copytree(student_folder, tmp_path / "student")
+    names = (f"task.pool={tmp_path / 'pool.jsonl'}", f"model.path={student}", f"paths.logs={tmp_path / 'logs'}")
+    settings = ("task=jsonl", "task.checker=number", "task.max_length=256", "sft.steps=2", "stop_after=training")
+
+    def run(name, rows, *words):
+        write_pool(tmp_path / "pool.jsonl", rows)
+        folder = tmp_path / "logs" / "runs" / name
+        finish(start(*settings, *names, f"hydra.run.dir={folder}", "logger=csv", *words))
+        plan = read_json(folder / "plan.json")
+        scoring = next(value for key, value in plan.items() if key.startswith("statistics"))
+        return [scoring, *(arm["action"] for arm in plan["arms"].values())]
+
+    rows = rows_of_a_pool(problems=12)
+    assert run("first", rows) == ["run", "train", "train"]
+    unseen = [row | {"teacher": "renamed", "judge": 0.5} for row in reversed(rows)]
+    assert run("unseen", unseen, "sft.validations=2", "model.dtype=float32") == ["reuse"] * 3
+    change_file("tokenizer_config.json", eos_token="<|im_start|>")(student)
+    assert run("role", rows) == ["run", "train", "train"]

@@ -37,17 +37,19 @@ def find_steps_to(loss: float, curve: Curve) -> float:
 
 
 def compare_with_baseline(curve: Curve, baseline: Curve) -> dict[str, float]:
-    """Compare two curves. area_ratio: mean held-out loss over training (`comparison.compute_curve_mean`) relative to
-    the baseline's, below 1 =
-    faster; final_ratio: the same of the losses at the end; steps_to_baseline: optimizer steps to the baseline's final
-    held-out loss (NaN: never), and steps_ratio, that over the steps the baseline took; points: of the curve. One seed:
-    its variance is not estimated.
+    """Compare two curves of one seed, whose variance is not estimated.
+
+    area_ratio: mean held-out loss over training (`comparison.compute_curve_mean`) relative to the baseline's, below 1 =
+    faster. final_ratio: the same of the losses at the end. steps_to_baseline: optimizer steps to the baseline's final
+    held-out loss (NaN: never, or the baseline gained nothing). steps_ratio: that over the steps the baseline took.
+    points: of the curve.
     """
     _, theirs = _list_points(baseline)
     step, ours = _list_points(curve)
     if not len(theirs) or not len(ours):
         return {"points": len(ours)}
-    reached = find_steps_to(float(theirs[-1]), curve)
+    # A baseline that ends where it began, or worse, sets no goal: every curve is there before its first step.
+    reached = find_steps_to(float(theirs[-1]), curve) if theirs[-1] < theirs[0] else math.nan
     steps = float(_list_points(baseline)[0][-1])
     return {
         "area_ratio": compute_curve_mean(curve) / compute_curve_mean(baseline),
