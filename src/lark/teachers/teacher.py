@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -18,16 +18,6 @@ ENGINES = ("transformers", "vllm")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _URL = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[^\s/:\[\]]+)(:\d{1,5})?(/\S*)?")
-_TEXTS = {
-    "model": False,
-    "url": True,
-    "key": True,
-    "adapter": True,
-    "template": True,
-    "dtype": False,
-    "attention": False,
-}
-"""Settings that are text, and whether they may be null."""
 _NUMBERS = {  # settings that are numbers: whole, may be null, least, most
     "samples": (True, False, 1, 1e12),
     "max_new_tokens": (True, False, 1, 1e12),
@@ -84,9 +74,9 @@ class Teacher:
 
     def __post_init__(self) -> None:
         self._check(bool(_NAME.fullmatch(self.name)), "name", "use letters, digits, '.', '_' and '-' only")
-        for name, optional in _TEXTS.items():
+        for name, kind in get_type_hints(Teacher).items():
             value = getattr(self, name)
-            if not (isinstance(value, str) and value) and not (optional and value is None):  # not shown: maybe a key
+            if kind in (str, str | None) and not (isinstance(value, kind) and value != ""):  # not shown: maybe a key
                 raise LarkError(f"teacher {self.name}: its {name} is not text; write it in quotes")
         for name, (whole, optional, least, most) in _NUMBERS.items():
             value = getattr(self, name)
