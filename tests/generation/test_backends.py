@@ -53,15 +53,6 @@ def make_vllm(student, gpus=None):
     return VllmBackend(student, student.load_chat(), **own, python=None, gpus=gpus, memory=0.9)
 
 
-def test_weights_that_vllm_does_not_read_are_refused_at_once(make_student, tmp_path):
-    path = tmp_path / "student.gguf"
-    path.touch()
-    chat, gguf = make_student().load_chat(), make_student(path=str(path))
-    with pytest.raises(ValueError, match=r"evaluation\.engine=transformers"):
-        own = {"trained": None, "weights": {}, "device": torch.device("cpu")}
-        VllmBackend(gguf, chat, **own, python=None, gpus=None, memory=0.9)
-
-
 @pytest.mark.parametrize(
     ("world", "gpus", "devices", "size"),
     [(1, None, None, None), (1, 2, None, 2), (8, None, [4], 1), (8, 2, [4, 5], 2)],

@@ -8,7 +8,13 @@ import pytest
 from tiny_student import byte_tokenizer
 
 from lark.common.errors import LarkError
-from lark.generation.vllm_backend import derive_vllm_seed, find_vllm_python, find_vllm_source, generate_with_vllm
+from lark.generation.vllm_backend import (
+    derive_vllm_seed,
+    find_vllm_python,
+    find_vllm_source,
+    generate_with_vllm,
+    make_environment,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -211,17 +217,13 @@ def test_a_reader_that_leaves_ends_the_process(stand_in, draw):
     batches.close()  # waits for the process; would hang if it went on
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"samples": 0}, r"evaluation\.samples=0"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"stop_ids": []}, "eos"),
-    ],
-)
-def test_settings_out_of_range_are_named(draw, changes, named):
-    with pytest.raises(ValueError, match=named):
-        list(draw(**changes))
+def test_an_engine_sees_its_own_gpus_and_no_rank(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-6")
+    assert make_environment([1, 2])["CUDA_VISIBLE_DEVICES"] == "5,GPU-6"
+    assert make_environment(None)["CUDA_VISIBLE_DEVICES"] == "4,5,GPU-6" and "RANK" not in make_environment(None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert make_environment([6, 7])["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 def test_sources_of_students(make_student, tmp_path):

@@ -206,22 +206,31 @@ def _read_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
 def _start(python: str, folder: Path, devices: Sequence[int] | None) -> subprocess.Popen[bytes]:
     # Not as a module: that Python need not have this package. -P: nor may this package's modules hide others.
     command = [python, "-P", str(Path(vllm_worker.__file__).resolve()), str(folder)]
-    # It is a job of its own, whatever ranks this process is one of.
+    with open(folder / "vllm.log", "wb") as log:
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=make_environment(devices),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LarkError(
+                f"evaluation.vllm_python={python} cannot be started ({error.strerror}): {REMEDY}"
+            ) from error
+
+
+def make_environment(devices: Sequence[int] | None) -> dict[str, str]:
+    """Make the environment of a job of its own, whatever rank this process is, which sees these of our GPUs."""
     environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     environment["PYTHONUNBUFFERED"] = "1"
     if devices is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = visible.split(",") if visible else list(map(str, range(max(devices) + 1)))
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in devices)
-    with open(folder / "vllm.log", "wb") as log:
-        try:
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        except OSError as error:
-            raise LarkError(
-                f"evaluation.vllm_python={python} cannot be started ({error.strerror}): {REMEDY}"
-            ) from error
+    return environment
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
