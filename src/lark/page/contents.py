@@ -11,6 +11,7 @@ import numpy as np
 from lark.common.cache import read_json
 from lark.comparison.comparison import Comparison, Group, compare
 from lark.comparison.labels import Figures, label_arms
+from lark.page.disagreements import Disagreement, read_disagreements
 from lark.page.pool_sample import PoolSample, read_sample
 
 ROLES = ("selector", "baseline")
@@ -72,6 +73,8 @@ class GroupContents:
     pools: tuple[PoolContents, ...]
     diagnoses: tuple[Diagnosis, ...]
     """One for each selector's label, of its first seed."""
+    disagreements: tuple[Disagreement, ...]
+    """Of the first run that has any."""
     left_out: tuple[str, ...]
     """What is not shown, in sentences."""
 
@@ -168,6 +171,7 @@ def _gather_group(key: tuple[str, str], runs: Sequence[_Run], compared: Group | 
         teacher_shares={label: _average_shares(of_label) for label, of_label in records.items()},
         pools=_gather_pools(f"{key[0]} · {key[1]}", of_pools),
         diagnoses=_read_diagnoses(shown),
+        disagreements=next(filter(None, (read_disagreements(r.folder, r.summary, r.labels) for r in finished)), ()),
         left_out=tuple(left_out),
     )
 

@@ -9,7 +9,7 @@ from lark.page.contents import GroupContents, PoolContents
 ARMS_NAMED = 4
 
 
-def list_answers(group: GroupContents) -> Iterator[tuple[str, str]]:
+def list_headline(group: GroupContents) -> Iterator[tuple[str, str]]:
     """Yield what is asked and its answer, in the order in which a reader wants them."""
     if group.compared is not None:
         for result, sureness in list_conclusions(group.compared):

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from lark.comparison.tables import LEGEND, TextTable, build_tables, list_notes
 from lark.page.arm_plots import plot_differences, plot_loss_curves, plot_teacher_shares
 from lark.page.contents import Contents, GroupContents, gather
 from lark.page.diagnostic_plots import list_diagnostic_plots
-from lark.page.headline import list_answers
+from lark.page.disagreements import Disagreement
+from lark.page.headline import list_headline
 from lark.page.plots import Look, Plot, assign_looks
 from lark.page.pool_plots import plot_overlaps, plot_scores_by_teacher, plot_weights
 from lark.page.trajectories import pack
@@ -33,6 +34,7 @@ SCRIPTS = ("page.js", "plots.js", "trajectories.js")
 DIAGNOSES_SHOWN = 3  # of a task and model
 
 _UNENCODABLE = re.compile("[\x00\ud800-\udfff]")  # HTML has no null and UTF-8 no half of a surrogate pair
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?")
 
 
@@ -43,10 +45,11 @@ class Section:
     key: str
     title: str
     plots: Sequence[Plot]
-    answers: Sequence[tuple[str, str]] = ()
+    headline: Sequence[tuple[str, str]] = ()
     """What is asked first, with its answer in a sentence."""
     tables: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
+    disagreements: Sequence[Disagreement] = ()
 
     @property
     def missing(self) -> dict[str, list[str]]:
@@ -112,6 +115,7 @@ def _render(contents: Contents, *, path: Path, plotly: str) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["visible"] = lambda text: _CONTROL.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
     text = environment.from_string((own / "report.html.jinja").read_text(encoding="utf-8")).render(
         title=names[0] if len(names) == 1 else f"{len(names)} tasks and students" if names else "runs",
         counts=_describe_counts(contents),
@@ -165,22 +169,23 @@ def _make_sections(group: GroupContents, tables: Sequence[TextTable]) -> list[Se
     key += f"-{hashlib.sha256(f'{group.task}|{group.model}'.encode()).hexdigest()[:6]}"
     looks = assign_looks(list(group.curves))
     plots = [plot_loss_curves(group.curves, looks), plot_teacher_shares(group.teacher_shares)]
-    answers = list(list_answers(group))
+    headline = list(list_headline(group))
     if group.compared is None:
-        first = Section(key=key, title=group.title, answers=answers, plots=plots, notes=group.left_out)
+        first = Section(key=key, title=group.title, headline=headline, plots=plots, notes=group.left_out)
     else:
         arms, pairs = tables
         of_rows = [looks[arm.label].name if arm.label in looks else "" for arm in group.compared.arms]
         first = Section(
             key=key,
             title=group.title,
-            answers=answers,
+            headline=headline,
             tables=[
                 _make_table(arms, "Students: one row for each kind, means over seeds", of_rows),
                 *([_make_table(pairs, "Differences: selector minus baseline")] if pairs.labels else []),
             ],
             notes=[*list_notes(group.compared), *group.left_out],
             plots=[plot_differences(group.compared), *plots],
+            disagreements=group.disagreements,
         )
     return [first, *_make_pool_sections(key, group, looks), *_make_diagnosis_sections(key, group)]
 
