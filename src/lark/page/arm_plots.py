@@ -9,13 +9,12 @@ import plotly.graph_objects as go
 
 from lark.comparison.comparison import Group
 from lark.page import plots
-from lark.page.plots import Drawn, Look
+from lark.page.plots import Look, Plot
 
 TEACHERS_SHOWN = 7
 
 
-@plots.define_plot("differences")
-def plot_differences(group: Group) -> Drawn | str:
+def plot_differences(group: Group) -> Plot:
     """Plot every difference on every evaluation set with its interval."""
     traces = []
     for number, name in enumerate(group.sets):
@@ -32,7 +31,7 @@ def plot_differences(group: Group) -> Drawn | str:
             )
         )
     if not traces:
-        return "no evaluation set was given (task.eval), so there is no accuracy to compare."
+        return Plot(key="differences", missing="no evaluation set was given (task.eval).")
     labels = [plots.escape_name(one.label, 48) for one in group.differences if one.sets]
     figure = plots.make_figure(
         traces,
@@ -42,13 +41,12 @@ def plot_differences(group: Group) -> Drawn | str:
         scattermode="group",
         legend={"orientation": "h"},
     )
-    return Drawn(figure=figure)
+    return Plot(key="differences", figure=figure)
 
 
-@plots.define_plot("curves")
 def plot_loss_curves(
     curves: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]], looks: Mapping[str, Look]
-) -> Drawn | str:
+) -> Plot:
     """Plot held-out loss curves, by label and seed."""
     traces = []
     for label, by_seed in curves.items():
@@ -81,7 +79,10 @@ def plot_loss_curves(
         more = {"mode": mode, "legendgroup": group, "hovertemplate": f"%{{y:.4f}} ({seeds})"}
         traces.append(plots.make_line(label, step, plots.round_values(mean), colour=colour, dash=dash, **more))
     if not traces:
-        return "nothing was trained with held-out problems (task.held_out), or the run was stopped before training."
+        return Plot(
+            key="curves",
+            missing="nothing was trained, or no problems were held out (task.held_out).",
+        )
     figure = plots.make_figure(
         traces,
         height=420 + 18 * max(0, len(curves) - 8),
@@ -89,7 +90,7 @@ def plot_loss_curves(
         yaxis=plots.make_axis("held-out loss (nats/token)"),
         hovermode="x unified",
     )
-    return Drawn(figure=figure)
+    return Plot(key="curves", figure=figure)
 
 
 def _compute_band(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], *tuple[np.ndarray, ...]]:
@@ -104,11 +105,10 @@ def _compute_band(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list
     return step, loss.min(0), loss.mean(0), loss.max(0)
 
 
-@plots.define_plot("teachers")
-def plot_teacher_shares(shares: Mapping[str, Mapping[str, float]]) -> Drawn | str:
+def plot_teacher_shares(shares: Mapping[str, Mapping[str, float]]) -> Plot:
     """Plot the teachers' shares of each label's weight."""
     if not shares:
-        return "nothing was selected: the run was stopped after its statistics, or before."
+        return Plot(key="teachers", missing="the run was stopped before anything was selected.")
     teachers = dict.fromkeys(name for of_label in shares.values() for name in of_label)
     total = {name: sum(of.get(name, 0.0) for of in shares.values()) for name in teachers}
     names = sorted(total, key=lambda name: -total[name])
@@ -136,4 +136,4 @@ def plot_teacher_shares(shares: Mapping[str, Mapping[str, float]]) -> Drawn | st
         yaxis=plots.order_labels(labels),
         legend={"orientation": "h", "traceorder": "normal"},
     )
-    return Drawn(figure=figure)
+    return Plot(key="teachers", figure=figure)

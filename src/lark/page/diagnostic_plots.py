@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from lark.common.groups import Groups
 from lark.page import plots
 from lark.page.contents import Diagnosis
-from lark.page.plots import Drawn, Plot
+from lark.page.plots import Plot
 
 TRUTH = "exact_loss_drop"
 FULL = "they take diagnostics=full, which follows the candidates of some problems with true gradients."
@@ -31,24 +31,23 @@ def list_diagnostic_plots(diagnosis: Diagnosis) -> list[Plot]:
     ]
 
 
-@plots.define_plot("agreement")
-def plot_agreement(diagnosis: Diagnosis) -> Drawn | str:
+def plot_agreement(diagnosis: Diagnosis) -> Plot:
     """Plot each score's rank correlation with the true loss drop."""
     if not diagnosis.rows or "fidelity" not in diagnosis.found:
-        return FULL
+        return Plot(key="agreement", missing=FULL)
     found = diagnosis.found["fidelity"]
     remark = (
         f" Of {found['problems']:,} of {found['of_problems']:,} problems with {found['candidates']:,} candidates; "
         f"gradients over {found['parameters']} parameters."
     )
-    return _draw_means({name: of["loss_drop"]["spearman"] for name, of in found["proxies"].items()}, remark)
+    means = {name: of["loss_drop"]["spearman"] for name, of in found["proxies"].items()}
+    return _plot_means("agreement", means, remark)
 
 
-@plots.define_plot("loss-drop")
-def plot_loss_drop(diagnosis: Diagnosis) -> Drawn | str:
+def plot_loss_drop(diagnosis: Diagnosis) -> Plot:
     """Plot candidates by score and true loss drop, a view a score and a series a teacher."""
     if not diagnosis.rows or "fidelity" not in diagnosis.found:
-        return FULL
+        return Plot(key="loss-drop", missing=FULL)
     rows, proxies = diagnosis.rows, diagnosis.found["fidelity"]["proxies"]
     groups = Groups.from_ids([row["problem_id"] for row in rows])
     teacher_n = np.array([row["teacher"] for row in rows])
@@ -86,7 +85,7 @@ def plot_loss_drop(diagnosis: Diagnosis) -> Drawn | str:
         yaxis=plots.make_axis("true loss drop (the same)", zeroline=True),
     )
     choices = tuple((name, _describe_agreement(of["loss_drop"])) for name, of in proxies.items())
-    return Drawn(figure=figure, choices=choices)
+    return Plot(key="loss-drop", figure=figure, choices=choices)
 
 
 def _standardise(values: Sequence[str], groups: Groups) -> np.ndarray:
@@ -114,11 +113,11 @@ def _format_mean(mean: Mapping[str, Any]) -> str:
     return f"{mean['mean']:+.2f}{ends}"
 
 
-def _draw_means(means: Mapping[str, Mapping[str, Any]], remark: str = "") -> Drawn | str:
-    """Draw a dot for each mean with its interval, over the band in which chance lies."""
+def _plot_means(key: str, means: Mapping[str, Mapping[str, Any]], remark: str = "") -> Plot:
+    """Plot a dot for each mean with its interval, over the band in which chance lies."""
     known = {name: mean for name, mean in means.items() if mean["mean"] is not None}
     if not known:
-        return "it is not defined for any problem of this pool."
+        return Plot(key=key, missing="it is not defined for any problem of this pool.")
     known = dict(sorted(known.items(), key=lambda item: -item[1]["mean"]))
     labels = [plots.escape_name(name, 34) for name in known]
     traces: list[Any] = []
@@ -150,26 +149,25 @@ def _draw_means(means: Mapping[str, Mapping[str, Any]], remark: str = "") -> Dra
         xaxis=plots.make_axis("rank correlation within problems", range=[-1.05, 1.05], zeroline=True),
         yaxis=plots.order_labels(labels),
     )
-    return Drawn(figure=figure, remark=remark)
+    return Plot(key=key, figure=figure, remark=remark)
 
 
 def plot_correlations(diagnosis: Diagnosis) -> list[Plot]:
     """Plot what scores go with: the student's loss, length, correctness."""
     found = diagnosis.found.get("correlations", {})
-    why = "no rule asked the student, so nothing is known of its losses."
-    drawn = {}
+    plots_of_targets = []
     for target in ("loss", "length", "correct"):
-        means = {score: of[target]["within"] for score, of in found.items() if target in of}
-        drawn[target] = _draw_means(means) if means else why
-    return [plots.make_plot(f"with-{target}", of_target) for target, of_target in drawn.items()]
+        key, means = f"with-{target}", {score: of[target]["within"] for score, of in found.items() if target in of}
+        unknown = "no rule asked the student, so nothing is known of its losses."
+        plots_of_targets.append(_plot_means(key, means) if means else Plot(key=key, missing=unknown))
+    return plots_of_targets
 
 
-@plots.define_plot("bins")
-def plot_bins(diagnosis: Diagnosis) -> Drawn | str:
+def plot_bins(diagnosis: Diagnosis) -> Plot:
     """Plot held-out loss and, below it, accuracies against the bin."""
     found = diagnosis.found.get("bins")
     if not found or not found["rows"]:
-        return "they take diagnostics=full with diagnostics.bins of 2 or more."
+        return Plot(key="bins", missing="they take diagnostics=full with diagnostics.bins of 2 or more.")
     rows = found["rows"]
     bins = [f"{row['bin']} of {found['bins']}" for row in rows]
     losses = [math.nan if row["held_out_loss"] is None else row["held_out_loss"] for row in rows]
@@ -202,4 +200,4 @@ def plot_bins(diagnosis: Diagnosis) -> Drawn | str:
     ]
     remark = f" Score of {found['rule']}, {found['problems']:,} problems."
     remark += f" Rank correlation with the bin's number: {', '.join(trends)}." if trends else ""
-    return Drawn(figure=figure, remark=remark)
+    return Plot(key="bins", figure=figure, remark=remark)

@@ -8,17 +8,16 @@ import functools
 import html
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, ParamSpec
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lark.common.groups import Groups
 
-P = ParamSpec("P")
 COLOURS = 8
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "x", "star", "triangle-down")
@@ -26,59 +25,40 @@ SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "x", "star", "
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """Hold one plot of the page."""
+    """Hold one plot of the page: a figure, or the reason why there is none."""
 
     key: str
-    title: str
-    reading: str
-    """What it shows and how to read it."""
-    choose: str = ""
-    """What is chosen where traces are one of several views (their `meta`)."""
+    """Its part of readings.toml."""
     figure: dict[str, Any] | None = None
-    """Data and layout; None where there is nothing to show, and `missing` says why."""
-    choices: tuple[tuple[str, str], ...] = ()
-    """The views' names, each with a remark."""
+    """Data and layout."""
     missing: str = ""
+    """Why there is nothing to show."""
+    choices: tuple[tuple[str, str], ...] = ()
+    """Names of views, each with a remark, where traces are one of several views (their `meta`)."""
+    remark: str = ""
+    """Goes on after how to read it."""
 
     def __post_init__(self) -> None:
         assert (self.figure is None) == bool(self.missing)
 
+    @property
+    def title(self) -> str:
+        return str(_read_readings()[self.key]["title"])
 
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """Hold what a drawing function found to show, see `Plot`."""
+    @property
+    def reading(self) -> str:
+        """Say what it shows and how to read it."""
+        return f"{_read_readings()[self.key]['reading']}{self.remark}"
 
-    figure: dict[str, Any]
-    choices: tuple[tuple[str, str], ...] = ()
-    remark: str = ""
-    """Goes on after the plot's `reading`."""
-
-
-def make_plot(key: str, drawn: Drawn | str) -> Plot:
-    """Make a plot of what was drawn, or of the sentence that says why there is nothing to draw."""
-    text = _read_readings()[key]
-    if isinstance(drawn, str):
-        return Plot(key=key, **text, missing=drawn)
-    text = text | {"reading": text["reading"] + drawn.remark}
-    return Plot(key=key, **text, figure=drawn.figure, choices=drawn.choices)
+    @property
+    def choose(self) -> str:
+        """Say what is chosen of several views."""
+        return str(_read_readings()[self.key].get("choose", ""))
 
 
 @functools.cache
 def _read_readings() -> dict[str, dict[str, Any]]:
     return tomllib.loads((resources.files("lark.page") / "readings.toml").read_text(encoding="utf-8"))
-
-
-def define_plot(key: str) -> Callable[[Callable[P, Drawn | str]], Callable[P, Plot]]:
-    """Turn a function that draws, or says why there is nothing to draw, into one that returns the whole plot."""
-
-    def decorate(draw: Callable[P, Drawn | str]) -> Callable[P, Plot]:
-        @functools.wraps(draw)
-        def draw_plot(*args: P.args, **kwargs: P.kwargs) -> Plot:
-            return make_plot(key, draw(*args, **kwargs))
-
-        return draw_plot
-
-    return decorate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,13 @@ import plotly.graph_objects as go
 
 from lark.page import plots
 from lark.page.contents import PoolContents
-from lark.page.plots import Drawn, Look
+from lark.page.plots import Look, Plot
 from lark.selection.within_problem import compute_jaccard
 
 CELLS_WRITTEN = 14  # rules, up to which the overlaps are written into the matrix
 
 
-@plots.define_plot("weights")
-def plot_weights(pool: PoolContents, looks: Mapping[str, Look]) -> Drawn | str:
+def plot_weights(pool: PoolContents, looks: Mapping[str, Look]) -> Plot:
     """Plot the cumulated weights of each choice; choices of equal weights share one line."""
     traces, equal = [], []
     for choice in pool.choices:
@@ -42,18 +41,17 @@ def plot_weights(pool: PoolContents, looks: Mapping[str, Look]) -> Drawn | str:
             plots.make_line(name, [0, 100], [0, 100], colour="var(--muted)", dash="dash", hovertemplate=hover)
         )
     if not traces:
-        return "nothing was selected."
+        return Plot(key="weights", missing="nothing was selected.")
     figure = plots.make_figure(
         traces,
         height=420,
         xaxis=plots.make_axis("chosen trajectories, heaviest first (%)", range=[0, 100]),
         yaxis=plots.make_axis("share of the weight (%)", range=[0, 101]),
     )
-    return Drawn(figure=figure)
+    return Plot(key="weights", figure=figure)
 
 
-@plots.define_plot("scores")
-def plot_scores_by_teacher(pool: PoolContents) -> Drawn | str:
+def plot_scores_by_teacher(pool: PoolContents) -> Plot:
     """Plot a box a teacher, a view for each choice whose scores differ."""
     names_n = np.array([str(teacher) for teacher in pool.sample.columns["teacher"]])
     choices, traces = [], []
@@ -87,23 +85,22 @@ def plot_scores_by_teacher(pool: PoolContents) -> Drawn | str:
         order = ", ".join(f"{name} {box[2]:+.3g}" for name, box in reversed(boxes.items()))
         choices.append((choice.label, f"Medians, highest first: {order}."))
     if not traces:
-        return "no rule gave the candidates scores that differ."
+        return Plot(key="scores", missing="no rule gave the candidates scores that differ.")
     figure = plots.make_figure(
         traces,
         height=110 + 34 * max(len(trace.y) for trace in traces),
         xaxis=plots.make_axis("score minus its problem's mean", zeroline=True, type="linear"),
         yaxis={"type": "category"},
     )
-    return Drawn(figure=figure, choices=tuple(choices))
+    return Plot(key="scores", figure=figure, choices=tuple(choices))
 
 
-@plots.define_plot("overlap")
-def plot_overlaps(pool: PoolContents) -> Drawn | str:
+def plot_overlaps(pool: PoolContents) -> Plot:
     """Plot the overlap of each two choices, beside what chance would give."""
     chosen = [(choice.label, np.array(choice.weights) > 0) for choice in pool.choices]
     chosen = [(label, mask) for label, mask in chosen if mask.any()]
     if len(chosen) < 2:
-        return "there is one selection only (baseline=none), and nothing to compare it with."
+        return Plot(key="overlap", missing="there is one selection only (baseline=none).")
     share_CC = np.full((len(chosen), len(chosen)), math.nan)
     chance_CC = share_CC.copy()
     for (i, (_, mask_b)), (j, (_, mask_a)) in itertools.combinations(enumerate(chosen), 2):
@@ -113,7 +110,7 @@ def plot_overlaps(pool: PoolContents) -> Drawn | str:
             share_CC[i, j] = share_CC[j, i] = found.value_G[here].mean()
             chance_CC[i, j] = chance_CC[j, i] = found.chance_G[here].mean()
     if np.isnan(share_CC).all():
-        return "no two rules had a choice to make in the same problems."
+        return Plot(key="overlap", missing="no two rules had a choice to make in the same problems.")
     names, written = [plots.escape_name(label, 26) for label, _ in chosen], {}
     if few := len(names) <= CELLS_WRITTEN:
         cells = [zip(*rows, strict=True) for rows in zip(share_CC, chance_CC, strict=True)]
@@ -140,4 +137,4 @@ def plot_overlaps(pool: PoolContents) -> Drawn | str:
         yaxis={"autorange": "reversed", "showgrid": False},
         xaxis={"showgrid": False, "tickangle": -40},
     )
-    return Drawn(figure=figure)
+    return Plot(key="overlap", figure=figure)
