@@ -26,10 +26,10 @@ def data(make_data):
 
 def test_columns_are_those_of_the_separate_passes(data):
     rows = data.scored[:6]
-    exact = measure_rows(data, ExactGradients(eta=1e-2), rows, claim_alone)
-    gradients = measure_rows(data, Gradients(), rows, claim_alone)
+    exact, _ = measure_rows(data, ExactGradients(eta=1e-2), rows, claim_alone)
+    gradients, _ = measure_rows(data, Gradients(), rows, claim_alone)
     for step, column in ((1e-2, "drop"), (5e-3, "drop_half")):
-        drops = measure_rows(data, LossDrops(eta=step), rows, claim_alone)
+        drops, _ = measure_rows(data, LossDrops(eta=step), rows, claim_alone)
         assert exact[column] == pytest.approx(drops["drop"], rel=1e-4)
         assert exact["loss_before"] == pytest.approx(drops["loss_before"], rel=1e-6)
     assert exact["row"].tolist() == rows.tolist()
@@ -45,15 +45,15 @@ def test_a_sample_is_measured_once(data):
         claims.append(done())
         return claim_alone(name, folder, done)
 
-    first = measure_rows(data, ExactGradients(), data.scored[:3], claim)
-    again = measure_rows(data, ExactGradients(), data.scored[:3], claim)
+    first, _ = measure_rows(data, ExactGradients(), data.scored[:3], claim)
+    again, _ = measure_rows(data, ExactGradients(), data.scored[:3], claim)
     measure_rows(data, ExactGradients(eta=1e-2), data.scored[:3], claim)
     assert claims == [False, True, False]
     assert again["drop"].tolist() == first["drop"].tolist()
 
 
 def test_statistics_of_a_sample_come_with_their_means(data):
-    columns = measure_rows(data, Statistics(), data.scored[:3], claim_alone)
+    columns, _ = measure_rows(data, Statistics(), data.scored[:3], claim_alone)
     assert columns["loss"] == pytest.approx(columns["sum_surprisal"] / columns["num_tokens"])
 
 

@@ -22,6 +22,8 @@ CHECKED_AS_TEXT = ("exact", "reasoning_gym")
 """Kinds for which any gold answer is one; for the others `extract.NO_GOLD` is none."""
 KINDS = ("math", "number", "choice", "reasoning_gym", "exact")
 
+_GOLDS = {"math": "an answer", "number": "a plain number", "choice": "the letter of an option"}
+
 MAX_CHARACTERS = 10_000
 """Characters of an answer that needs a worker to check, or four times the gold answer's, if that is more."""
 
@@ -122,20 +124,10 @@ class Checker:
             if kind not in KINDS:
                 raise LarkError(f"checker={kind!r} of a row is not known; set one of {', '.join(KINDS)}")
             compile_pattern(item.pattern)
-            if kind == "math" and re.match(NO_GOLD, item.gold):
+            if kind in _GOLDS and not _is_gold(item.gold, kind):
                 raise LarkError(
-                    f"task.checker='math', but the gold answer {item.gold[:80]!r} is none; take the problem out, or "
-                    "set task.checker to exact if that is the answer"
-                )
-            if kind == "number" and parse_quantity(item.gold) is None:
-                raise LarkError(
-                    f"task.checker='number', but the gold answer {item.gold[:80]!r} is not a plain number; "
-                    "set task.checker to math or exact"
-                )
-            if kind == "choice" and parse_choice(item.gold) is None:
-                raise LarkError(
-                    f"task.checker='choice', but the gold answer {item.gold[:80]!r} is not a letter; "
-                    "give the letter of the right option, or set task.checker to math, number or exact"
+                    f"task.checker={kind!r}, but the gold answer {item.gold[:80]!r} is not {_GOLDS[kind]}; correct it, "
+                    "take the problem out, or set task.checker to another of " + ", ".join(KINDS)
                 )
             if kind == "reasoning_gym":
                 _find_source_dataset(item)
@@ -203,6 +195,12 @@ class Checker:
         entry = {"answer": item.gold, "metadata": dict(item.metadata or {})}
         args = (_find_source_dataset(item), entry, answer)
         return self._pools[library].schedule(passes_reasoning_gym, args=args, timeout=self.time_limit)
+
+
+def _is_gold(gold: str, kind: str) -> bool:
+    if kind == "math":
+        return not re.match(NO_GOLD, gold)
+    return (parse_quantity(gold) if kind == "number" else parse_choice(gold)) is not None
 
 
 def _find_source_dataset(item: Answer) -> str:

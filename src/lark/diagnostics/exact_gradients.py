@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lark.common.cache import identity_hash, is_complete
+from lark.common.cache import identity_hash, is_complete, read_json
 from lark.common.groups import Groups, unit_hash
 from lark.common.log import logger
 from lark.common.ranks import Claim
@@ -101,9 +101,9 @@ def measure_sample(
     if Statistics() in data.needs:
         statistics = data.candidates.where(np.isin(data.candidates.row_N, row_N)).statistics
     else:
-        statistics = measure_rows(data, Statistics(), row_N, claim).without("row")
-    head = measure_rows(data, HeadGradients(), row_N, claim)
-    columns = measure_rows(data, wanted, row_N, claim)
+        statistics = measure_rows(data, Statistics(), row_N, claim)[0].without("row")
+    head, _ = measure_rows(data, HeadGradients(), row_N, claim)
+    columns, _ = measure_rows(data, wanted, row_N, claim)
     sample = Candidates(
         problem_id=pool.problem_id[row_N],
         candidate_id=pool.candidate_id[row_N],
@@ -131,9 +131,11 @@ def sample_rows(problem_id_N: np.ndarray, *, budget: int, problems: int) -> np.n
     return np.flatnonzero(np.isin(groups.index_N, choice[np.argsort(draw)[:problems]]))
 
 
-def measure_rows(data: TrajectoryDataModule, wanted: Pass, row_N: np.ndarray, claim: Claim) -> Columns:
+def measure_rows(
+    data: TrajectoryDataModule, wanted: Pass, row_N: np.ndarray, claim: Claim
+) -> tuple[Columns, dict[str, Any]]:
     """Run a pass over these rows of the pool alone, or find it cached (all ranks take part); return its columns, of
-    statistics with their means.
+    statistics with their means, and its manifest.
     """
     inputs = PassInputs(
         student=data.scorer, settings=data.probe, pool=data.scored_trajectories, rows=row_N, seed=data.seed
@@ -146,7 +148,7 @@ def measure_rows(data: TrajectoryDataModule, wanted: Pass, row_N: np.ndarray, cl
         if to_do:
             module = wanted.load_module()(wanted=wanted, inputs=inputs, folder=folder)
             run_pass(data.make_trainer(label), module, identity)
-    return read_columns(folder)
+    return read_columns(folder), read_json(folder / "manifest.json")
 
 
 def add_exact_columns(candidates: Candidates, wanted: ExactGradients, columns: Mapping[str, np.ndarray]) -> Candidates:
