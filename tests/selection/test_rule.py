@@ -47,7 +47,7 @@ def test_filters_of_every_kind(tmp_path, monkeypatch):
             lambda rows: ["high"] * len(rows),
             r"is not one number for each of \d+ candidates \(could not convert string to float",
         ),
-        (lambda rows: np.full(len(rows), math.inf), r"is \+inf for some rows; return finite numbers or NaN"),
+        (lambda rows: np.full(len(rows), math.inf), r"is \+inf or beyond"),
         (lambda rows: np.full(len(rows), math.nan), r"selector mine chose nothing of \d+ candidates \(0 filtered"),
     ],
 )

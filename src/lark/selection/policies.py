@@ -146,11 +146,16 @@ class KL(Policy):
     def weights(self, ranking: Ranking, score_M: np.ndarray, prior_M: np.ndarray) -> np.ndarray:
         # tau = 0 comes only from ties at the top and infinite tau only where nothing is excluded: in both the rows kept
         # have the prior's ratio.
+        cut = cut_at_budget(ranking, score_M, prior_M, self.budget)
         offset_M = score_M - ranking.spread(ranking.at(score_M, 0, fill=np.nan))
-        tau_M = ranking.spread(self.temperatures(ranking, score_M, prior_M))
         logit_M = np.zeros_like(score_M)
-        np.divide(offset_M, tau_M, out=logit_M, where=tau_M > 0)
-        return prior_M * np.exp(logit_M) * cut_at_budget(ranking, score_M, prior_M, self.budget).top_M
+        with np.errstate(over="ignore"):  # minus infinity: no weight
+            if self.tau is not None:
+                logit_M = offset_M / self.tau
+            else:
+                tau_M = ranking.spread(np.where(cut.within_G, np.inf, ranking.sum(prior_M * cut.excess_M)))
+                np.divide(np.ldexp(offset_M, -ranking.spread(cut.unit_G)), tau_M, out=logit_M, where=tau_M > 0)
+        return prior_M * np.exp(logit_M) * cut.top_M
 
 
 @dataclass(frozen=True, kw_only=True)

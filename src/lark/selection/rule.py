@@ -19,6 +19,10 @@ NOT_WRONG = "not_wrong"
 """Name of the filter that leaves out what is known to be wrong; a candidate of unknown verdict passes."""
 
 
+LARGEST_SCORE = 1e307
+"""Magnitude of a score: differences, which policies take, are still numbers."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Between:
     """A filter: min <= value <= max; what has no value does not pass.
@@ -123,8 +127,11 @@ class Rule:
         with locate_errors(self.score, what):
             values = self.score(candidates)
         score_N = to_numbers(values, len(candidates), what)
-        if np.isposinf(score_N).any():
-            raise LarkError(f"{what} is +inf for some rows; return finite numbers or NaN")
+        if (np.isposinf(score_N) | (np.isfinite(score_N) & (np.abs(score_N) > LARGEST_SCORE))).any():
+            raise LarkError(
+                f"{what} is +inf or beyond {LARGEST_SCORE:g} for some rows, where differences are none; return smaller "
+                "numbers, or NaN"
+            )
         return score_N
 
 
