@@ -24,7 +24,7 @@ from lark.scoring.passes import COST_COLUMNS, GradientMatches, Pass, Statistics
 from lark.scoring.progress import describe_pass
 from lark.selection.candidates import Candidates, did_you_mean, load_candidates
 from lark.selection.rule import Rule, prefix_errors
-from lark.selection.scores.statistics import STATISTICS, DropFirst
+from lark.selection.scores.statistics import STATISTICS, CausalLikelihood, DropFirst
 from lark.selection.scores.text import TeacherMatched
 from lark.selection.selection import Selection, select
 from lark.student.context_length import read_max_positions
@@ -99,9 +99,9 @@ class TrajectoryDataModule(LightningDataModule):
         """Check what a rule cannot know by itself. Raises LarkError."""
         for name, rule in self.rules.items():
             for score in (rule.score, getattr(rule.filter, "score", None)):
-                if isinstance(score, DropFirst) and score.skip != self.probe.skip:
+                if isinstance(score, DropFirst | CausalLikelihood) and score.skip != self.probe.skip:
                     raise LarkError(
-                        f"{name}: skip={score.skip} of DropFirst is not what the statistics tell apart, "
+                        f"{name}: skip={score.skip} of {type(score).__name__} is not what the statistics tell apart, "
                         f"probe.skip={self.probe.skip}; set both to the same"
                     )
         if isinstance(self.rules["selector"].score, TeacherMatched):

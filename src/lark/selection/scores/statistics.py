@@ -168,14 +168,57 @@ class DropFirst:
     needs = (Statistics(),)
 
     def __post_init__(self) -> None:
-        if self.skip < 0:
-            raise LarkError(f"selector.score.skip={self.skip} is no number of tokens; set it to ${{probe.skip}}")
+        _check_skip(self.skip, 0)
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         tokens_S, steps = _group_steps(candidates["step_tokens"])
         first_S = _concatenate(candidates["step_first_surprisal"])
         left_N = candidates["num_tokens"] - steps.sum(np.minimum(tokens_S, self.skip))
         return -_divide(candidates["sum_surprisal"] - steps.sum(first_S), left_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLikelihood:
+    """ASLEC-CASL: M - gamma F, the mean log-probability M of the steps' tokens (nats/token) without what the frequency
+    F of first tokens (steps / tokens) does to it (arXiv 2604.06834).
+
+    gamma comes from the least-squares fit M ~ b1 M_rest + b2 M_first + gamma F + c over all candidates that have both,
+    with M_first, M_rest the means over the first `skip` tokens of each step and over the others; it is in the
+    selection's record. The end-of-turn token belongs to no step. `skip` must be `probe.skip`: 2 as in the authors'
+    script, 1 as in the paper. NaN without step tokens; where fewer than four candidates can be fitted, gamma is 0.
+    """
+
+    skip: int
+    needs = (Statistics(),)
+
+    def __post_init__(self) -> None:
+        _check_skip(self.skip, 1)
+
+    def decisions(self, candidates: Candidates) -> dict[str, list[float]]:
+        """Return gamma, for the selection's record."""
+        return {"gamma": [self._fit(*self._measure(candidates))]}
+
+    def __call__(self, candidates: Candidates) -> np.ndarray:
+        measured = self._measure(candidates)
+        mean_N, _, _, frequency_N = measured
+        return mean_N - self._fit(*measured) * frequency_N
+
+    def _measure(self, candidates: Candidates) -> tuple[np.ndarray, ...]:
+        """Return M, M_rest, M_first and F, [N] each; NaN where there is no such token."""
+        tokens_S, steps = _group_steps(candidates["step_tokens"])
+        tokens_N, first_tokens_N = steps.sum(tokens_S), steps.sum(np.minimum(tokens_S, self.skip))
+        total_N = steps.sum(_concatenate(candidates["step_surprisal"]))
+        first_N = steps.sum(_concatenate(candidates["step_first_surprisal"]))
+        mean_N, frequency_N = -_divide(total_N, tokens_N), _divide(steps.size, tokens_N)
+        rest_N = -_divide(total_N - first_N, tokens_N - first_tokens_N)
+        return mean_N, rest_N, -_divide(first_N, first_tokens_N), frequency_N
+
+    def _fit(self, mean_N: np.ndarray, rest_N: np.ndarray, first_N: np.ndarray, frequency_N: np.ndarray) -> float:
+        design_N4 = np.stack([rest_N, first_N, frequency_N, np.ones_like(mean_N)], axis=1)
+        has_all_N = np.isfinite(design_N4).all(1)
+        if has_all_N.sum() < design_N4.shape[1]:
+            return 0.0
+        return float(np.linalg.lstsq(design_N4[has_all_N], mean_N[has_all_N], rcond=None)[0][2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +293,11 @@ class Constant:
 
     def __call__(self, candidates: Candidates) -> np.ndarray:
         return np.zeros(len(candidates))
+
+
+def _check_skip(skip: int, least: int) -> None:
+    if skip < least:
+        raise LarkError(f"selector.score.skip={skip} is no number of tokens; set it to ${{probe.skip}}")
 
 
 def _check_sign(sign: int, plus: str, minus: str) -> None:
