@@ -15,8 +15,10 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ def start(logs: Path, name: str, *words: str) -> int:
         (logs / "runs" / name).mkdir(parents=True, exist_ok=True)
         run(config, logs / "runs" / name, group=name)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -60,13 +64,14 @@ def wait(child: int) -> int:
 
 
 def read_samples(logs: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every sample that is on disk, with the folder and set it belongs to."""
-    for path in sorted(logs.glob("**/*samples*")):
-        if path.is_symlink() or not path.is_file() or "runs" in path.relative_to(logs).parts:
-            continue
-        of = f"{path.parent.relative_to(logs)}/{path.name.split('.')[0]}"
-        rows = read_records(path) if path.suffix == ".partial" else map(json.loads, path.read_text().splitlines())
-        yield from ((of, row) for row in rows if "sample" in row)
+    """Yield every sample that is on disk, with the folder it belongs to; of a finished set those of samples.jsonl."""
+    for folder in sorted(logs.glob("samples/*")):
+        whole = folder / "samples.jsonl"
+        if whole.exists():
+            rows: Iterator[dict[str, Any]] = map(json.loads, whole.read_text().splitlines())
+        else:
+            rows = chain.from_iterable(map(read_records, folder.glob("rank*.partial")))
+        yield from ((folder.name, row) for row in rows)
 
 
 def list_figures(logs: Path) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def main() -> None:
     took = (time.monotonic() - begin) / len(JOBS)
     print(f"left alone: {took:.1f} s a job")
 
-    kills, seen, stages = 0, set(), Counter()
+    kills, seen, reached = 0, set(), Counter()
     while kills < arguments.kills:
         children = [start(killed, name) for name in JOBS]
         time.sleep(rng.uniform(0.1, 0.7) * took)
@@ -114,13 +119,14 @@ def main() -> None:
             kills += wait(child) == -signal.SIGKILL
         there = [(of, row["problem_id"], row["sample"]) for of, row in read_samples(killed)]
         assert len(there) == len(set(there)), "a sample was drawn twice"
-        assert seen <= set(there) or any(path.name == "metrics.json" for path in killed.glob("arms/*/*")), "lost"
+        assert seen <= set(there), "a sample was lost"
         seen = set(there)
-        stages[_find_stage(killed)] += 1
+        reached[_describe_progress(killed, len(seen))] += 1
         if all((killed / "runs" / name / "summary.json").exists() for name in JOBS):
-            shutil.rmtree(killed / "runs")  # they were quicker than the signal: begin again
-            shutil.rmtree(killed / "arms")
-    print(f"{kills} kills; how far the work had come: {dict(stages)}")
+            seen = set()  # they were quicker than the signal: begin again
+            for path in killed.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    print(f"{kills} kills; how far the work had come: {dict(reached)}")
     assert run_in_peace(killed) == expected, "another table"
     samples = len(list(read_samples(killed)))
     assert samples == len(list(read_samples(alone)))
@@ -131,18 +137,10 @@ def main() -> None:
     shutil.rmtree(folder)
 
 
-def _find_stage(logs: Path) -> str:
-    for stage, pattern in (
-        ("evaluated", "**/metrics.json"),
-        ("sampling", "**/*samples*"),
-        ("trained", "arms/*/trained.json"),
-        ("training", "arms/*/training/*"),
-        ("scored", "cache/statistics/*/manifest.json"),
-        ("scoring", "cache/statistics/*/part-*"),
-    ):
-        if any(logs.glob(pattern)):
-            return stage
-    return "reading"
+def _describe_progress(logs: Path, samples: int) -> str:
+    if not any(logs.glob("cache/statistics/*/manifest.json")):
+        return f"{len(list(logs.glob('cache/statistics/*/part-*')))} parts scored"
+    return f"{len(list(logs.glob('arms/*/trained.json')))} trained, {samples} samples"
 
 
 if __name__ == "__main__":
