@@ -30,12 +30,18 @@ if TYPE_CHECKING:
     from lark.api.functions import compare, evaluate, load_pool, load_student, score, select, train
 
 __version__ = "0.2.0.dev0"
+_TOOLKIT = ("Lark", "Token", "Transformer", "Tree", "Visitor", "v_args")
+"""Names of the parsing toolkit, which is called `lark` too."""
 __all__ = ["compare", "evaluate", "load_pool", "load_student", "score", "select", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("lark.api.functions"), name)
+    if name in _TOOLKIT:
+        raise ImportError(
+            f"{name} is the parsing toolkit's, which LARK hides here; give each an environment of its own"
+        )
     raise AttributeError(f"module 'lark' has no attribute {name!r}")
 
 

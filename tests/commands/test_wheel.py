@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,8 @@ def test_the_toolkit_in_the_same_folder_is_recognised(
     done = start_command(tmp_path / "site")
     assert done.returncode == 1
     assert re.fullmatch(r"lark: .* overwrite each other; install LARK .* of its own\n", done.stderr)
+
+
+def test_what_needs_the_toolkit_is_told(installed: Path) -> None:
+    done = start_command(installed, code="from lark import Lark, Transformer")
+    assert done.returncode == 1 and "an environment of its own" in done.stderr.splitlines()[-1]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torchmetrics import Metric
 
 from lark.common.cache import write_text
 from lark.common.errors import LarkError
@@ -38,6 +39,28 @@ from lark.training.recipe import Recipe
 PRECISIONS = ("32-true", "bf16-mixed")
 NOTHING = TokenizedTrajectory(input_ids=[0, 0], prompt_tokens=0, end_of_turn=1, steps=[0])
 NAMED = 10  # trajectories that a message about a loss names
+
+
+class HeldOutLoss(Metric):
+    """Sums [4] in nats/token: [0] the loss over all held-out rows, [1] over those known to be correct, [2] and [3]
+    the same over the sample of the curve.
+
+    Coefficients carry the denominators (lark.training.batches.compute_held_out_coefficients), so sums are the losses.
+    """
+
+    full_state_update = False
+    sum_C: Tensor
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple's GPUs have no float64
+        self.add_state("sum_C", torch.zeros(4, dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, loss_C: Tensor) -> None:
+        self.sum_C += loss_C
+
+    def compute(self) -> Tensor:
+        return self.sum_C
 
 
 class SFTModule(LightningModule):
@@ -61,6 +84,7 @@ class SFTModule(LightningModule):
         """Held-out loss by optimizer step, over a sample of the held-out rows."""
         self.held_out: dict[str, dict[str, float]] = {}
         """That over all of them: the points `start` and `end`."""
+        self.held_out_loss = HeldOutLoss()
         self.losses = Losses(spike=recipe.spike)
         self.totals = dict.fromkeys(("steps", "row_tokens", "computed_tokens", "trained_tokens", "halvings"), 0)
         """Of this module on this rank: steps, tokens of trajectories, of micro-batches, in the loss, ..."""
@@ -238,15 +262,15 @@ class SFTModule(LightningModule):
     # ---- the held-out loss
 
     def on_validation_epoch_start(self) -> None:
-        self._held_out_C = torch.zeros(4, dtype=_pick_precise_dtype(self.device), device=self.device)
+        self.held_out_loss.reset()
 
     def validation_step(self, batch: Step, batch_idx: int) -> None:
         for micro, coefficient_CR in self.micro_batches(batch):
-            self._held_out_C += self.loss(micro, coefficient_CR)
+            self.held_out_loss.update(self.loss(micro, coefficient_CR))
 
     def on_validation_epoch_end(self) -> None:
         """Append a point to the held-out curve; the pass before the first step gives the point at step 0."""
-        found = self.trainer.strategy.reduce(self._held_out_C, reduce_op="sum").tolist()
+        found = self.held_out_loss.compute().tolist()
         whole, of_sample = self._make_point(*found[:2]), self._make_point(*found[2:])
         if whole["held_out/loss"] > 0:  # not on the way
             self.held_out["end" if self.global_step else "start"] = whole
@@ -284,10 +308,6 @@ def _weighted_surprisal(model: Any, micro: MicroBatch, coefficient_CR: Tensor) -
     return compute_weighted_surprisal(
         hidden_XD[micro.predict_N], micro.target_N, coefficient_CR[:, micro.row_N], get_head(model)
     )
-
-
-def _pick_precise_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def write_curve(curve: list[dict[str, float]], path: Path) -> None:
