@@ -45,7 +45,7 @@ from lark.training.end_token import EndTokenCheck
 from lark.training.trainer import TrainerFactory
 
 Rows = Any
-"""A path (file, folder, glob, or a list of these), a datasets.Dataset, a pandas.DataFrame, or an iterable of dicts."""
+"""A path (file, folder, or a list of these), a datasets.Dataset, a pandas.DataFrame, or an iterable of dicts."""
 
 
 # ---- the functions
@@ -54,7 +54,7 @@ Rows = Any
 def load_pool(source: Rows = None, *, task: str = "jsonl", cache: str | Path | None = None, **settings: Any) -> Pool:
     """Read and check a pool of trajectories.
 
-    source: .jsonl, .json or .parquet files (a path, folder, glob or a list of these), a datasets.Dataset, a
+    source: .jsonl, .json, .parquet or .csv files (a path, folder or a list of these), a datasets.Dataset, a
         pandas.DataFrame or an iterable of rows; None takes the task's own, as in load_pool(task="arithmetic").
     task: an option of `task=`, whose settings are taken by name: max_length, limit, on_error, checker, pattern, eval,
         overlap, ... `held_out` is 0 here (on the command line .1): set it, to have a held-out curve in training.
