@@ -4,8 +4,8 @@
     python benchmarks/pool_size.py 20000 200000    other sizes
 
 Synthetic trajectories in Parquet shards of 100,000, eight a problem, some 60 tokens each. Each size is one command,
-`python -m lark.run ... stop_after=selection` with rules that need no student's pass; its stages are timed by run.log,
-its memory is the greatest of one process, and the same for the command's helpers together.
+`python -m lark.run ... stop_after=selection` with rules that need no student's pass; its memory is that of the largest
+process.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-    selection = sum(1 for _ in open(next((folder / "run").glob("selector/selection.jsonl"))))
+    selection = (folder / "run" / "selector" / "selection.jsonl").read_bytes().count(b"\n")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
     print(*re.findall(r"^(?:pool|selected).*", done.stdout, re.MULTILINE), sep="\n", file=sys.stderr)
     return {"trajectories": rows, "seconds": round(seconds, 1), "peak_mb": round(peak), "chosen": selection}

@@ -5,6 +5,7 @@ python -m lark.doctor pool.jsonl model=qwen eval=eval.jsonl  counts the student'
 python -m lark.doctor                                        lists rules, students and tasks
 """
 
+import argparse
 import re
 import shlex
 import sys
@@ -23,14 +24,20 @@ if TYPE_CHECKING:
     from lark.student.checked_pool import CheckedPool
     from lark.student.tokenized_pool import TokenizedPool
 
-USAGE = "python -m lark.doctor <pool> [model=<name or folder>] [eval=<file>] [task.<setting>=...] [cache=<folder>]"
+USAGE = "python -m lark.doctor [pool] [model=<name or folder>] [eval=<file>] [task.<setting>=...] [cache=<folder>]"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m lark.doctor", usage=USAGE, description=__doc__, formatter_class=form
+    )
+    parser.add_argument("words", nargs="*", help="a pool, and settings")
+    return parser
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(f"{USAGE}\n\n{__doc__}")
-        return
+    words = build_parser().parse_args().words
     try:
         pools = [word for word in words if "=" not in word or Path(word).exists()]
         settings = OmegaConf.to_container(OmegaConf.from_dotlist([word for word in words if word not in pools]))

@@ -81,7 +81,8 @@ def read_pool(
 ) -> Pool:
     """Read a pool, or open it as it was once read from files of the same contents.
 
-    source: a .jsonl, .json (one list), .parquet or .csv file, a folder of such files, a pattern with *, or a list of these.
+    source: a .jsonl, .json (one list), .parquet or .csv file, a folder of such files, a pattern with *, or a list of
+        these.
     cache: folder of caches (`paths.cache`); the rows go to `<cache>/pools/<hash of the identity>/pool.arrow`.
     on_error: "drop" leaves faulty rows out and counts them; of rows of a problem that contradict each other the first
         one holds.
