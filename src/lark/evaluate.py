@@ -31,8 +31,8 @@ configuration.register_resolvers()
 def hydra_main(config: DictConfig) -> float:
     """Do one evaluation; returns avg@k on the first set."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    check_run_folder(folder)
     try:
+        check_run_folder(folder)
         return _evaluate(config, folder, list(HydraConfig.get().overrides.task))
     except Exception as error:
         sentence = configuration.to_sentence(error)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from lark import config as configuration
 from lark.command import FULL_ERROR, start, write_replay
 from lark.common.cache import check_run_folder
+from lark.common.errors import LarkError
 
 configuration.register_resolvers()
 
@@ -24,7 +25,10 @@ def hydra_main(config: DictConfig) -> float:
     """One job. In a multirun a failure is recorded and the sweep goes on; its end prints it and exits 1."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    check_run_folder(folder)
+    try:
+        check_run_folder(folder)
+    except LarkError as error:  # nothing is written there, not even that it failed
+        sys.exit(f"lark: {error}")
     try:
         configuration.check_config(config)
         write_replay(config, folder)
