@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from lark_command import SMALL, Done, lark
-from wandb_file import read_wandb
 
 from lark.evaluation.verdicts import read_answers
 
@@ -74,11 +73,6 @@ def figures(folder: Path) -> dict:
 
 def actions(folder: Path) -> dict[str, str]:
     return {name: arm["action"] for name, arm in summary(folder)["arms"].items()}
-
-
-def wandb_runs(logs: Path, group: str) -> dict:
-    runs = map(read_wandb, sorted(logs.glob("wandb/offline-run-*/run-*.wandb")))
-    return {run.name: run for run in runs if run.group == group}
 
 
 # ---- one run
@@ -170,44 +164,6 @@ def test_summary(first: Done) -> None:
     assert len(start) == 1  # the same student, the same rows
 
 
-def test_wandb(first: Done, logs: Path) -> None:
-    content = summary(first.folder)
-    runs = wandb_runs(logs, "first")
-    names = {
-        "statistics-tiny": "scoring",
-        "before-before-seed0": "before",
-        "baseline-random-seed0": "baseline",
-        "selector-lark-seed0": "selector",
-        "comparison-seed0": "comparison",
-    }
-    assert {name: run.job_type for name, run in runs.items()} == names
-    for name, arm in names.items():
-        if arm == "scoring":
-            assert runs[name].series("scoring/trajectories")[-1] > 0
-            continue
-        if arm == "comparison":
-            estimate = content["sets"]["eval"]["difference"]["estimate"]
-            assert runs[name].series("comparison/eval/estimate") == [pytest.approx(estimate)]
-            continue
-        assert runs[name].config["hash"] == content["arms"][arm]["hash"]
-        for of_set in ("eval", "shifted"):
-            for metric, value in content["arms"][arm]["metrics"][of_set].items():
-                assert runs[name].series(f"evaluation/{of_set}/{metric}") == [pytest.approx(value)]
-        trained = 0 if arm == "before" else 3
-        assert len(runs[name].series("train/loss")) == trained
-        if trained:
-            assert runs[name].series("held_out/loss")[-1] == pytest.approx(content["arms"][arm]["held_out_loss"])
-
-
-def test_no_text_in_wandb(first: Done, logs: Path) -> None:
-    line = json.loads((first.folder / "selector" / "selection.jsonl").read_text().splitlines()[0])
-    everything = b"".join(path.read_bytes() for path in (logs / "wandb").rglob("*") if path.is_file())
-    for turn in line["messages"]:
-        assert turn["content"].encode() not in everything
-    assert b"Compute" not in everything
-    assert b"<|im_start|>" not in everything
-
-
 # ---- again
 
 
@@ -222,10 +178,6 @@ def test_the_second_run_computes_nothing(first: Done, logs: Path) -> None:
     ]
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
     assert figures(done.folder) == figures(first.folder)
-    runs = wandb_runs(logs, "second")
-    assert {run.job_type for run in runs.values()} == {"reused", "comparison"}
-    curve = [point["held_out/loss"] for point in summary(first.folder)["arms"]["selector"]["curve"]]
-    assert runs["selector-lark-seed0"].series("held_out/loss") == pytest.approx(curve)
 
 
 def test_replay(first: Done) -> None:

@@ -97,6 +97,18 @@ def test_a_table_is_sorted_by_a_column_with_mouse_and_keyboard(browser, path):
         assert table.locator("tbody th").all_inner_texts()[-1] == "before training"  # it has none
 
 
+def test_tables_fit_until_all_columns_are_asked_for(browser, path):
+    with opened(browser, path) as one:
+        sheets = one.page.locator(".sheet")
+        fits = "sheet => sheet.querySelector('table').scrollWidth <= sheet.querySelector('.scroll').clientWidth"
+        for number in range(sheets.count()):
+            sheet = sheets.nth(number)
+            assert sheet.evaluate(fits)
+            columns = sheet.locator("th[scope=col]:visible").count()
+            sheet.locator(".switch input").check()
+            assert sheet.locator("th[scope=col]:visible").count() > columns
+
+
 def test_trajectories_are_filtered_by_teacher_rule_and_answer(browser, path):
     with opened(browser, path) as one:
         page = one.page
@@ -195,6 +207,8 @@ def test_a_phone_needs_no_sideways_scrolling(browser, path):
     with opened(browser, path, "drawn", size=PHONE, is_mobile=True, has_touch=True) as one:
         page = one.page
         assert page.evaluate(wide) == PHONE["width"]
+        accuracy = page.locator("table").first.locator("th", has_text="eval avg@4").bounding_box()
+        assert accuracy["x"] + accuracy["width"] <= PHONE["width"]
         page.locator("#problems button").nth(1).tap()
         assert page.evaluate(OVERLAPPING) == 0
         tops = page.locator(".card").evaluate_all("found => found.map(one => one.getBoundingClientRect().top)")
@@ -228,7 +242,7 @@ def test_without_the_library_the_rest_works(browser, path, tmp_path):
     one = Opened(browser, alone)
     one.page.wait_for_selector("html[data-page=opened]", state="attached")
     assert one.page.locator("div.plot .missing").count() == 12
-    assert f"{PLOTLY} is not where" in one.page.locator("div.plot").first.inner_text()
+    assert PLOTLY in one.page.locator("div.plot").first.inner_text()
     assert one.page.locator("#problems li").count() == 100
     assert all("ERR_FILE_NOT_FOUND" in error for error in one.errors)
     one.close()
