@@ -5,6 +5,7 @@ environment imports one, or a mixture of their files. This module has a name of 
 """
 
 import importlib
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ def main() -> None:
     """Run the module that the console command is named after: `lark-run` is lark.run."""
     if clash := describe_clash():
         sys.exit(f"lark: {clash}; {REMEDY}")
+    sys.path.append(os.getcwd())  # where `python -m` finds a user's own rules
     importlib.import_module(f"lark.{Path(sys.argv[0]).stem.removeprefix('lark-')}").main()
 
 

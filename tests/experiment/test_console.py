@@ -58,6 +58,22 @@ def test_nothing_to_choose_and_nothing_to_compare_are_warned_of(selected, caplog
     assert [text.partition(" ")[0] for text in list_warnings(caplog)] == ["budget=2", "selector"]
 
 
+def test_unequal_weights_are_said_to_need_a_reader(selected, caplog):
+    console.announce_weights(selected.selections["baseline"])
+    assert not caplog.messages
+    console.announce_weights(selected.selections["selector"])
+    assert "WeightedSFTTrainer" in caplog.messages[-1] and "repeat=2" in caplog.messages[-1]
+
+
+def test_what_is_known_to_be_wrong_is_on_the_line(selected):
+    selection = selected.selections["selector"]
+    selection.record["known_wrong"] = {"weight": 0.39, "candidates": 0.24}
+    assert "39% known wrong (24% of the pool)" in console.describe_choice("lark", selection)
+    for nothing in (None, {"weight": 0.0, "candidates": 0.24}):
+        selection.record["known_wrong"] = nothing
+        assert "wrong" not in console.describe_choice("lark", selection)
+
+
 def test_arms_that_are_there_are_said_so(selected, caplog):
     arms = {"selector": SimpleNamespace(steps=60), "baseline": SimpleNamespace(steps=60)}
     tracker = SimpleNamespace(describe=lambda: "CSV files")

@@ -71,6 +71,13 @@ def announce_selections(data: TrajectoryDataModule) -> None:
         )
 
 
+def announce_weights(selection: Selection) -> None:
+    """Announce who reads the weights of selection.jsonl, where they are not all equal."""
+    if not np.allclose(selection.weight, 1):
+        repeated = "selection-repeated.jsonl" if selection.record.get("repeated") else "repeat=2 (rows as often)"
+        announce("weights", f"they act in lark.trl.WeightedSFTTrainer; for trainers that read none: {repeated}")
+
+
 def describe_choice(rule: str, selection: Selection) -> str:
     """Describe a selection in one line: how many trajectories, what they count for, and whose they are."""
     record, size = selection.record, selection.record["effective_sample_size"]

@@ -114,6 +114,7 @@ class Experiment:
             self._select()
             if self.config.stop_after == "selection":
                 self._log_selections()
+                console.announce_weights(self.data.selections["selector"])
                 return self._stop("selection", self.folder / "selector" / "selection.jsonl")
             arms = self._run_arms()
         if not is_main():
