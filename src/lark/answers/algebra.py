@@ -81,8 +81,9 @@ def compare_expressions(gold: Any, answer: Any) -> bool:
 
 def _evaluate(side: Any, point: dict[Any, Any]) -> Any:
     """Return the value at the point, or None where a part of the expression is not real."""
-    parts = [part.xreplace(point).evalf() for part in sympy.preorder_traversal(side.doit())]
-    return parts[0] if all(part.is_real for part in parts) else None
+    parts: list[Any] = list(sympy.preorder_traversal(side.doit()))
+    values = [part.xreplace(point).evalf() for part in parts]
+    return values[0] if all(value.is_real for value in values) else None
 
 
 grader.sympy_numeric_eq = compare_numbers

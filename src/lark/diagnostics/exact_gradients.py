@@ -60,9 +60,8 @@ class ExactGradientsModule(GradientModule):
         model, chosen, eta = self.student_model, self.parameters_in_use, self.wanted.eta
         batch = self.collate_each(rows)
         gradient_Kd = compute_flat_gradients(model, batch, chosen)
-        gram_KK = sum(
-            compute_gram(piece_Kp).numpy() for piece_Kp in gradient_Kd.split([p.numel() for _, p in chosen], 1)
-        )
+        pieces = gradient_Kd.split([p.numel() for _, p in chosen], 1)
+        gram_KK = np.sum([compute_gram(piece_Kp).numpy() for piece_Kp in pieces], axis=0)
         found = []
         for i, micro in enumerate(batch):
             before, drops = compute_mean_surprisal(model, micro), []
