@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,6 +159,13 @@ def test_ranks_share_the_problems_and_one_may_go_on_alone(make_evaluator, make_b
     figures = evaluator.evaluate(first, "student")
     assert first.drawn == 3 * 3 + 3 * 3
     assert figures["metrics"]["eval"]["samples"] == 3
+
+
+def test_two_jobs_draw_each_sample_once(make_evaluator, make_backend):
+    backends = [make_backend() for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda backend: make_evaluator().evaluate(backend, "student"), backends)
+    assert one == other and sum(backend.drawn for backend in backends) == (6 + 5) * 3
 
 
 def test_an_engine_that_spans_ranks_is_asked_by_the_first_of_them(make_evaluator, make_backend):
