@@ -48,7 +48,7 @@ def test_the_embedded_student_makes_a_pool_that_a_run_selects_from(
         teachers = ["--teacher", "tiny=shipped:tiny", "--teacher", f"far={server.url}#m"]
         sample(
             *("--problems", task / "eval.jsonl", "--output", pool, *teachers, "--samples", 2),
-            *("--max-new-tokens", 60, "--checker", "reasoning_gym"),
+            *("--max-new-tokens", 60, "--checker", "reasoning_gym", "--keep", "all"),
         )
     shown = capsys.readouterr().out
     rows = rows_of(pool)
