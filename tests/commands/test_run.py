@@ -66,6 +66,7 @@ def summary(folder: Path) -> dict:
 def figures(folder: Path) -> dict:
     """What of a summary must not depend on caches."""
     content = summary(folder)
+    del content["cost"]
     for arm in content["arms"].values():
         del arm["action"]
     return content
