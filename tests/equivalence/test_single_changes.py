@@ -266,7 +266,7 @@ def test_a_single_change(change, expected, keys):
 
 def test_every_setting_is_in_the_table():
     elsewhere = {
-        Task: {"pool", "eval", "eval_limit"},  # rows, problems
+        Task: {"pool", "columns", "eval", "eval_limit"},  # rows, problems
         Student: {"id", "revision", "path", "template", "adapter"},
     }
     known = {Task: TASK, Student: MODEL, ScoringSettings: PROBE, Recipe: RECIPE, Sampling: SAMPLING}
