@@ -267,7 +267,7 @@ def test_a_single_change(change, expected, keys):
 def test_every_setting_is_in_the_table():
     elsewhere = {
         Task: {"pool", "columns", "eval", "eval_limit"},  # rows, problems
-        Student: {"id", "revision", "path", "template", "adapter"},
+        Student: {"id", "revision", "path", "template", "date", "adapter"},
     }
     known = {Task: TASK, Student: MODEL, ScoringSettings: PROBE, Recipe: RECIPE, Sampling: SAMPLING}
     for kind, table in known.items():
