@@ -159,7 +159,7 @@ def measure_attention(table: Table, tiny: bool) -> None:
         qkv = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
 
         def flash(qkv: Any = qkv, tree: Any = micro.tree) -> None:
-            _attend_tree(torch.nn.Module(), *qkv, None, prefix_tree=tree)[0].sum().backward()
+            _attend_tree(torch.nn.Module(), *qkv, None, prefix_tree=tree)[0].sum().backward()  # type: ignore[call-arg]
 
         name = f"attention {heads}/{groups}/{size}"
         table.add(f"{name}, variable lengths", flops / measure_seconds(flash) / 1e12, "TFLOP/s", "232 to 630")

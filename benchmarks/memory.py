@@ -107,9 +107,9 @@ def select_from(pool: Path, cache: Path, scoring: bool, begin: Callable[[str], N
     from lark.selection.scores.statistics import Lark, Length, Random
     from lark.student.student import Student
     from lark.tasks.task import Task
-    from lark.training.arms import write_selection
     from lark.training.datamodule import TrajectoryDataModule
     from lark.training.recipe import Recipe
+    from lark.training.run_folder import write_selection
 
     quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     quiet |= {"enable_progress_bar": False, "enable_model_summary": False, "inference_mode": False}

@@ -2,7 +2,7 @@
 
 import torch
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 import lark
 from lark.trl import WeightedSFTTrainer
@@ -15,7 +15,7 @@ chat = student.load_chat()
 tokenizer = chat.tokenizer
 tokenizer.chat_template = chat.template  # the one that the trajectories were scored under
 trainer = WeightedSFTTrainer(
-    model=AutoModelForCausalLM.from_pretrained(student.folder, dtype="float32"),
+    model=AutoModelForCausalLM.from_pretrained(str(student.folder), dtype="float32"),
     args=SFTConfig(
         output_dir="trl",
         max_steps=4,

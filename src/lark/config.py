@@ -33,7 +33,7 @@ VALUES: dict[str, Any] = {
     "verbose": bool,
     "budget": Annotated[int, 1],
     "filter": str | dict | None,
-    "repeat": Annotated[float, 1] | None,
+    "repeat": Annotated[float, 1] | None,  # type: ignore[operator]
     "match": Literal["trajectories", "tokens"],
     "paths": dict,
 }

@@ -40,7 +40,7 @@ def main() -> None:
     words = build_parser().parse_args().words
     try:
         pools = [word for word in words if "=" not in word or Path(word).exists()]
-        settings = OmegaConf.to_container(OmegaConf.from_dotlist([word for word in words if word not in pools]))
+        settings: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word for word in words if word not in pools]))
         assert isinstance(settings, dict)
         if len(pools) > 1 or settings.keys() - {"model", "eval", "task", "cache"} or (settings and not pools):
             raise LarkError(f"{' '.join(words)} is not what the doctor takes: {USAGE}")

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import rows_of_a_pool, write_pool
@@ -287,11 +288,12 @@ def test_dropped_held_out_rows(keys, tmp_path):
 
 
 def test_templates(keys, tmp_path):
-    path = tmp_path / "template.jinja"
-    path.write_text(load_template("chatml", None))
+    tokenizer: Any = None  # a named template asks it nothing
+    path, chatml = tmp_path / "template.jinja", load_template("chatml", tokenizer)
+    path.write_text(chatml)
     plain = keys()
     assert find_changed(plain, keys(student={"template": str(path)})) == NOTHING, "the same text"
-    path.write_text("Hi. " + load_template("chatml", None))
+    path.write_text("Hi. " + chatml)
     assert find_changed(plain, keys(student={"template": str(path)})) == EVERYTHING
 
 

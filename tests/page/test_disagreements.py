@@ -30,7 +30,9 @@ def summary(tmp_path: Path) -> dict:
         turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "?"}]
         write_rows(folder / "problems.jsonl", [{"problem_id": key, "messages": turns} for key, n in keys if n == 0])
         write_json(folder / "verdicts" / "h.json", {"verdicts": said})
-        accuracy = {"eval": {str(problem): count / 4 for problem, count in enumerate(counts)}}
+        accuracy: dict[str, dict[str, float | None]] = {
+            "eval": {str(problem): count / 4 for problem, count in enumerate(counts)}
+        }
         arms[role] = arm(LABELS[role], role, accuracy, answers={"eval": {"samples": "x", "verdicts": "h"}})
     return run(selector=arms["selector"], baseline=arms["baseline"])
 

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -154,5 +155,5 @@ def test_a_graph_break_is_noticed(monkeypatch):
     model = meta_student()
     monkeypatch.setattr("lark.student.attention._gather", lambda x, node_K: (torch._dynamo.graph_break(), x)[1])
     compile_layers(model)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
+    with pytest.raises(Unsupported):
         score(model, packed([30, 40]))

@@ -104,7 +104,8 @@ class Experiment:
         self._read_pool()
         bill = self._make_bill()
         if self.config.stop_after == "cost":
-            print_bill(bill) if is_main() else None
+            if is_main():
+                print_bill(bill)
             return self._stop("cost", self.folder / "summary.json", bill=bill.to_record())
         announce_bill(bill)
         with self.evaluator.checker:

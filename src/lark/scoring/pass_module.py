@@ -227,7 +227,8 @@ class PassModule(LightningModule):
         """Lay rows out as one micro-batch on the student's device."""
         tokenized = self.inputs.pool.read_tokens(rows)
         if self.unpacked_reason:
-            return lay_out_row(*tokenized, *rows.tolist()).to(self.device)
+            (row,), (number,) = tokenized, rows.tolist()
+            return lay_out_row(row, number).to(self.device)
         return pack_rows(tokenized, rows.tolist(), share=self.inputs.settings.share).to(self.device)
 
     def compute_hidden(self, micro: MicroBatch) -> torch.Tensor:

@@ -67,10 +67,12 @@ def build_prefix_tree(
     ends = np.cumsum(own[order])
     paths: list[np.ndarray] = [np.zeros(0, np.int64)] * len(rows)
     path = np.zeros(0, np.int64)
-    for i, end in zip(order.tolist(), ends.tolist(), strict=True):
-        paths[i] = path = np.concatenate([path[: shared[i]], np.arange(end - own[i], end)])
+    for i, end, new in zip(order.tolist(), ends.tolist(), own[order].tolist(), strict=True):
+        paths[i] = path = np.concatenate([path[: shared[i]], np.arange(end - new, end)])
     ids_X = np.concatenate([rows[i][shared[i] :] for i in order])
-    depths_X = np.concatenate([np.arange(shared[i], lengths[i]) for i in order])
+    depths_X = np.concatenate(
+        [np.arange(first, end) for first, end in zip(shared[order].tolist(), lengths[order].tolist(), strict=True)]
+    )
     new = order[own[order] > 0]  # a sequence that another begins with adds nothing
     tree = PrefixTree(
         cu_q=_cumulate(own[new]),

@@ -67,7 +67,7 @@ class CheckedPool:
         correct = pc.cast(read_arrow_column(self.rows, "correct"), pa.float64()).to_numpy().copy()  # null becomes NaN
         answers = read_arrow_column(self.rows, "answer")
         unknown = np.flatnonzero(np.isnan(correct) & answers.is_valid().to_numpy())
-        no_gold = np.flatnonzero(pc.match_substring_regex(answers, NO_GOLD).fill_null(False).to_numpy())
+        no_gold = np.flatnonzero(pc.match_substring_regex(answers, NO_GOLD).fill_null(False).to_numpy())  # type: ignore[attr-defined]
         extras = map(json.loads, self.rows[no_gold.tolist()]["extra"])
         kinds = np.array([extra.get("checker") or self.task.checker for extra in extras], dtype=str)
         no_gold = no_gold[~np.isin(kinds, CHECKED_AS_TEXT)]

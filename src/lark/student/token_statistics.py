@@ -239,7 +239,7 @@ class _WeightedSurprisal(torch.autograd.Function):
             part = slice(i, i + size)
             error_NV = head.compute_logits(hidden_ND[part])
             for piece in zip(*_split(error_NV, target_N[part], coefficient_N[part]), strict=True):
-                total += _compute_error_in_place(*piece, head)
+                total += _compute_error_in_place(*piece, head)  # type: ignore[call-arg]
             cast_NV = error_NV.to(dtype)
             if gradients[0] is not None:
                 gradients[0][part] = cast_NV @ cast_VD

@@ -84,7 +84,7 @@ def inspect_end_token(model: Any, pool: TokenizedPool, row: np.ndarray) -> dict[
     if found["head_trained"] or not len(row):
         return found
     head, length = gather_head(get_head(model)), _measure_hidden_length(model, pool, row)
-    base = get_base_model(model)
+    base: Any = get_base_model(model)
     layer, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     names = {part: name.split(".")[-1] for name, part in base.named_modules()}
     rows = embeddings if layer.weight is embeddings.weight else layer  # a shared row is trained as the embeddings'

@@ -34,9 +34,10 @@ print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 def write_card(folder: Path, arm_folder: Path, **how: Any) -> None:
     """Write README.md of the arm in `arm_folder` to `folder`; `how`: see `render_card`."""
-    trained, selection, evaluation = (
+    trained = read_json(arm_folder / "trained.json")
+    selection, evaluation = (
         read_json(path) if (path := arm_folder / name).is_file() else None
-        for name in ("trained.json", "selection.json", "metrics.json")
+        for name in ("selection.json", "metrics.json")
     )
     run = arm_folder.parent.absolute()
     replayed = str(run) if (run / "replay.yaml").is_file() else None
