@@ -42,7 +42,9 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
-def test_option_composes_and_builds(group: str, name: str) -> None:
+def test_option_composes_and_builds(group: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pool.jsonl").touch()  # named pools have to be there
+    monkeypatch.chdir(tmp_path)
     config = composed(f"{group}={name}", *REQUIRED.get((group, name), []))
     configuration.check_config(config)
     configuration.check_types(config)
