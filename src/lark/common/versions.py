@@ -16,7 +16,7 @@ FORMULAS = {
     "overlap": 2,  # which problems count as the same
     "tokens": 2,  # rendering, spans and steps (lark.student.chat)
     "verdicts": 2,  # whether an answer is right (lark.answers)
-    "forward": 2,  # hidden states, and how rows share a forward pass
+    "forward": 3,  # hidden states, and how rows share a forward pass
     "training": 3,  # batches, loss, optimizer, held-out loss
     "samples": 2,  # prompts, noise and decoding
     "metrics": 2,  # what samples and verdicts come to
