@@ -77,3 +77,4 @@ def test_each_arm_is_taken_at_the_rate_of_its_lowest_held_out_loss() -> None:
     (group,) = compare(taken).groups
     assert all("sft.lr" not in one.label for one in group.arms)
     assert any("rsr, seed 1: sft.lr=1e-05" in note for note in group.notes)
+    assert all("try" in note for note in group.notes), "both rates are at an end of those that were tried"

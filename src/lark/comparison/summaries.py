@@ -85,9 +85,13 @@ def _merge_rates(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rates = [run["arms"][role] for run in runs]
         arms[role] = min(rates, key=lambda arm: math.inf if arm["held_out_loss"] is None else arm["held_out_loss"])
         if role != "before":
-            tried = ", ".join(f"{rate:g}" for rate in sorted(arm["lr"] for arm in rates))
+            tried, best = sorted(arm["lr"] for arm in rates), arms[role]["lr"]
+            at_end = {
+                tried[0]: f"; try lower ones, such as {best / 3:.2g}",
+                tried[-1]: f"; try higher ones, such as {best * 3:.2g}",
+            }
             notes.append(
-                f"{arms[role]['rule']}, seed {runs[0]['seed']}: sft.lr={arms[role]['lr']:g} has the lowest held-out "
-                f"loss of {tried}"
+                f"{arms[role]['rule']}, seed {runs[0]['seed']}: sft.lr={best:g} has the lowest held-out loss of "
+                f"{', '.join(f'{rate:g}' for rate in tried)}{at_end.get(best, '')}"
             )
     return runs[0] | {"arms": arms, "notes": notes}

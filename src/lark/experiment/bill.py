@@ -126,11 +126,12 @@ def measure_products(device: torch.device) -> float:
 
 
 def make_bill(
-    data: TrajectoryDataModule, settings: CostSettings, *, is_divided: bool, sampled: int, max_answer: int
+    data: TrajectoryDataModule, settings: CostSettings, *, trains: bool, is_divided: bool, sampled: int, max_answer: int
 ) -> Bill:
     """Estimate what is to come of a run whose pool has been read.
 
-    is_divided: whether fsdp divides the student. sampled: answers of one student, of at most `max_answer` tokens.
+    trains: whether arms are trained. is_divided: whether fsdp divides the student. sampled: answers of one student,
+    of at most `max_answer` tokens.
     """
     pool, recipe = data.trajectories, data.recipe
     rows = data.scored
@@ -140,7 +141,7 @@ def make_bill(
         passes={need.name: need.reads for need in data.needs},
         rows=len(rows),
         row_tokens=float(pool.length[rows].mean()),
-        arms=len(data.rules),
+        arms=len(data.rules) if trains else 0,
         steps=recipe.count_steps(min(budget * problems, len(rows))),
         batch_size=recipe.batch_size,
         held_out_rows=len(pool.find_held_out()) + len(data.held_out_sample) * recipe.validations,
@@ -186,11 +187,11 @@ def describe_rates(bill: Bill) -> str:
 
 
 def announce_bill(bill: Bill) -> None:
-    """Announce what a long run will take; log it of every run."""
+    """Announce what a long run, or a student's first one here, will take; log it of every run."""
     seconds = {kind: bill.total(kind) / bill.devices for kind in ("scoring", "training", "sampling")}
     text = ", ".join(f"{kind} {_format_seconds(each)}" for kind, each in seconds.items() if each)
     text = f"about {_format_seconds(sum(seconds.values()))} ({text}); stop_after=cost prints the bill"
-    if sum(seconds.values()) > SECONDS_SAID:
+    if sum(seconds.values()) > SECONDS_SAID or not bill.measured:
         announce("cost", text)
     logger.info("cost: %s; rates: %s", text, describe_rates(bill))
 

@@ -165,11 +165,13 @@ class Experiment:
         )
 
     def _make_bill(self) -> Bill:
+        sets = self.evaluator.problems.values() if self.config.stop_after in ("cost", None) else ()
         return make_bill(
             self.data,
             build(self.config.cost),
+            trains=self.config.stop_after not in ("statistics", "selection"),
             is_divided=self.config.trainer.strategy == "fsdp",
-            sampled=self.evaluator.sampling.samples * sum(map(len, self.evaluator.problems.values())),
+            sampled=self.evaluator.sampling.samples * sum(map(len, sets)),
             max_answer=self.data.task.max_new_tokens,
         )
 
