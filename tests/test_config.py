@@ -55,7 +55,7 @@ DEFECTS = [  # overrides; what the one sentence has to hold
     (["selector.policy.budget=x"], ["selector.policy.budget=x", "a whole number or null"]),
     (["+selector.policy.power=2"], ["does not take its settings", "power"]),
     (["selector.policy=3"], ["selector.policy=3", "a group of settings"]),
-    (["selector.name=null"], ["selector.name=None", "text"]),
+    (["selector.name=null"], ["selector.name=None"]),
     (["selector=custom"], ["selector.score has no value", "selector.score=..."]),
     (["selector=custom", "selector.score=no_such_module:f"], ["selector.score='no_such_module:f'", "PYTHONPATH"]),
     (

@@ -103,7 +103,7 @@ def test_rules_of_every_kind(scores, rule):
         (lambda scores: lark.select(scores, "lark", budget=0), "budget"),
         (lambda scores: lark.score(scores.pool, "no-such-student"), "no-such-student"),
         (lambda scores: lark.load_student("tiny", dtipe="float32"), "dtipe"),
-        (lambda scores: lark.load_pool([{"a": 1}], cache=scores.pool.cache), "problem_id"),
+        (lambda scores: lark.load_pool([{"a": 1}], cache=scores.pool.cache), "trajectory"),
     ],
 )
 def test_mistakes_name_what_is_wrong(scores, call, named):

@@ -17,7 +17,18 @@ from lark.common.cache import read_json
 from lark.config import list_options
 from lark.student.student import Student
 
-FORWARD = ("drop_first", "entropy", "lark", "lark_length", "likelihood", "perplexity_high", "rank", "rho_length", "rsr")
+FORWARD = (
+    "casl",
+    "drop_first",
+    "entropy",
+    "lark",
+    "lark_length",
+    "likelihood",
+    "perplexity_high",
+    "rank",
+    "rho_length",
+    "rsr",
+)
 """The rules that the one forward pass serves."""
 FREE = ("all", "correct", "longest", "random", "rule_quality", "shortest", "teacher", "teacher_matched_random")
 SELECTION = ("stop_after=selection", "task.limit=24", "logger=csv")

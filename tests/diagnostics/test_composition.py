@@ -16,7 +16,7 @@ SCORE = [0.1, 0.9, 0.5, 0.2, 3.0, 3.0, 3.0, 0.5, 0.4, 0.1, 0.3, 0.0, 1.0]
 
 
 def candidates(**columns):
-    pool = {"teacher": TEACHER, "mark": SCORE, **columns}
+    pool = {"teacher": TEACHER, "mark": SCORE, "correct": [np.nan] * 13, **columns}
     return Candidates(
         problem_id=np.array(PROBLEM, object),
         candidate_id=np.array([str(i) for i in range(13)], object),

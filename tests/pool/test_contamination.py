@@ -180,7 +180,7 @@ def test_one_question_under_two_ids_is_reported(open_pool, caplog):
 
 def test_the_comparison_is_kept(open_pool, tmp_path, monkeypatch):
     first = open_pool()
-    monkeypatch.setattr("lark.student.tokenized_pool.find_overlap", None)
+    monkeypatch.setattr("lark.student.checked_pool.find_overlap", None)
     assert open_pool().overlaps == first.overlaps
     (path,) = tmp_path.glob("cache/overlap/*/manifest.json")
     assert json.loads(path.read_text())["in_sets"] == {"1": "a/0", "2": "b/7"}

@@ -143,7 +143,7 @@ def test_decisions_are_those_of_the_manifests(one: Runs, other: Runs, folder: Pa
     tokens = read_json(manifest)["choices"]["tokens at a time"]
     assert run.summary["decisions/statistics_tokens_at_a_time"] == tokens
     assert one["scoring"].summary["decisions/tokens_at_a_time"] == tokens
-    assert run.summary["decisions/pool_trajectories"] == 168
+    assert run.summary["decisions/pool_trajectories"] == 24 * 9
     assert other["selector"].summary["decisions/statistics"] == "not needed"
     assert other["selector"].summary["decisions/pool_trajectories"] == 120
 

@@ -23,7 +23,7 @@ from lark.selection.selection import select
 
 def candidates(problem_id, *, passes=None, teacher=None, kept=None, **statistics) -> Candidates:
     rows = len(problem_id)
-    columns = {"teacher": teacher or [None] * rows, "kept": kept or [True] * rows}
+    columns = {"teacher": teacher or [None] * rows, "correct": [np.nan] * rows, "kept": kept or [True] * rows}
     return Candidates(
         problem_id=np.array(problem_id, object),
         candidate_id=np.array([str(i) for i in range(rows)], object),

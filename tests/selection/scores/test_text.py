@@ -22,6 +22,7 @@ from lark.selection.selection import Selection, select
 def candidates(problem_id, **columns) -> Candidates:
     """Candidates 0, 1, ... of the pool's rows 100, 101, ... with no statistics at all."""
     rows = len(problem_id)
+    columns = {"correct": [np.nan] * rows} | columns
     arrays = {name: np.array(values, np.float64 if name == "correct" else object) for name, values in columns.items()}
     return Candidates(
         problem_id=np.array(problem_id, object),
