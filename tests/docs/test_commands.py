@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_runs_compose(line: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)  # another test's
     monkeypatch.setattr("lark.tasks.task.Task.check_files", lambda task: None)  # a page's files are the reader's
     name, words = split(line)
     if "--config-path" in words:  # a replay: its configuration is the run's
