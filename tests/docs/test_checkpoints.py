@@ -52,8 +52,11 @@ def test_the_selection_for_others(place: Path, monkeypatch: pytest.MonkeyPatch) 
         done = lark(*words, *SMALL)
         assert done.code == 0, done.err
         folders.append(done.folder / "selector")
-    weighted, equal = ([json.loads(line)["weight"] for line in (f / "selection.jsonl").open()] for f in folders)
-    assert set(equal) == {1.0} and len(set(weighted)) > 1
+    weighted, repeated, equal = (
+        [json.loads(line)["weight"] for line in (f / "selection.jsonl").open()] for f in folders
+    )
+    assert set(equal) == {1.0} and len(set(weighted)) > 1 and repeated == weighted
+    assert len((folders[1] / "selection-repeated.jsonl").read_text().splitlines()) == 2 * len(weighted)
     (recipe,) = blocks(PAGE, "yaml")
     settings = yaml.safe_load(recipe.replace("<run>/selector", str(folders[0])))
     info = json.loads((Path(settings["dataset_dir"]) / "dataset_info.json").read_text())

@@ -152,14 +152,14 @@ def test_two_ranks_of_torchrun_equal_one(uninterrupted, start, tmp_path):
     output = finish(
         start(tmp_path, *TWO_RANKS, each_its_own, launcher=("-m", "torch.distributed.run", "--nproc-per-node=2"))
     )
-    assert output.count("scoring ") == 1, "one rank speaks"
+    assert output.count("\nscoring ") == 1, "one rank speaks"
     assert_same(tmp_path, uninterrupted, tolerance=1e-5)
 
 
 @pytest.mark.slow
 def test_two_ranks_choose_by_gradients_as_one_does(start, tmp_path):
     """Passes of several kinds, and a warm-up arm that is trained before one of them."""
-    words = ("selector=lark_exact", "baseline=grad_match", "baseline.score.validation_problems=4")
+    words = ("filter=null", "selector=lark_exact", "baseline=grad_match", "baseline.score.validation_problems=4")
     columns = {}
     for name, ranks in (("one", ()), ("two", TWO_RANKS)):
         finish(start(tmp_path / name, *words, *ranks, "stop_after=selection"))

@@ -193,7 +193,7 @@ def announce_bill(bill: Bill) -> None:
     text = f"about {_format_seconds(sum(seconds.values()))} ({text}); stop_after=cost prints the bill"
     if sum(seconds.values()) > SECONDS_SAID or not bill.measured:
         announce("cost", text)
-    logger.info("cost: %s; rates: %s", text, describe_rates(bill))
+    logger.info("cost: %s; %s", text, describe_rates(bill))
 
 
 def compare_bill(bill: Bill, took: Mapping[str, float], data: TrajectoryDataModule) -> dict[str, dict[str, float]]:
@@ -207,7 +207,7 @@ def compare_bill(bill: Bill, took: Mapping[str, float], data: TrajectoryDataModu
         if stages and seconds > 0:  # nan: not done from beginning to end
             work = sum(stage.tokens if kind == "sampling" else stage.flops for stage in stages)
             found[kind] = {"estimated_seconds": bill.total(kind), "seconds": seconds, "rate": work / seconds}
-            logger.info("cost: %s took %.0f device-seconds, the bill said %.0f", kind, seconds, bill.total(kind))
+            logger.info("%s took %.0f device-seconds, the bill said %.0f", kind, seconds, bill.total(kind))
     if found:
         path = _rates_path(data)
         known = read_json(path) if path.exists() else {}
