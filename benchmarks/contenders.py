@@ -13,7 +13,7 @@ from lightning import Callback
 from omegaconf import OmegaConf
 from profiles import forget_peak, peak_bytes
 
-from lark.student.student import get_base_model
+from lark.student.model_parts import get_base_model
 from lark.student.tokenized_pool import TokenizedPool
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.sft_module import SFTModule

@@ -32,7 +32,8 @@ from throughput import gemm_seconds
 
 from lark.generation.backends import find_stop_ids
 from lark.generation.transformers_backend import Sample, choose_batch_size, generate_samples
-from lark.student.student import Student, get_head
+from lark.student.model_parts import get_head
+from lark.student.student import Student
 from lark.tasks.arithmetic import generate
 from lark.tasks.problems import make_prompt, read_problems
 from lark.tasks.task import EmbeddedTask

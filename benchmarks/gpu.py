@@ -41,9 +41,8 @@ from lark.scoring.statistics_pass import summarise_tokens
 from lark.student.attention import enable_packed_rows
 from lark.student.batching import MicroBatch, pack_rows
 from lark.student.chat import TokenizedTrajectory
-from lark.student.compiling import compile_layers
 from lark.student.memory import SHARE_OF_FREE_MEMORY, estimate_scoring_tokens
-from lark.student.student import compute_hidden_states, get_head
+from lark.student.model_parts import compile_layers, compute_hidden_states, get_head
 from lark.student.token_statistics import Head, compute_token_statistics, compute_weighted_surprisal
 from lark.student.transfer import copy_to_host
 

@@ -35,7 +35,7 @@ from lark.scoring.pass_module import PassInputs, ScoringSettings, run_pass
 from lark.scoring.passes import Statistics
 from lark.scoring.statistics_pass import StatisticsModule
 from lark.student.attention import build_prefix_tree
-from lark.student.student import get_head
+from lark.student.model_parts import get_head
 from lark.student.tokenized_pool import TokenizedPool
 from lark.training.datamodule import TrajectoryDataModule
 

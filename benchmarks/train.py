@@ -51,7 +51,7 @@ from throughput import gemm_seconds
 from lark.selection.selection import Selection
 from lark.student.attention import build_prefix_tree
 from lark.student.batching import draw_step_rows
-from lark.student.student import get_base_model, get_head
+from lark.student.model_parts import get_base_model, get_head
 from lark.training.datamodule import TrajectoryDataModule
 from lark.training.recipe import Recipe
 

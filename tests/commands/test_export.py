@@ -16,7 +16,8 @@ from trained_arm import EVALUATION, LORA, write_arm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 
 from lark.export import export, main
-from lark.student.student import get_base_model, save_student
+from lark.student.model_parts import get_base_model
+from lark.student.student import save_student
 
 IDS = torch.arange(40)[None]
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lark.student.student import compute_hidden_states, save_student
+from lark.student.model_parts import compute_hidden_states
+from lark.student.student import save_student
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lark.student.attention import LEAST_SAVING, _attend_path, build_prefix_tree, enable_packed_rows
-from lark.student.student import compute_hidden_states
+from lark.student.model_parts import compute_hidden_states
 
 sequences = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=8)
 

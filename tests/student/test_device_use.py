@@ -19,7 +19,7 @@ from lark.scoring.statistics_pass import summarise_tokens
 from lark.student.attention import TREE_ATTENTION
 from lark.student.batching import pack_rows
 from lark.student.chat import TokenizedTrajectory
-from lark.student.student import compute_hidden_states, decoder_layers, get_head
+from lark.student.model_parts import compute_hidden_states, decoder_layers, get_head
 from lark.training.sft_module import _weighted_surprisal
 
 META = torch.device("meta")

@@ -21,7 +21,8 @@ from lark.common.errors import LarkError
 from lark.scoring.gradient_passes import GradientsModule
 from lark.scoring.passes import Gradients
 from lark.student.distributed import Lockstep, ShardedStrategy
-from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
+from lark.student.model_parts import compute_hidden_states, get_base_model, get_head
+from lark.student.student import Student
 
 COMMAND = ("task.limit=12", "logger=csv", "stop_after=selection", "baseline=local_likelihood", "probe.batch_tokens=300")
 

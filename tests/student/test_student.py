@@ -12,7 +12,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lark.student.context_length import find_rope_border
-from lark.student.student import compute_hidden_states, get_base_model, get_head, save_student
+from lark.student.model_parts import compute_hidden_states, get_base_model, get_head
+from lark.student.student import save_student
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 

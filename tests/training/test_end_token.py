@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
 from lark import config as configuration
-from lark.student.student import compute_hidden_states, get_base_model, get_head, save_student
+from lark.student.model_parts import compute_hidden_states, get_base_model, get_head
+from lark.student.student import save_student
 from lark.student.token_statistics import Head
 from lark.training.end_token import (
     ENOUGH,

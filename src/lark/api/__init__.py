@@ -1,1 +1,1 @@
-"""What `import lark` offers to scripts and notebooks."""
+"""Offers the parts of a run to scripts and notebooks."""

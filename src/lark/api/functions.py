@@ -1,4 +1,4 @@
-"""What `import lark` offers: load_pool, load_student, score, select, train, evaluate, compare.
+"""Do a part of a run each, for `import lark`: load_pool, load_student, score, select, train, evaluate, compare.
 
 Each call does a part of a run (lark.experiment) by the same classes and functions, in this process and on one device,
 and keeps what it computes in the cache. Settings are those of the command line, composed from the same files.

@@ -1,4 +1,4 @@
-"""What the functions give back: pools, scores, selections, trained students, evaluations, comparisons."""
+"""Hold what the functions return: pools, scores, selections, trained students, evaluations, comparisons."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,7 +182,7 @@ class Evaluation:
     """A student's answers to the problems of evaluation sets, checked."""
 
     figures: dict[str, Any]
-    """What they came to (`lark.evaluation.evaluate.Evaluator.evaluate`)."""
+    """Metrics and verdicts by set (`lark.evaluation.evaluate.Evaluator.evaluate`)."""
     samples: Path
     """The folder of all samples."""
 

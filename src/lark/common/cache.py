@@ -31,7 +31,7 @@ MANIFESTS = {
 """Files of our folders, each with a key that ours has."""
 _OF_A_RUN = ("before", "baseline", "selector", "report.html", "run.log", "statistics.parquet", *MANIFESTS)
 _NAME = re.compile(r"\w[\w .+@=-]{0,99}(?<![ .])")
-"""Of what becomes part of a file's or folder's name, on any system."""
+"""Matches what may be part of a file's or folder's name, on any system."""
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ RUN_VARIABLE = "LARK_RUN"
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RUN_VARIABLE)
 _NO_LIMIT = timedelta(days=7)
 COLLECTIVE_LIMIT = timedelta(minutes=30)
-"""How long a rank waits for the others in a sum of gradients or a gathering of weights before it gives up."""
+"""Limits how long a rank waits for the others in a sum of gradients or a gathering of weights."""
 
 Claim = Callable[[str, Path, Callable[[], bool]], AbstractContextManager[bool]]
 """Takes (name, folder, is_done); yields true where the work is to be done here, under a lock until the block ends."""

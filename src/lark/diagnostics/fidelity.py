@@ -31,7 +31,7 @@ from lark.selection.within_problem import (
 )
 
 STEP_TOLERANCE = 0.05
-"""What halving the step of the loss drops may change, relative."""
+"""Relative change that halving the step of the loss drops may make."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 

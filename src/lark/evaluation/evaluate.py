@@ -99,7 +99,7 @@ class Evaluator:
     make_trainer: Callable[[], Trainer]
     """Makes the Trainer that launches the job's ranks, where no pass and no training has done so."""
     plan: Plan | None = None
-    """How ranks learn what rank 0 found; None: there is one rank."""
+    """Tells ranks what rank 0 found; None: there is one rank."""
 
     def __post_init__(self) -> None:
         for name, rows in self.problems.items():

@@ -14,7 +14,8 @@ from lark.common.errors import LarkError
 from lark.common.log import announce, logger
 from lark.comparison.printing import make_console, make_table
 from lark.experiment.cost import Device, Shape, Stage, Work, estimate_stages
-from lark.student.student import Student, get_base_model
+from lark.student.model_parts import get_base_model
+from lark.student.student import Student
 from lark.training.datamodule import TrajectoryDataModule
 
 DEVICES = {

@@ -27,7 +27,7 @@ from lark.common.log import logger
 from lark.generation.sampling import draw_tokens, make_noise
 from lark.student.context_length import find_rope_border
 from lark.student.memory import get_free_bytes, is_out_of_memory, release_memory
-from lark.student.student import get_base_model
+from lark.student.model_parts import get_base_model
 
 MOST_ROWS = 256
 ROWS_OF_UNKNOWN_SIZE = 32

@@ -17,7 +17,7 @@ from lark.scoring.passes import LocalWindows, Pass
 from lark.student.batching import lay_out_row, pack_rows, plan_alone, plan_consecutive
 from lark.student.chat import TokenizedTrajectory
 from lark.student.context_length import find_rope_border
-from lark.student.student import get_head
+from lark.student.model_parts import get_head
 from lark.student.token_statistics import compute_token_statistics, sum_by_step
 from lark.student.transfer import copy_to_host
 

@@ -37,7 +37,8 @@ from lark.scoring.gradients import (
 from lark.scoring.pass_module import PassInputs, PassModule
 from lark.scoring.passes import GradientMatches, HeadGradients, LossDrops, Pass, ProjectedGradients
 from lark.student.batching import MicroBatch, lay_out_row
-from lark.student.student import Student, get_head
+from lark.student.model_parts import get_head
+from lark.student.student import Student
 from lark.student.tokenized_pool import TokenizedPool
 
 BUFFER_BYTES = 2**30  # of gradients that wait to be projected together

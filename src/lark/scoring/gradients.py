@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lark.common.errors import LarkError
 from lark.student.batching import MicroBatch
-from lark.student.student import compute_hidden_states, decoder_layers, get_head
+from lark.student.model_parts import compute_hidden_states, decoder_layers, get_head
 from lark.student.token_statistics import Head, compute_token_statistics, compute_weighted_surprisal
 
 Parameters = list[tuple[str, nn.Parameter]]

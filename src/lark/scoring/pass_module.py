@@ -31,11 +31,11 @@ from lark.scoring.progress import total_progress
 from lark.student.attention import enable_packed_rows
 from lark.student.batching import MicroBatch, lay_out_row, pack_rows, plan_alone, plan_prefix_units
 from lark.student.chat import SPANS, STEPS
-from lark.student.compiling import compile_layers
 from lark.student.context_length import find_rope_border
 from lark.student.distributed import Parallelism
 from lark.student.memory import LEAST_TOKENS, estimate_scoring_tokens, is_out_of_memory, release_memory
-from lark.student.student import Student, compute_hidden_states, get_head
+from lark.student.model_parts import compile_layers, compute_hidden_states, get_head
+from lark.student.student import Student
 from lark.student.token_statistics import VERSION, find_compile_failure
 from lark.student.tokenized_pool import TokenizedPool
 

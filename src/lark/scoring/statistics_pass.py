@@ -13,7 +13,7 @@ from torch import Tensor
 from lark.scoring.pass_module import PassInputs, PassModule, ScoringSettings
 from lark.scoring.passes import Pass
 from lark.student.batching import MicroBatch
-from lark.student.student import get_head
+from lark.student.model_parts import get_head
 from lark.student.token_statistics import (
     Head,
     TokenStatistics,

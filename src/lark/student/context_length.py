@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from lark.common.errors import LarkError
-from lark.student.student import Student, get_base_model
+from lark.student.model_parts import get_base_model
+from lark.student.student import Student
 
 
 def read_max_positions(student: Student) -> float:

@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from lark.common.errors import LarkError
 from lark.common.log import logger
 from lark.common.ranks import COLLECTIVE_LIMIT
-from lark.student.student import decoder_layers, get_base_model
+from lark.student.model_parts import decoder_layers, get_base_model
 from lark.student.token_statistics import Head
 
 SUM_BYTES = 64 * 2**20  # of gradients that are summed over ranks at a time

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lark.common.errors import LarkError
-from lark.student.student import decoder_layers
+from lark.student.model_parts import decoder_layers
 
 CPU_TOKENS = 2048  # more gain nothing: the products are at their best rate, and activations leave the cache
 CPU_TRAINING_TOKENS = 1024  # the same; what is kept for the backward pass is 2 MB a token even in a small student

@@ -1,4 +1,4 @@
-"""The student: where its weights come from, its tokenizer, its head, LoRA."""
+"""The student: where its weights and tokenizer come from, LoRA, how it is saved."""
 
 import copy
 import json
@@ -24,9 +24,8 @@ from transformers.utils.hub import cached_file
 from lark.common.cache import file_hash, read_json, write_json
 from lark.common.errors import LarkError
 from lark.common.hub import describe_refusal
-from lark.student.attention import TREE_ATTENTION, PrefixTree
 from lark.student.chat import Chat, load_template
-from lark.student.token_statistics import Head
+from lark.student.model_parts import compute_hidden_states, get_base_model, get_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHIPPED = "shipped:"
@@ -332,47 +331,6 @@ def _hash_files(files: list[Path]) -> str:
 
 def _first_line(error: object) -> str:
     return str(error).strip().partition("\n")[0].rstrip(":. ")
-
-
-def get_base_model(model: Any) -> PreTrainedModel:
-    """Return the transformers model under a LoRA wrapper (its layers are changed in place)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """List the decoder's layers, first to last: its longest list of modules."""
-    decoder: Any = get_base_model(model).get_decoder()
-    return list(max((m for m in decoder.children() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]))
-
-
-def get_head(model: Any) -> Head:
-    """Return the LM head with what the architecture does to its logits (`load_model` checks that this is all)."""
-    base = get_base_model(model)
-    linear: Any = base.get_output_embeddings()
-    config = base.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale /= float(config.logits_scaling)
-    return Head(
-        weight_VD=linear.weight,
-        bias_V=getattr(linear, "bias", None),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=scale,
-    )
-
-
-def compute_hidden_states(
-    model: Any, input_ids_1X: torch.Tensor, position_ids_1X: torch.Tensor | None = None, tree: PrefixTree | None = None
-) -> torch.Tensor:
-    """Compute last hidden states [X, D] of one row, which needs no attention mask, or of the nodes of a prefix tree
-    (once `lark.student.attention.enable_packed_rows` has made the student understand one).
-    """
-    decoder: Any = get_base_model(model).get_decoder()
-    # Ranks agree on it; a student that takes no tree would let every trajectory see the others.
-    assert tree is None or decoder.config._attn_implementation == TREE_ATTENTION, "a student that takes no prefix tree"
-    packed = {} if tree is None else {"prefix_tree": tree}
-    output = decoder(input_ids=input_ids_1X, position_ids=position_ids_1X, use_cache=False, **packed)
-    return output.last_hidden_state.flatten(0, 1)
 
 
 def save_student(

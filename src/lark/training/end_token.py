@@ -24,7 +24,7 @@ from lark.common.log import logger
 from lark.common.ranks import is_main
 from lark.pool.pool import read_arrow_column
 from lark.student.distributed import call_as_method, gather_head
-from lark.student.student import compute_hidden_states, get_base_model, get_head
+from lark.student.model_parts import compute_hidden_states, get_base_model, get_head
 from lark.student.token_statistics import Head
 from lark.student.tokenized_pool import TokenizedPool
 from lark.training.datamodule import TrajectoryDataModule

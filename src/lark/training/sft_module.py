@@ -27,10 +27,10 @@ from lark.common.errors import LarkError
 from lark.student.attention import enable_packed_rows
 from lark.student.batching import MicroBatch, lay_out_row, pack_rows, plan_alone, plan_packed
 from lark.student.chat import TokenizedTrajectory
-from lark.student.compiling import compile_layers
 from lark.student.distributed import Parallelism, clip_gradients
 from lark.student.memory import estimate_training_tokens, is_out_of_memory, release_memory
-from lark.student.student import Student, compute_hidden_states, get_base_model, get_head
+from lark.student.model_parts import compile_layers, compute_hidden_states, get_base_model, get_head
+from lark.student.student import Student
 from lark.student.token_statistics import compute_weighted_surprisal
 from lark.training.batches import Step
 from lark.training.divergence import DivergedError, Losses
